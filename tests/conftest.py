@@ -1,0 +1,40 @@
+"""Seeds, poisoned allocations, and Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:  # must be set before any kernel module is imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+# torch.empty then holds NaN (or the largest integer), so an element nobody wrote is loud.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; see `bench accept`"))
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """Every test has its own inputs, the same ones every time: TML_TEST_SEED=n for others."""
+    import zlib
+
+    base = int(os.environ.get("TML_TEST_SEED", "0"))
+    torch.manual_seed(base + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels run: the GPU, or the CPU through Triton's interpreter."""
+    return "cuda" if HAS_GPU else "cpu"

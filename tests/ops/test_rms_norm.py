@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tml_kernels import rms_norm
+from tml_kernels.ops.rms_norm.cases import BENCH, EDGE, MODEL, Case
+from tml_kernels.ops.rms_norm.configs import SHIPPED, Problem, choose_config
+from tml_kernels.ops.rms_norm.kernel import launch_rms_norm
+from tml_kernels.ops.rms_norm.reference import rms_norm_ref
+from tml_kernels.testing import assert_bitwise, assert_matches, randn
+
+
+def check(case: Case, run, device: str) -> None:
+    inputs = case.make_inputs(device)
+    expected, expected_sum = rms_norm_ref(**inputs)
+    out = run(inputs)
+    assert_matches(out, expected, dtype=case.dtype)
+    if case.residual:
+        assert_matches(inputs["residual_T_D"], expected_sum, dtype=case.dtype)
+
+
+@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+def test_public(case: Case) -> None:
+    check(case, lambda inputs: rms_norm(**inputs), "cpu")
+
+
+@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+def test_kernel(case: Case, device: str) -> None:
+    def run(inputs: dict) -> torch.Tensor:
+        out = torch.empty_like(inputs["x_T_D"])
+        if case.num_tokens:
+            launch_rms_norm(inputs["x_T_D"], inputs["weight_D"], inputs["residual_T_D"], 1e-6, out)
+        return out
+
+    check(case, run, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EDGE + MODEL + BENCH, ids=str)
+def test_gpu(case: Case) -> None:
+    check(case, lambda inputs: rms_norm(**inputs), "cuda")
+
+
+@pytest.mark.parametrize("path", ["public", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_row_does_not_depend_on_neighbours(path: str) -> None:
+    place = "cuda" if path == "gpu" else "cpu"
+    x, weight = randn(33, 128, device=place), randn(128, device=place)
+    together = rms_norm(x, weight)
+    alone = torch.cat([rms_norm(x[t : t + 1].contiguous(), weight) for t in range(33)])
+    assert_bitwise(together, alone)
+
+
+def test_in_place_and_nan_row_stays_in_its_row() -> None:
+    x, weight = randn(4, 64), randn(64)
+    expected = rms_norm(x, weight)
+    x[2] = float("nan")
+    out = rms_norm(x, weight, out_T_D=x)
+    assert out.data_ptr() == x.data_ptr()
+    assert out[2].isnan().all()
+    assert_bitwise(out[[0, 1, 3]], expected[[0, 1, 3]])
+
+
+def test_opcheck() -> None:
+    x, weight, residual = randn(3, 16), randn(16), randn(3, 16)
+    for given in (None, residual):
+        args = (x, weight, given, 1e-6, torch.empty_like(x))
+        torch.library.opcheck(torch.ops.tml_kernels.rms_norm.default, args)
+
+
+def test_every_width_has_a_config() -> None:
+    for width in [1, 127, 128, 129, 4096, 6144, 16384]:
+        problem = Problem(num_tokens=1, width=width, has_residual=False)
+        assert choose_config(problem).why_not(problem) is None
+    assert SHIPPED[0].why_not(Problem(1, 129, False)) is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x_T_D": torch.zeros(3)}, ValueError, "x_T_D: expected 2 axes"),
+        ({"x_T_D": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "torch.float64"),
+        ({"x_T_D": [[1.0]]}, TypeError, "list"),
+        ({"weight_D": torch.zeros(9)}, ValueError, "D=9, but D=8"),
+        ({"x_T_D": torch.zeros(8, 3).T}, ValueError, "contiguous"),
+        ({"residual_T_D": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, "bfloat16"),
+        ({"out_T_D": torch.zeros(2, 8)}, ValueError, "T=2, but T=3"),
+        ({"x_T_D": torch.zeros(3, 8, requires_grad=True)}, RuntimeError, "no backward"),
+        ({"x_T_D": torch.zeros(3, 16385), "weight_D": torch.zeros(16385)}, ValueError, "16385"),
+    ],
+)
+def test_bad_input(change: dict, error: type, words: str) -> None:
+    inputs = {"x_T_D": torch.zeros(3, 8), "weight_D": torch.zeros(8)} | change
+    with pytest.raises(error, match=words.replace("[", r"\[")):
+        rms_norm(**inputs)

@@ -1,0 +1,101 @@
+"""Shape checks that read the axes from a tensor's own name: `dims.check(weight_T_K=weight_T_K)`.
+
+Every trailing capital in the name is one axis. A letter is bound by the first tensor that has it
+and compared afterwards. `SH` is one axis of S * H rows, `S1` one of S + 1 rows, `4` exactly 4 rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_AXIS = re.compile(r"[A-Z]+1?|[0-9]+")
+
+
+@functools.cache
+def _axes(name: str) -> tuple[str, ...]:
+    axes: list[str] = []
+    for token in reversed(name.split("_")):
+        if not _AXIS.fullmatch(token):
+            break
+        axes.append(token)
+    assert axes, f"{name!r} has no axis letters"
+    return tuple(reversed(axes))
+
+
+class Dims(Mapping[str, int]):
+    """Axis sizes of one call, by letter."""
+
+    def __init__(self, **bound: int) -> None:
+        self._size: dict[str, int] = dict(bound)
+
+    def __getitem__(self, letter: str) -> int:
+        return self._size[letter]
+
+    def __iter__(self):
+        return iter(self._size)
+
+    def __len__(self) -> int:
+        return len(self._size)
+
+    def check(
+        self,
+        *,
+        dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+        device: torch.device | None = None,
+        contiguous: bool = True,
+        **named: Tensor,
+    ) -> None:
+        """Check rank, sizes, dtype, device and contiguity of each named tensor.
+
+        Raises TypeError for something that is not a tensor or has another dtype, ValueError for a
+        shape, device or layout that does not fit. The message names the argument and the value.
+        """
+        for name, tensor in named.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            self._check_shape(name, tuple(tensor.shape))
+            if dtype is not None:
+                allowed = dtype if isinstance(dtype, tuple) else (dtype,)
+                if tensor.dtype not in allowed:
+                    wanted = " or ".join(str(d) for d in allowed)
+                    raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
+            if device is not None and tensor.device != device:
+                raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+            if contiguous and not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: must be contiguous, strides are {tensor.stride()} for shape "
+                    f"{tuple(tensor.shape)}; call .contiguous()"
+                )
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        axes = _axes(name)
+        if len(axes) != len(shape):
+            raise ValueError(f"{name}: expected {len(axes)} axes ({', '.join(axes)}), got {shape}")
+        for axis, size in zip(axes, shape, strict=True):
+            expected = self._expected(axis)
+            if expected is None:
+                letter, extra = axis.removesuffix("1"), int(axis.endswith("1"))
+                if size < extra:
+                    raise ValueError(f"{name}: axis {axis} needs at least one row; shape {shape}")
+                self._size[letter] = size - extra
+            elif size != expected:
+                raise ValueError(
+                    f"{name}: {axis}={size}, but {axis}={expected} was bound earlier; shape {shape}"
+                )
+
+    def _expected(self, axis: str) -> int | None:
+        if axis.isdigit():
+            return int(axis)
+        letters, extra = axis.removesuffix("1"), int(axis.endswith("1"))
+        if any(letter not in self._size for letter in letters):
+            assert len(letters) == 1, f"axis {axis}: bind each of its letters first"
+            return None
+        size = 1
+        for letter in letters:
+            size *= self._size[letter]
+        return size + extra

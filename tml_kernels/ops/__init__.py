@@ -1,0 +1,1 @@
+from .rms_norm import rms_norm as rms_norm

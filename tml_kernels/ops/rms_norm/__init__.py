@@ -1,0 +1,1 @@
+from .api import rms_norm as rms_norm

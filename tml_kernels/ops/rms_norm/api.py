@@ -1,0 +1,70 @@
+"""rms_norm: check, choose, launch."""
+
+# Dimension key: T tokens, D model width.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._dims import Dims
+from ..._registry import refuse_grad, register_op
+from ...precision import ACTIVATIONS
+from .configs import MAX_WIDTH
+from .reference import rms_norm_ref
+
+
+def _plain(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out: Tensor) -> None:
+    result, total = rms_norm_ref(x, weight, eps=eps, residual_T_D=residual, dtype=torch.float32)
+    if residual is not None:
+        residual.copy_(total)
+    out.copy_(result)
+
+
+def _kernel(*args) -> None:
+    from .kernel import launch_rms_norm
+
+    launch_rms_norm(*args)
+
+
+_op = register_op(
+    "rms_norm(Tensor x, Tensor weight, Tensor(a!)? residual, float eps, Tensor(b!) out) -> ()",
+    plain=_plain,
+    kernel=_kernel,
+)
+
+
+def rms_norm(
+    x_T_D: Tensor,
+    weight_D: Tensor,
+    *,
+    eps: float = 1e-6,
+    residual_T_D: Tensor | None = None,
+    out_T_D: Tensor | None = None,
+) -> Tensor:
+    """RMS normalisation of every row, after an optional residual addition.
+
+    With `residual_T_D`, it is updated in place (residual += x, rounded once to its dtype) and the
+    norm is that of the unrounded sum. Accumulates in float32 and rounds once. Deterministic, row t
+    depends on row t alone. `out_T_D` may be `x_T_D`. Allocates only when `out_T_D` is None.
+
+    x, residual, out: [T, D] of one dtype, float32, bfloat16 or float16, D <= 16384; weight: [D],
+    float32 or x's dtype. Raises TypeError or ValueError naming the argument.
+
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4, with eps.
+    """
+    dims = Dims()
+    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    dims.check(weight_D=weight_D, dtype=(*ACTIVATIONS,), device=x_T_D.device)
+    if dims["D"] == 0 or dims["D"] > MAX_WIDTH:
+        raise ValueError(f"x_T_D: D={dims['D']} is not in 1..{MAX_WIDTH}")
+    if residual_T_D is not None:
+        dims.check(residual_T_D=residual_T_D, dtype=x_T_D.dtype, device=x_T_D.device)
+    if out_T_D is None:
+        out_T_D = x_T_D.new_empty(x_T_D.shape)
+    else:
+        dims.check(out_T_D=out_T_D, dtype=x_T_D.dtype, device=x_T_D.device)
+    refuse_grad(x_T_D, weight_D, residual_T_D)
+    if dims["T"] > 0:
+        _op(x_T_D, weight_D, residual_T_D, eps, out_T_D)
+    return out_T_D

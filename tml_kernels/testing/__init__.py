@@ -1,0 +1,7 @@
+"""What tests and benchmarks of the ops share; importable by other codebases that add an op."""
+
+from .compare import assert_bitwise as assert_bitwise
+from .compare import assert_matches as assert_matches
+from .compare import relative_l2 as relative_l2
+from .cost import Cost as Cost
+from .inputs import randn as randn
