@@ -1,0 +1,301 @@
+// tml_runtime._tick: the tick thread's parts for Python. Links no CUDA: a graph launch comes in a
+// capsule (tick/launch.h).
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "tick/clock.h"
+#include "tick/ring.h"
+#include "tick/schedule.h"
+#include "tick/tick_thread.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A borrowed view of an object's bytes; refuses objects that have no contiguous ones.
+class ByteView {
+ public:
+  explicit ByteView(py::handle object) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  }
+  ~ByteView() { PyBuffer_Release(&view_); }
+  ByteView(const ByteView&) = delete;
+  ByteView& operator=(const ByteView&) = delete;
+
+  const void* data() const { return view_.buf; }
+  size_t size() const { return static_cast<size_t>(view_.len); }
+
+ private:
+  Py_buffer view_;
+};
+
+py::object pop_bytes(tml::Ring& ring) {
+  const auto size = ring.front_size();
+  if (!size) return py::none();
+  auto* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(*size));
+  if (bytes == nullptr) throw py::error_already_set();
+  ring.pop(PyBytes_AS_STRING(bytes), *size);
+  return py::reinterpret_steal<py::object>(bytes);
+}
+
+// What a tick calls: a Python callable, or a capsule's function. It outlives the tick thread.
+class Step {
+ public:
+  explicit Step(py::object target) : target_(std::move(target)) {
+    if (PyCapsule_CheckExact(target_.ptr())) {
+      const char* name = PyCapsule_GetName(target_.ptr());
+      TML_CHECK(PyCapsule_IsValid(target_.ptr(), tml::kTickLaunchCapsule) != 0,
+                "capsule=", name == nullptr ? "unnamed" : name,
+                " expected=", tml::kTickLaunchCapsule);
+      void* pointer = PyCapsule_GetPointer(target_.ptr(), tml::kTickLaunchCapsule);
+      launch_ = *static_cast<tml::TickLaunch*>(pointer);
+    } else if (PyCallable_Check(target_.ptr()) != 0) {
+      launch_ = {&call, nullptr, &leave, this};
+    } else {
+      throw py::type_error("step: expected a callable or a launch capsule, got " +
+                           py::repr(target_).cast<std::string>());
+    }
+  }
+
+  const tml::TickLaunch& launch() const { return launch_; }
+
+  // Raises the step's exception, if there is one, from where the step raised it.
+  void raise_error() const {
+    if (!error_) return;
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(error_.ptr()));
+    Py_INCREF(type);
+    PyErr_Restore(type, py::object(error_).release().ptr(), py::object(trace_).release().ptr());
+    throw py::error_already_set();
+  }
+
+  // For the garbage collector: a step and its traceback usually refer to their own tick thread.
+  int traverse(visitproc visit, void* arg) const {
+    Py_VISIT(target_.ptr());
+    Py_VISIT(error_.ptr());
+    Py_VISIT(trace_.ptr());
+    return 0;
+  }
+  void clear() { target_ = error_ = trace_ = py::object(); }
+
+ private:
+  // The thread keeps one Python thread state for all its ticks, as threading.local expects.
+  static int call(void* ctx, int64_t tick) {
+    auto& self = *static_cast<Step*>(ctx);
+    if (self.state_ == nullptr) {
+      self.gil_ = PyGILState_Ensure();
+    } else {
+      PyEval_RestoreThread(self.state_);
+    }
+    const int code = self.call_with_gil(tick);
+    self.state_ = PyEval_SaveThread();
+    return code;
+  }
+
+  static void leave(void* ctx) {
+    auto& self = *static_cast<Step*>(ctx);
+    if (self.state_ == nullptr) return;
+    PyEval_RestoreThread(self.state_);
+    PyGILState_Release(self.gil_);
+  }
+
+  int call_with_gil(int64_t tick) {
+    try {
+      const py::object step = target_;
+      step(tick);
+      return 0;
+    } catch (py::error_already_set& error) {
+      error_ = error.value();
+      trace_ = error.trace();
+      return 1;
+    }
+  }
+
+  py::object target_, error_, trace_;
+  tml::TickLaunch launch_{};
+  PyThreadState* state_ = nullptr;
+  PyGILState_STATE gil_{};
+};
+
+std::shared_ptr<Step> make_step(py::object target) {
+  // The last owner may be the tick thread, which does not hold the GIL.
+  return {new Step(std::move(target)), [](Step* step) {
+            const py::gil_scoped_acquire gil;
+            delete step;
+          }};
+}
+
+class TickThread {
+ public:
+  TickThread(py::object step, const tml::TickOptions& options)
+      : step_(make_step(std::move(step))), thread_(step_->launch(), step_, options) {}
+
+  ~TickThread() {
+    try {
+      join();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("TickThread");
+    }
+  }
+
+  void start(py::handle self) {
+    // At exit, before the interpreter is torn down: a thread must not ask for the GIL after that.
+    py::cpp_function at_exit([weak = py::weakref(self)] {
+      const py::object object = weak();
+      if (!object.is_none()) object.cast<TickThread&>().join();
+    });
+    {
+      const py::gil_scoped_release no_gil;
+      thread_.start();
+    }
+    py::module_::import("atexit").attr("register")(at_exit);
+    at_exit_ = std::move(at_exit);
+  }
+
+  void stop() {
+    join();
+    raise_failure();
+  }
+
+  py::list drain(const py::object& record_type) {
+    py::list records;
+    while (const auto r = thread_.pop_record()) {
+      records.append(
+          record_type(r->tick, r->scheduled_ns, r->woke_ns, r->done_ns, r->missed, r->skipped));
+    }
+    if (records.empty()) raise_failure();
+    return records;
+  }
+
+  const tml::TickThread& thread() const { return thread_; }
+
+  int traverse(visitproc visit, void* arg) const { return step_->traverse(visit, arg); }
+
+  void clear() {
+    join();
+    step_->clear();
+  }
+
+ private:
+  void join() {
+    {
+      const py::gil_scoped_release no_gil;
+      thread_.stop();
+    }
+    if (at_exit_ && !thread_.running()) {  // a step that stops its own thread is still running
+      py::module_::import("atexit").attr("unregister")(at_exit_);
+      at_exit_ = py::object();
+    }
+  }
+
+  void raise_failure() {
+    const auto failure = thread_.failure();
+    if (!failure) return;
+    step_->raise_error();
+    throw tml::StateError(tml::concat("tick ", failure->tick, ": launch returned ", failure->code,
+                                      failure->text.empty() ? "" : ": ", failure->text));
+  }
+
+  std::shared_ptr<Step> step_;
+  tml::TickThread thread_;
+  py::object at_exit_;
+};
+
+// Teaches the collector about the objects that a TickThread holds in C++.
+void set_up_gc(PyHeapTypeObject* heap_type) {
+  auto* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) -> int {
+    Py_VISIT(Py_TYPE(self));
+    auto* instance = reinterpret_cast<py::detail::instance*>(self);
+    if (!instance->get_value_and_holder().holder_constructed()) return 0;
+    return py::cast<TickThread&>(py::handle(self)).traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) -> int {
+    py::cast<TickThread&>(py::handle(self)).clear();
+    return 0;
+  };
+}
+
+void bind_ring(py::module_& m) {
+  py::class_<tml::Ring>(m, "Ring")
+      .def(py::init<size_t>(), py::arg("capacity_bytes"))
+      .def(
+          "push",
+          [](tml::Ring& ring, py::handle data) {
+            const ByteView view(data);
+            return ring.push(view.data(), view.size());
+          },
+          py::arg("data"))
+      .def("pop", &pop_bytes)
+      .def("__len__", &tml::Ring::size)
+      .def_property_readonly("capacity", &tml::Ring::capacity)
+      .def_property_readonly("max_message", &tml::Ring::max_message)
+      .def_property_readonly("dropped", &tml::Ring::dropped);
+}
+
+void bind_schedule(py::module_& m) {
+  py::class_<tml::Schedule>(m, "Schedule")
+      .def(py::init<int64_t, int64_t>(), py::arg("start_ns"), py::arg("period_ns"))
+      .def("wake_ns", &tml::Schedule::wake_ns, py::arg("tick"))
+      .def("deadline_ns", &tml::Schedule::deadline_ns, py::arg("tick"))
+      .def(
+          "begin",
+          [](tml::Schedule& schedule, int64_t now_ns) {
+            const auto begun = schedule.begin(now_ns);
+            return py::make_tuple(begun.tick, begun.skipped);
+          },
+          py::arg("now_ns"))
+      .def("end", &tml::Schedule::end, py::arg("now_ns"), py::arg("failed") = false)
+      .def_property_readonly("start_ns", &tml::Schedule::start_ns)
+      .def_property_readonly("period_ns", &tml::Schedule::period_ns)
+      .def_property_readonly("next_wake_ns", &tml::Schedule::next_wake_ns)
+      .def_property_readonly("next_tick", &tml::Schedule::next_tick)
+      .def_property_readonly("ticks", &tml::Schedule::ticks)
+      .def_property_readonly("misses", &tml::Schedule::misses)
+      .def_property_readonly("skipped", &tml::Schedule::skipped);
+}
+
+template <auto Member>
+auto reads() {
+  return [](const TickThread& self) { return (self.thread().*Member)(); };
+}
+
+void bind_tick_thread(py::module_& m) {
+  const py::object record_type = py::module_::import("collections")
+                                     .attr("namedtuple")("TickRecord",
+                                                         "tick scheduled_ns woke_ns done_ns missed "
+                                                         "skipped",
+                                                         py::arg("module") = m.attr("__name__"));
+  m.attr("TickRecord") = record_type;
+  py::class_<TickThread>(m, "TickThread", py::custom_type_setup(&set_up_gc))
+      .def(py::init([](py::object step, int64_t period_ns, int64_t spin_ns, int priority,
+                       int64_t max_records) {
+             const tml::TickOptions options{period_ns, spin_ns, priority, max_records};
+             return std::make_unique<TickThread>(std::move(step), options);
+           }),
+           py::arg("step"), py::arg("period_ns"), py::kw_only(), py::arg("spin_ns") = 500'000,
+           py::arg("priority") = 0, py::arg("max_records") = 4096)
+      .def("start", [](py::handle self) { self.cast<TickThread&>().start(self); })
+      .def("stop", &TickThread::stop)
+      .def("drain", [record_type](TickThread& self) { return self.drain(record_type); })
+      .def_property_readonly("start_ns", reads<&tml::TickThread::start_ns>())
+      .def_property_readonly("ticks", reads<&tml::TickThread::ticks>())
+      .def_property_readonly("misses", reads<&tml::TickThread::misses>())
+      .def_property_readonly("skipped", reads<&tml::TickThread::skipped>())
+      .def_property_readonly("records_dropped", reads<&tml::TickThread::records_dropped>())
+      .def_property_readonly("running", reads<&tml::TickThread::running>())
+      .def_property_readonly("scheduling", reads<&tml::TickThread::scheduling>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_tick, m) {
+  m.doc() = "The tick thread's parts: clock, rings, schedule, thread.";
+  m.def("now_ns", &tml::now_ns, "CLOCK_MONOTONIC in nanoseconds.");
+  bind_ring(m);
+  bind_schedule(m);
+  bind_tick_thread(m);
+}

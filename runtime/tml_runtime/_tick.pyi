@@ -1,0 +1,139 @@
+"""The tick thread's parts: clock, rings, schedule, thread. All times are CLOCK_MONOTONIC ns."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from typing_extensions import Buffer, CapsuleType
+
+def now_ns() -> int: ...
+
+class Ring:
+    """A bounded queue of byte messages, lock-free between one producer and one consumer thread.
+
+    Holds `capacity_bytes` rounded up to a power of two (at most 2**31); a message costs its length
+    and 4 bytes. Neither side waits. Python threads may share a side: the GIL makes them take turns.
+    """
+
+    def __init__(self, capacity_bytes: int) -> None: ...
+    def push(self, data: Buffer) -> bool:
+        """Copies the bytes in; False, and `dropped` counts it, when there is no room now.
+
+        ValueError for more than `max_message` bytes, which would never fit.
+        """
+
+    def pop(self) -> bytes | None:
+        """The oldest message, or None."""
+
+    def __len__(self) -> int:
+        """Messages inside."""
+
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def max_message(self) -> int: ...
+    @property
+    def dropped(self) -> int: ...
+
+class Schedule:
+    """When ticks run and which are late, for any clock: the caller says what time it is.
+
+    Tick n runs at start + (n + 1) * period and is missed when not done by start + (n + 2) * period.
+    A tick whose time has wholly passed before it began is skipped, and is a miss.
+    """
+
+    def __init__(self, start_ns: int, period_ns: int) -> None: ...
+    def wake_ns(self, tick: int) -> int: ...
+    def deadline_ns(self, tick: int) -> int: ...
+    def begin(self, now_ns: int) -> tuple[int, int]:
+        """(tick to run now, how many directly before it are skipped).
+
+        ValueError before `next_wake_ns`; RuntimeError while a tick has not ended.
+        """
+
+    def end(self, now_ns: int, failed: bool = False) -> bool:
+        """Whether the tick that began last is missed: late or failed."""
+
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def period_ns(self) -> int: ...
+    @property
+    def next_wake_ns(self) -> int: ...
+    @property
+    def next_tick(self) -> int: ...
+    @property
+    def ticks(self) -> int:
+        """All that are over: run or skipped."""
+
+    @property
+    def misses(self) -> int:
+        """Of these: late, failed or skipped."""
+
+    @property
+    def skipped(self) -> int:
+        """Of these: never run."""
+
+class TickRecord(NamedTuple):
+    """One tick that ran. Ticks `tick - skipped` to `tick - 1` never ran, and are missed too."""
+
+    tick: int
+    scheduled_ns: int  # start + (tick + 1) * period, exactly
+    woke_ns: int  # >= scheduled_ns; a Python step begins once it also has the GIL
+    done_ns: int
+    missed: bool  # done after scheduled_ns + period, or failed
+    skipped: int
+
+class TickThread:
+    """Calls `step(tick)` on a thread of its own at the times of a Schedule that begins with start().
+
+    `step` is a callable, or a capsule (csrc/tick/launch.h; `tml_kernels._cuda.graph_launch`) whose C
+    function is called without the GIL. The thread sleeps until `spin_ns` before the time, then
+    spins. `priority` 1..99 asks for SCHED_FIFO, or else for a lower nice value; `scheduling` tells
+    what was granted. At least `max_records` records wait for drain(); newer ones that find no room
+    are dropped and counted in `records_dropped`, while the counters go on.
+
+    A step that raises ends the thread: stop() raises its exception, and so does drain() once the
+    records are drained. A C function's code other than 0 is a RuntimeError in the same way.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[int], object] | CapsuleType,
+        period_ns: int,
+        *,
+        spin_ns: int = 500_000,
+        priority: int = 0,
+        max_records: int = 4096,
+    ) -> None: ...
+    def start(self) -> None:
+        """Once in a lifetime: RuntimeError after that, and after stop()."""
+
+    def stop(self) -> None:
+        """From any thread, any number of times: no step runs after it returned.
+
+        Within the step it only asks. The interpreter stops a running thread when it exits.
+        """
+
+    def drain(self) -> list[TickRecord]:
+        """Takes the records of the ticks that ran since the last call."""
+
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def ticks(self) -> int:
+        """All that are over: run or skipped."""
+
+    @property
+    def misses(self) -> int:
+        """Of these: late, failed or skipped."""
+
+    @property
+    def skipped(self) -> int:
+        """Of these: never run."""
+
+    @property
+    def records_dropped(self) -> int: ...
+    @property
+    def running(self) -> bool: ...
+    @property
+    def scheduling(self) -> str: ...

@@ -1,0 +1,99 @@
+"""tml_kernels._cuda: its refusals anywhere, its kernels and graph launch on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tml_runtime._tick import TickThread
+
+_cuda = pytest.importorskip("tml_kernels._cuda", reason="built without nvcc")
+
+
+def test_device_info_without_torch() -> None:
+    info = _cuda.device_info()
+    assert info["runtime_version"] >= 12000
+    assert info["num_devices"] == torch.cuda.device_count()
+    assert (info["error"] is None) == (info["num_devices"] > 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: _cuda.stream_read(16, 15, 16, 1, 0), "num_bytes=15"),
+        (lambda: _cuda.stream_read(16, -16, 16, 1, 0), "num_bytes=-16"),
+        (lambda: _cuda.stream_read(8, 16, 16, 1, 0), "data=0x8"),
+        (lambda: _cuda.stream_read(0, 16, 16, 1, 0), "data=null"),
+        (lambda: _cuda.stream_read(16, 16, 0, 1, 0), "out=0"),
+        (lambda: _cuda.stream_read(16, 16, 2, 1, 0), "out=0x2"),
+        (lambda: _cuda.stream_read(16, 16, 16, 0, 0), "num_blocks=0"),
+        (lambda: _cuda.graph_launch(0, 0, 0), "graph_exec=0"),
+    ],
+)
+def test_bad_value(call: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_no_device_is_a_runtime_error() -> None:
+    with pytest.raises(RuntimeError, match=r"stream_read\.cu:\d+: cudaGetDevice.*: cudaError"):
+        _cuda.stream_read_num_blocks()
+    with pytest.raises(RuntimeError, match=r"graph_launch\.cpp:\d+: cudaGetDeviceCount"):
+        _cuda.graph_launch(16, 0, 0)
+
+
+TILE = 256 * 8 * 16  # bytes that a block reads at a time
+
+
+@pytest.mark.gpu
+# Nothing, one vector, around one tile, several tiles with a partial one, more tiles than blocks.
+@pytest.mark.parametrize(
+    "num_bytes", [0, 16, TILE - 16, TILE, TILE + 16, 7 * TILE + 48, 2**28 + 16]
+)
+def test_stream_read_reads_every_word_once(num_bytes: int) -> None:
+    words = torch.randint(-(2**31), 2**31, (num_bytes // 4,), dtype=torch.int32, device="cuda")
+    for num_blocks in (1, 3, _cuda.stream_read_num_blocks()):
+        out = torch.full((num_blocks,), -1, dtype=torch.int32, device="cuda")
+        stream = torch.cuda.current_stream().cuda_stream
+        _cuda.stream_read(words.data_ptr(), num_bytes, out.data_ptr(), num_blocks, stream)
+        assert xor(out) == xor(words)
+
+
+def xor(words: torch.Tensor) -> int:
+    while len(words) > 1:
+        if len(words) % 2:
+            words = torch.cat([words, words.new_zeros(1)])
+        words = words[: len(words) // 2] ^ words[len(words) // 2 :]
+    return int(words[0]) if len(words) else 0
+
+
+@pytest.mark.gpu
+def test_tick_thread_launches_a_graph() -> None:
+    count = torch.zeros(1, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    stream = torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        count += 1
+    graph.instantiate()
+    capsule = _cuda.graph_launch(graph.raw_cuda_graph_exec(), stream.cuda_stream, 0)
+    thread = TickThread(capsule, 2_000_000)
+    thread.start()
+    end = time.monotonic() + 30
+    while thread.ticks < 100 and time.monotonic() < end:
+        time.sleep(0.001)
+    thread.stop()
+    records = thread.drain()
+    assert thread.ticks >= 100
+    # Each launch had ended on the GPU when its record was made.
+    assert int(count) == len(records) == thread.ticks - thread.skipped
+
+
+@pytest.mark.gpu
+def test_graph_launch_refuses_a_device_that_is_not_there() -> None:
+    num_devices = torch.cuda.device_count()
+    with pytest.raises(ValueError, match=f"device={num_devices} num_devices={num_devices}"):
+        _cuda.graph_launch(16, 0, num_devices)

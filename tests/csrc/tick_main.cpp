@@ -1,0 +1,197 @@
+// The tick thread's parts under the sanitizers, without Python. Exits with 0, or prints what
+// failed.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "tick/clock.h"
+#include "tick/ring.h"
+#include "tick/schedule.h"
+#include "tick/tick_thread.h"
+
+namespace {
+
+constexpr int64_t kMs = 1'000'000;
+
+void expect(bool cond, const char* what) {
+  if (cond) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+template <typename E, typename F>
+void expect_throws(F&& f, const char* what) {
+  try {
+    f();
+  } catch (const E&) {
+    return;
+  }
+  expect(false, what);
+}
+
+// Message i has a length and bytes that only i decides.
+std::vector<unsigned char> message(uint32_t i, size_t max_size) {
+  std::minstd_rand rng(i + 1);
+  std::vector<unsigned char> bytes(rng() % (max_size + 1));
+  for (auto& byte : bytes) byte = static_cast<unsigned char>(rng());
+  return bytes;
+}
+
+// The producer repeats what is refused, so all messages arrive; each refusal is counted.
+void stress_ring(size_t capacity, uint32_t num_messages) {
+  tml::Ring ring(capacity);
+  uint64_t refused = 0;
+  std::thread producer([&] {
+    for (uint32_t i = 0; i < num_messages; ++i) {
+      const auto bytes = message(i, ring.max_message());
+      while (!ring.push(bytes.data(), bytes.size())) {
+        ++refused;
+        std::this_thread::yield();
+      }
+    }
+  });
+  for (uint32_t i = 0; i < num_messages; ++i) {
+    std::optional<size_t> size;
+    while (!(size = ring.front_size())) std::this_thread::yield();
+    expect(ring.size() <= ring.capacity() / tml::Ring::kHeader, "ring: a possible size");
+    std::vector<unsigned char> bytes(*size);
+    ring.pop(bytes.data(), bytes.size());
+    expect(bytes == message(i, ring.max_message()), "ring: messages arrive whole and in order");
+  }
+  producer.join();
+  expect(!ring.front_size() && ring.size() == 0, "ring: empty at the end");
+  expect(ring.dropped() == refused, "ring: every refusal counted");
+}
+
+void fuzz_schedule() {
+  std::minstd_rand rng(7);
+  for (int round = 0; round < 200; ++round) {
+    const int64_t period = 1 + rng() % 50;
+    tml::Schedule schedule(rng() % 1000, period);
+    int64_t now = 0, last = -1, misses = 0;
+    for (int i = 0; i < 200; ++i) {
+      now = std::max(now, schedule.next_wake_ns()) + rng() % (3 * period);
+      const auto begun = schedule.begin(now);
+      expect(schedule.wake_ns(begun.tick) <= now, "schedule: not early");
+      expect(now < schedule.deadline_ns(begun.tick), "schedule: in its own period");
+      expect(begun.skipped == begun.tick - last - 1, "schedule: no tick is lost");
+      now += rng() % (3 * period);
+      const bool missed = schedule.end(now);
+      expect(missed == (now > schedule.deadline_ns(begun.tick)), "schedule: late is missed");
+      misses += begun.skipped + missed;
+      last = begun.tick;
+    }
+    expect(schedule.ticks() == last + 1 && schedule.misses() == misses, "schedule: counters");
+  }
+  tml::Schedule far(INT64_MAX - 1, INT64_MAX);
+  expect(far.deadline_ns(INT64_MAX) == INT64_MAX, "schedule: times saturate");
+  expect_throws<tml::Error>([] { tml::Schedule(0, 0); }, "schedule: a period of 0 is refused");
+}
+
+struct Work {
+  std::atomic<int64_t> launches{0}, finishes{0};
+  int64_t fail_at = -1;  // the tick from which on launch fails
+
+  static int launch(void* ctx, int64_t tick) {
+    auto& work = *static_cast<Work*>(ctx);
+    ++work.launches;
+    return work.fail_at >= 0 && tick >= work.fail_at ? 5 : 0;
+  }
+  static const char* describe(void*, int code) { return code == 5 ? "five" : "?"; }
+  static void finish(void* ctx) { ++static_cast<Work*>(ctx)->finishes; }
+
+  tml::TickLaunch tick_launch() { return {&launch, &describe, &finish, this}; }
+};
+
+tml::TickOptions every(int64_t period_ns) {
+  tml::TickOptions options{};
+  options.period_ns = period_ns;
+  options.spin_ns = period_ns / 4;
+  options.max_records = 1024;
+  return options;
+}
+
+// Starts, drains while it runs, and stops from several threads at once.
+void run_thread() {
+  const auto work = std::make_shared<Work>();
+  tml::TickThread thread(work->tick_launch(), work, every(kMs));
+  thread.start();
+  int64_t next = 0, missed = 0, drained = 0;
+  const auto drain = [&] {
+    while (const auto r = thread.pop_record()) {
+      expect(r->tick - r->skipped == next, "thread: every tick number once");
+      expect(r->scheduled_ns == thread.start_ns() + (r->tick + 1) * kMs, "thread: exact times");
+      expect(r->woke_ns >= r->scheduled_ns && r->done_ns >= r->woke_ns, "thread: never early");
+      next = r->tick + 1;
+      missed += r->skipped + r->missed;
+      ++drained;
+    }
+  };
+  while (thread.ticks() < 100) {
+    drain();
+    expect(thread.running() && !thread.failure(), "thread: runs");
+    tml::sleep_until_ns(tml::now_ns() + kMs);
+  }
+  std::vector<std::thread> stoppers;
+  for (int i = 0; i < 4; ++i) stoppers.emplace_back([&] { thread.stop(); });
+  for (auto& stopper : stoppers) stopper.join();
+  drain();
+  expect(!thread.running() && work->finishes == 1, "thread: finished once");
+  expect(next == thread.ticks() && missed == thread.misses(), "thread: records equal counters");
+  expect(drained == work->launches && thread.records_dropped() == 0, "thread: a record per launch");
+  expect_throws<tml::StateError>([&] { thread.start(); }, "thread: restart is refused");
+}
+
+void fail_thread() {
+  const auto work = std::make_shared<Work>();
+  work->fail_at = 2;
+  tml::TickThread thread(work->tick_launch(), work, every(kMs));
+  thread.start();
+  while (thread.running()) std::this_thread::yield();
+  const auto failure = thread.failure();
+  expect(failure && failure->tick >= 2 && failure->code == 5 && failure->text == "five",
+         "failure: told");
+  thread.stop();
+  expect(work->finishes == 1, "failure: finished once");
+}
+
+// The launch destroys the object that its own thread belongs to.
+struct Suicide {
+  std::unique_ptr<tml::TickThread> thread;
+  std::atomic<bool> started{false};
+
+  static int launch(void* ctx, int64_t) {
+    auto& self = *static_cast<Suicide*>(ctx);
+    while (!self.started) std::this_thread::yield();
+    self.thread.reset();
+    return 0;
+  }
+};
+
+void destroy_in_launch() {
+  auto suicide = std::make_shared<Suicide>();
+  const std::weak_ptr<Suicide> gone = suicide;
+  suicide->thread = std::make_unique<tml::TickThread>(
+      tml::TickLaunch{&Suicide::launch, nullptr, nullptr, suicide.get()}, suicide, every(kMs));
+  suicide->thread->start();
+  suicide->started = true;
+  suicide.reset();
+  while (!gone.expired()) std::this_thread::yield();
+}
+
+}  // namespace
+
+int main() {
+  stress_ring(16, 20'000);
+  stress_ring(64, 20'000);
+  stress_ring(4096, 1000);
+  fuzz_schedule();
+  run_thread();
+  fail_thread();
+  for (int i = 0; i < 20; ++i) destroy_in_launch();
+  std::puts("ok");
+}

@@ -1,0 +1,33 @@
+"""CUDA launchers of tml_kernels: raw pointers, sizes and a stream, as integers.
+
+A pointer is `tensor.data_ptr()`, a stream `torch.cuda.Stream.cuda_stream`. A value that cannot be
+accepted is a ValueError, a CUDA call that fails a RuntimeError with its file, line and reason.
+"""
+
+from typing import TypedDict
+
+from typing_extensions import CapsuleType
+
+class DeviceInfo(TypedDict):
+    runtime_version: int  # 13000: the CUDA runtime that this module carries
+    driver_version: int | None  # None: no driver
+    num_devices: int
+    error: str | None  # why there is no device
+
+def device_info() -> DeviceInfo: ...
+def stream_read_num_blocks() -> int:
+    """Blocks that the current device runs at once; the grid to give to stream_read."""
+
+def stream_read(data_ptr: int, num_bytes: int, out_ptr: int, num_blocks: int, stream: int) -> None:
+    """Reads `num_bytes` once: what a kernel that streams weights can hope for is the time of this.
+
+    data_ptr is 16-byte aligned, num_bytes a multiple of 16; out is uint32 [num_blocks], in which
+    each block leaves the XOR of the 32-bit words it read. Asynchronous, on the current device.
+    """
+
+def graph_launch(graph_exec: int, stream: int, device: int) -> CapsuleType:
+    """A captured graph as the step of `tml_runtime._tick.TickThread`, without Python on its path.
+
+    Each tick launches it, records an event and sleeps until the GPU is done. `graph_exec` is
+    `torch.cuda.CUDAGraph.raw_cuda_graph_exec()`; graph and stream must outlive the capsule.
+    """
