@@ -7,6 +7,7 @@ and compared afterwards. `SH` is one axis of S * H rows, `S1` one of S + 1 rows,
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 
@@ -17,12 +18,16 @@ _AXIS = re.compile(r"[A-Z]+1?|[0-9]+")
 
 
 @functools.cache
-def _axes(name: str) -> tuple[str, ...]:
-    axes: list[str] = []
+def _axes(name: str) -> tuple[tuple[str, int], ...]:
+    """(letters, extra rows) of every axis; no letters means exactly that many rows."""
+    axes: list[tuple[str, int]] = []
     for token in reversed(name.split("_")):
         if not _AXIS.fullmatch(token):
             break
-        axes.append(token)
+        if token.isdigit():
+            axes.append(("", int(token)))
+        else:
+            axes.append((token.removesuffix("1"), int(token.endswith("1"))))
     assert axes, f"{name!r} has no axis letters"
     return tuple(reversed(axes))
 
@@ -73,29 +78,25 @@ class Dims(Mapping[str, int]):
                 )
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        axes = _axes(name)
+        axes, bound = _axes(name), self._size
         if len(axes) != len(shape):
-            raise ValueError(f"{name}: expected {len(axes)} axes ({', '.join(axes)}), got {shape}")
-        for axis, size in zip(axes, shape, strict=True):
-            expected = self._expected(axis)
-            if expected is None:
-                letter, extra = axis.removesuffix("1"), int(axis.endswith("1"))
+            wanted = ", ".join(_spell(*axis) for axis in axes)
+            raise ValueError(f"{name}: expected {len(axes)} axes ({wanted}), got {shape}")
+        for (letters, extra), size in zip(axes, shape, strict=True):
+            if len(letters) == 1 and letters not in bound:
                 if size < extra:
-                    raise ValueError(f"{name}: axis {axis} needs at least one row; shape {shape}")
-                self._size[letter] = size - extra
-            elif size != expected:
+                    raise ValueError(f"{name}: {letters}1 needs at least one row; shape {shape}")
+                bound[letters] = size - extra
+                continue
+            expected = extra
+            if letters:
+                expected += math.prod(bound[letter] for letter in letters)
+            if size != expected:
+                axis = _spell(letters, extra)
                 raise ValueError(
                     f"{name}: {axis}={size}, but {axis}={expected} was bound earlier; shape {shape}"
                 )
 
-    def _expected(self, axis: str) -> int | None:
-        if axis.isdigit():
-            return int(axis)
-        letters, extra = axis.removesuffix("1"), int(axis.endswith("1"))
-        if any(letter not in self._size for letter in letters):
-            assert len(letters) == 1, f"axis {axis}: bind each of its letters first"
-            return None
-        size = 1
-        for letter in letters:
-            size *= self._size[letter]
-        return size + extra
+
+def _spell(letters: str, extra: int) -> str:
+    return letters + "1" * extra if letters else str(extra)
