@@ -8,6 +8,8 @@ from torch import Tensor
 # Rows of every matrix product on the CPU path. BLAS picks another kernel, with another summation
 # order, for another row count; with one fixed count a row's bits do not depend on its neighbours.
 ROW_BLOCK = 8
+# Under 12 output columns, MKL takes a kernel whose rows differ by position where D % 4 != 0.
+MIN_COLUMNS = 16
 
 
 def row_blocked_matmul(x_T_D: Tensor, weight_F_D: Tensor) -> Tensor:
@@ -19,11 +21,17 @@ def row_blocked_matmul(x_T_D: Tensor, weight_F_D: Tensor) -> Tensor:
     if x_T_D.dtype == torch.float64:
         return x_T_D @ weight_F_D.T
     num_rows, width = x_T_D.shape
-    out_T_F = x_T_D.new_empty(num_rows, weight_F_D.shape[0])
+    num_columns = weight_F_D.shape[0]
+    if num_columns < MIN_COLUMNS:
+        weight_F_D = torch.nn.functional.pad(weight_F_D, (0, 0, 0, MIN_COLUMNS - num_columns))
+    padded_rows = -(-num_rows // ROW_BLOCK) * ROW_BLOCK
+    if padded_rows > num_rows or not x_T_D.is_contiguous():
+        padded_P_D = x_T_D.new_zeros(padded_rows, width)
+        padded_P_D[:num_rows] = x_T_D
+    else:
+        padded_P_D = x_T_D
+    out_P_F = x_T_D.new_empty(padded_rows, weight_F_D.shape[0])
     weight_D_F = weight_F_D.T
-    for start in range(0, num_rows, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, num_rows)
-        block = x_T_D.new_zeros(ROW_BLOCK, width)
-        block[: stop - start] = x_T_D[start:stop]
-        out_T_F[start:stop] = torch.mm(block, weight_D_F)[: stop - start]
-    return out_T_F
+    for x_8_D, out_8_F in zip(padded_P_D.split(ROW_BLOCK), out_P_F.split(ROW_BLOCK), strict=True):
+        torch.mm(x_8_D, weight_D_F, out=out_8_F)
+    return out_P_F[:num_rows, :num_columns].contiguous()

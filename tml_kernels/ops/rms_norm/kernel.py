@@ -2,6 +2,8 @@
 
 # Dimension key: T tokens, D model width.
 
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tml_kernels._philox import FLOW_STREAM, normal
+from tml_kernels.ops.flow_head import FlowWeights, flow_head
+from tml_kernels.ops.flow_head.cases import EDGE, MODEL, Case
+from tml_kernels.ops.flow_head.reference import flow_head_ref
+from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
+
+SMALL = Case(5, 32, 16, 2, 8, num_steps=3)
+PER_ROW = ("cond_S_D", "seed_S", "counter_S")
+
+
+def check(case: Case, device: str) -> None:
+    inputs = case.make_inputs(device)
+    out = flow_head(**inputs)
+    assert out.dtype == torch.float32
+    assert_matches(out, flow_head_ref(**inputs))
+
+
+@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+def test_public(case: Case) -> None:
+    check(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+def test_gpu(case: Case) -> None:
+    check(case, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_used_in_float32(dtype: torch.dtype) -> None:
+    check(Case(3, 32, 16, 2, 8, dtype=dtype), "cpu")
+
+
+def velocity(x: Tensor, t: float, c: Tensor, w: FlowWeights) -> Tensor:
+    """v(x, t, c) of one row, written block by block in float64; c is in head width."""
+    width = c.shape[0]
+    index = torch.arange(0, width, 2, dtype=torch.float64)
+    freq = 10000.0 ** (-index / width)
+    wave = torch.cat([torch.cos(1000 * t * freq), torch.sin(1000 * t * freq)])
+    time = functional.silu(w.time_in_W_W @ wave + w.time_in_bias_W)
+    act = functional.silu(c + w.time_out_W_W @ time + w.time_out_bias_W)
+    h = w.input_W_B @ x + w.input_bias_W
+
+    def norm(h: Tensor) -> Tensor:
+        return (h - h.mean()) / torch.sqrt(h.var(correction=0) + 1e-6)
+
+    for i in range(w.up_L_U_W.shape[0]):
+        shift, scale, gate = (w.mod_L_3_W_W[i, j] @ act + w.mod_bias_L_3_W[i, j] for j in range(3))
+        y = functional.silu(w.up_L_U_W[i] @ (norm(h) * (1 + scale) + shift) + w.up_bias_L_U[i])
+        h = h + gate * (w.down_L_W_U[i] @ y + w.down_bias_L_W[i])
+    shift, scale = (w.final_mod_2_W_W[j] @ act + w.final_mod_bias_2_W[j] for j in range(2))
+    return w.output_B_W @ (norm(h) * (1 + scale) + shift) + w.output_bias_B
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.7, 0.0])
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_reference_is_euler_over_the_velocity(guidance: float, num_steps: int) -> None:
+    inputs = Case(3, 20, 12, 3, 6, num_steps=num_steps, guidance=guidance).make_inputs("cpu")
+    w = FlowWeights(*(tensor.double() for tensor in inputs["weights"]))
+    out = flow_head_ref(**inputs)
+    noise = normal(inputs["seed_S"], inputs["counter_S"], 6, FLOW_STREAM, torch.float64)
+    for s in range(3):
+        x, c = noise[s], w.cond_W_D @ inputs["cond_S_D"][s].double() + w.cond_bias_W
+        for n in range(num_steps):
+            t = n / num_steps
+            v, null = velocity(x, t, c, w), velocity(x, t, w.null_W, w)
+            x = x + (guidance * v + (1 - guidance) * null) / num_steps
+        torch.testing.assert_close(out[s], x, rtol=1e-9, atol=1e-9)
+
+
+def test_constant_velocity_carries_the_noise_by_it() -> None:
+    inputs = SMALL.make_inputs("cpu")
+    weights = inputs["weights"]._replace(output_B_W=torch.zeros(8, 16))
+    out = flow_head(**inputs | {"weights": weights})
+    noise = normal(inputs["seed_S"], inputs["counter_S"], 8, FLOW_STREAM, torch.float64)
+    assert_matches(out, noise + weights.output_bias_B.double())
+
+
+def test_condition_time_seed_and_counter_all_matter() -> None:
+    inputs = SMALL.make_inputs("cpu")
+    base = flow_head(**inputs)
+    for change in (
+        {"cond_S_D": inputs["cond_S_D"] + 0.5},
+        {"seed_S": inputs["seed_S"] + 1},
+        {"counter_S": inputs["counter_S"] + 1},
+        {"num_steps": 4},
+        {"guidance": 1.1},
+    ):
+        assert relative_l2(flow_head(**inputs | change), base) > 1e-3, change
+
+
+def test_guidance_one_reads_no_null_condition() -> None:
+    inputs = SMALL.make_inputs("cpu")
+    expected = flow_head(**inputs)
+    poisoned = inputs["weights"]._replace(null_W=torch.full((16,), math.nan))
+    assert_bitwise(flow_head(**inputs | {"weights": poisoned}), expected)
+    assert flow_head(**inputs | {"weights": poisoned, "guidance": 2.0}).isnan().all()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_row_does_not_depend_on_neighbours(guidance: float) -> None:
+    inputs = Case(19, 64, 32, 2, 80, guidance=guidance).make_inputs("cpu")
+    together = flow_head(**inputs)
+    for s in range(19):
+        alone = inputs | {name: inputs[name][s : s + 1].clone() for name in PER_ROW}
+        assert_bitwise(flow_head(**alone), together[s : s + 1])
+
+
+def test_nan_row_stays_in_its_row() -> None:
+    inputs = SMALL.make_inputs("cpu")
+    expected = flow_head(**inputs)
+    inputs["cond_S_D"][2, 3] = math.nan
+    out = flow_head(**inputs)
+    others = [0, 1, 3, 4]
+    assert out[2].isnan().all()
+    assert_bitwise(out[others], expected[others])
+
+
+def test_writes_into_out() -> None:
+    inputs = SMALL.make_inputs("cpu")
+    out = torch.empty(5, 8)
+    assert flow_head(**inputs, out_S_B=out) is out
+    assert_bitwise(out, flow_head(**inputs))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_opcheck(guidance: float) -> None:
+    inputs = SMALL.make_inputs("cpu") | {"guidance": guidance}
+    inputs["weights"] = list(inputs["weights"])
+    args = (*inputs.values(), torch.empty(5, 8))
+    torch.library.opcheck(torch.ops.tml_kernels.flow_head.default, args)
+
+
+def test_cost_reads_every_matrix_once() -> None:
+    weights = Case(1, 48, 16, 2, 8).make_weights("cpu")
+    sizes = {name: tensor.numel() for name, tensor in weights._asdict().items()}
+    matrices = sum(size for name, size in sizes.items() if "bias" not in name)
+    assert Case(0, 48, 16, 2, 8).cost().bytes == 4 * (matrices - 16)  # all but the null condition
+
+
+def weights_with(**change: Tensor) -> dict:
+    return {"weights": SMALL.make_weights("cpu")._replace(**change)}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"cond_S_D": torch.zeros(5, 33)}, ValueError, "cond_W_D: D=32, but D=33"),
+        ({"cond_S_D": torch.zeros(5, 32).double()}, TypeError, "cond_S_D.*float64"),
+        ({"weights": (torch.zeros(3),)}, TypeError, "weights: .*FlowWeights, got tuple"),
+        (weights_with(null_W=torch.zeros(15)), ValueError, "null_W: W=15, but W=16"),
+        (weights_with(null_W=None), TypeError, "null_W.*NoneType"),  # type: ignore
+        (weights_with(input_W_B=torch.zeros(16, 8).half()), TypeError, "input_W_B.*float16"),
+        (weights_with(mod_L_3_W_W=torch.zeros(2, 2, 16, 16)), ValueError, "mod_L_3_W_W: 3=2"),
+        (weights_with(up_L_U_W=torch.zeros(3, 64, 16)), ValueError, "up_L_U_W: L=3, but L=2"),
+        (weights_with(down_L_W_U=torch.zeros(2, 16, 63)), ValueError, "down_L_W_U: U=63, but U=64"),
+        (weights_with(output_bias_B=torch.zeros(9)), ValueError, "output_bias_B: B=9, but B=8"),
+        ({"seed_S": torch.zeros(5).int()}, TypeError, "seed_S.*int32"),
+        ({"counter_S": torch.zeros(4).long()}, ValueError, "counter_S: S=4, but S=5"),
+        ({"num_steps": 0}, ValueError, "num_steps.*got 0"),
+        ({"guidance": math.inf}, ValueError, "guidance.*inf"),
+        ({"out_S_B": torch.zeros(5, 8).bfloat16()}, TypeError, "out_S_B.*bfloat16"),
+        ({"cond_S_D": torch.zeros(5, 32, requires_grad=True)}, RuntimeError, "no backward"),
+    ],
+)
+def test_bad_input(change: dict, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        flow_head(**SMALL.make_inputs("cpu") | change)
+
+
+def test_odd_head_width_is_refused() -> None:
+    with pytest.raises(ValueError, match="even head width, got W=15"):
+        flow_head(**Case(1, 32, 15, 2, 8).make_inputs("cpu"))

@@ -1,0 +1,1 @@
+from .api import attention_prologue as attention_prologue

@@ -1,0 +1,1 @@
+from .api import expert_mlp as expert_mlp

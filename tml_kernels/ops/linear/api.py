@@ -1,0 +1,103 @@
+"""linear: check, choose, launch."""
+
+# Dimension key: T tokens, D input width, F rows of the weight, or output width.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._dims import Dims
+from ..._registry import refuse_grad, register_op
+from ...precision import ACTIVATIONS
+from .reference import linear_ref
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    activation: str | None,
+    num_valid: int | None,
+    out: Tensor,
+) -> None:
+    result = linear_ref(
+        x,
+        weight,
+        bias_F=bias,
+        residual_T_F=residual,
+        scale=scale,
+        activation=activation,
+        num_valid=num_valid,
+        dtype=torch.float32,
+    )
+    out.copy_(result)
+
+
+_op = register_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float scale, "
+    "str? activation, int? num_valid, Tensor(a!) out) -> ()",
+    plain=_plain,
+)
+
+
+def linear(
+    x_T_D: Tensor,
+    weight_F_D: Tensor,
+    *,
+    bias_F: Tensor | None = None,
+    residual_T_F: Tensor | None = None,
+    scale: float = 1.0,
+    activation: str | None = None,
+    num_valid: int | None = None,
+    out_dtype: torch.dtype | None = None,
+    out_T_F: Tensor | None = None,
+) -> Tensor:
+    """act(scale * x W^T + bias) + residual, for few rows against a large weight.
+
+    activation "swiglu": the weight's rows interleave gate and up (g0, u0, g1, u1, ...), the output
+    and the residual are F / 2 wide and hold silu(gate) * up (+ residual). `num_valid`: the columns
+    from there on are -inf (the padding rows of an unembedding), whatever the weight holds.
+
+    x: [T, D], float32, bfloat16 or float16; weight, bias: float32 or x's dtype; residual and out:
+    any of the three; out has `out_dtype`, x's dtype by default. Accumulates in float32 and rounds
+    once. Deterministic; row t depends on row t and the weights alone. `out_T_F` may be
+    `residual_T_F`, not `x_T_D`. Raises TypeError or ValueError naming the argument.
+
+    Source of swiglu: Shazeer, "GLU Variants Improve Transformer", 2020, equation 5.
+    """
+    dims = Dims()
+    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    dims.check(weight_F_D=weight_F_D, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
+    if bias_F is not None:
+        dims.check(bias_F=bias_F, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
+    out_dims = Dims(T=dims["T"], F=_output_width(dims["F"], activation, num_valid))
+    if residual_T_F is not None:
+        out_dims.check(residual_T_F=residual_T_F, dtype=ACTIVATIONS, device=x_T_D.device)
+    if out_dtype is not None and out_dtype not in ACTIVATIONS:
+        raise TypeError(f"out_dtype: expected float32, bfloat16 or float16, got {out_dtype}")
+    if out_T_F is None:
+        out_T_F = x_T_D.new_empty(dims["T"], out_dims["F"], dtype=out_dtype or x_T_D.dtype)
+    else:
+        wanted = ACTIVATIONS if out_dtype is None else out_dtype
+        out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
+    refuse_grad(x_T_D, weight_F_D, bias_F, residual_T_F)
+    if out_T_F.numel() > 0:
+        _op(x_T_D, weight_F_D, bias_F, residual_T_F, scale, activation, num_valid, out_T_F)
+    return out_T_F
+
+
+def _output_width(num_rows: int, activation: str | None, num_valid: int | None) -> int:
+    if activation not in (None, "swiglu"):
+        raise ValueError(f"activation: expected None or 'swiglu', got {activation!r}")
+    if activation == "swiglu":
+        if num_rows % 2:
+            raise ValueError(f"weight_F_D: swiglu needs an even number of rows, got F={num_rows}")
+        if num_valid is not None:
+            raise ValueError(f"num_valid: not with activation='swiglu', got {num_valid}")
+        return num_rows // 2
+    if num_valid is not None and not 0 < num_valid <= num_rows:
+        raise ValueError(f"num_valid: expected 1..{num_rows}, got {num_valid}")
+    return num_rows

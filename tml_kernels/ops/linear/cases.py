@@ -1,0 +1,102 @@
+"""Inputs of linear for tests and benchmarks, and what each must move at least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ...testing import Cost, randn
+
+
+@dataclass(frozen=True)
+class Case:
+    num_tokens: int
+    width: int  # D
+    rows: int  # of the weight
+    bias: bool = False
+    residual: bool = False
+    scale: float = 1.0
+    activation: str | None = None
+    num_valid: int | None = None
+    out_dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        kind = self.activation or (f"valid{self.num_valid}" if self.num_valid else "plain")
+        extra = ("-bias" if self.bias else "") + ("-add" if self.residual else "")
+        return (
+            f"T{self.num_tokens}-D{self.width}-F{self.rows}-{kind}{extra}-"
+            f"{str(self.dtype).removeprefix('torch.')}"
+        )
+
+    @property
+    def out_width(self) -> int:
+        return self.rows // 2 if self.activation == "swiglu" else self.rows
+
+    def make_inputs(self, device: str) -> dict:
+        # The weight is drawn on the device: the unembedding has 0.8 G values.
+        weight = torch.randn(self.rows, self.width, device=device, dtype=self.dtype)
+        residual = (self.num_tokens, self.out_width)
+        return {
+            "x_T_D": randn(self.num_tokens, self.width, device=device, dtype=self.dtype),
+            "weight_F_D": weight.mul_(max(self.width, 1) ** -0.5),
+            "bias_F": randn(self.rows, device=device) if self.bias else None,
+            "residual_T_F": randn(*residual, device=device, dtype=self.dtype)
+            if self.residual
+            else None,
+            "scale": self.scale,
+            "activation": self.activation,
+            "num_valid": self.num_valid,
+        }
+
+    def cost(self) -> Cost:
+        size, out_size = self.dtype.itemsize, (self.out_dtype or self.dtype).itemsize
+        moved = size * (self.rows * self.width + self.num_tokens * self.width)
+        moved += self.num_tokens * self.out_width * (out_size + (size if self.residual else 0))
+        return Cost(
+            bytes=moved + (4 * self.rows if self.bias else 0),
+            flops=2 * self.num_tokens * self.rows * self.width,
+        )
+
+
+EDGE = [
+    Case(0, 32, 16),  # no tokens
+    Case(1, 32, 16, bias=True),  # one token
+    Case(3, 1, 5),  # one input column
+    Case(5, 77, 33, bias=True, residual=True),  # odd widths
+    Case(8, 64, 48, scale=0.25),  # exactly one block of rows
+    Case(9, 64, 48, residual=True),  # one row past it
+    Case(4, 40, 2, activation="swiglu"),  # one output column
+    Case(6, 77, 66, activation="swiglu", bias=True, residual=True),  # everything at once
+    Case(3, 32, 20, num_valid=1, scale=0.5),  # one valid column
+    Case(3, 32, 20, num_valid=20),  # every column valid
+]
+MODEL = [
+    Case(23, 128, 320),  # tiny: the joint projection of a tick
+    Case(4, 128, 1024, activation="swiglu"),  # tiny: dense layer of an output step
+    Case(4, 128, 320, num_valid=300, scale=1 / 16),  # tiny: unembedding
+    Case(2, 4096, 6656),  # inkling-small: qkvr
+    Case(2, 4096, 512, activation="swiglu"),  # its width, few rows: the CPU is slow
+]
+BENCH = [
+    case
+    for t in (1, 8, 32, 64, 256)
+    for case in (
+        Case(t, 4096, 6656, dtype=torch.bfloat16),  # q, k, v, r
+        Case(t, 4096, 4096, dtype=torch.bfloat16),  # attention output
+        Case(t, 4096, 32768, activation="swiglu", dtype=torch.bfloat16),  # dense gate and up
+        Case(t, 16384, 4096, dtype=torch.bfloat16),  # dense down
+    )
+] + [
+    Case(
+        t,
+        4096,
+        201024,
+        scale=1 / 16,
+        num_valid=200058,
+        out_dtype=torch.float32,
+        dtype=torch.bfloat16,
+    )
+    for t in (1, 8, 32)
+]

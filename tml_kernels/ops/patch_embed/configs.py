@@ -1,0 +1,138 @@
+"""How patch_embed is cut, which specs its kernels take, and where intermediate rows lie."""
+
+# Dimension key: T tokens, R rows of a product, F its output width, D model width.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from .reference import NUM_CHANNELS, PatchSpec
+
+# Output features per partial sum of squares. One size for every configuration: a row's norm then
+# has the same bits whichever configuration computed it.
+SLOT_SIZE = 64
+
+BLOCK_K = 64  # depth of a product's step: divides 4800 and 5120
+
+MAX_FIRST_FOLD = 256  # pixels times channels under the first linear layer: one tile
+MAX_STEM_WIDTHS = (256, 512)  # of the first two layers: one tile of accumulators each
+
+
+@dataclass(frozen=True)
+class StemConfig:
+    """One for every problem: its norms are sums over a tile, whose order the tile decides."""
+
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """A tile of `block_f` output features by `block_r` rows, which runs over the whole depth."""
+
+    block_f: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+STEM = StemConfig(block_r=32, num_warps=8, num_stages=2)
+NORM = NormConfig(block_d=1024, num_warps=4, num_stages=1)
+
+# Largest number of rows -> configuration. Few rows: narrow tiles, so that 64 programs and more pull
+# weights, with 40 KB and more of them in flight each. Many rows: tall tiles, because every program
+# along F repeats the norm and GELU of its rows. Chosen by these counts and by the registers of the
+# cubins, not by timing.
+PRODUCTS = (
+    (16, ProductConfig(block_f=64, block_r=16, num_warps=4, num_stages=8)),
+    (128, ProductConfig(block_f=64, block_r=32, num_warps=8, num_stages=6)),
+    (512, ProductConfig(block_f=128, block_r=64, num_warps=8, num_stages=4)),
+    (None, ProductConfig(block_f=256, block_r=64, num_warps=8, num_stages=4)),
+)
+
+
+def choose_product(num_rows: int) -> ProductConfig:
+    """Pure: same problem, same config; no device, no clock."""
+    for limit, config in PRODUCTS:
+        if limit is None or num_rows <= limit:
+            return config
+    raise AssertionError("the last row of PRODUCTS has no limit")
+
+
+def kernel_why_not(spec: PatchSpec, dtype: torch.dtype) -> str | None:
+    """Why CUDA tensors with weights of this dtype take the plain path; None when kernels do."""
+    if dtype == torch.float32:
+        return "the kernels' products take 16-bit operands"
+    return stem_why_not(spec)
+
+
+def stem_why_not(spec: PatchSpec) -> str | None:
+    if len(spec.folds) < 2:
+        return f"folds={spec.folds}: the first kernel computes two folds"
+    if NUM_CHANNELS * spec.folds[0] ** 2 > MAX_FIRST_FOLD:
+        return f"folds={spec.folds}: more than {MAX_FIRST_FOLD} values under the first fold"
+    if any(w > limit for w, limit in zip(spec.widths, MAX_STEM_WIDTHS, strict=False)):
+        return f"widths={spec.widths}: the first two are limited to {MAX_STEM_WIDTHS}"
+    return None
+
+
+def num_slots(num_features: int) -> int:
+    """Pitch of a row of partial sums: a power of two, which a kernel loads whole."""
+    return 1 << (-(-num_features // SLOT_SIZE) - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of the scratch: shape [rows, columns] of `dtype` at byte `offset`."""
+
+    offset: int
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.rows * self.columns * self.dtype.itemsize
+
+
+def scratch_buffers(
+    spec: PatchSpec, num_tokens: int, width: int, dtype: torch.dtype
+) -> tuple[Buffer, ...]:
+    """Stem rows, then for every product its rows and their partial sums.
+
+    >>> [(b.rows, b.columns) for b in scratch_buffers(PatchSpec(), 1, 4096, torch.bfloat16)]
+    [(32, 320), (2, 4800), (2, 128), (1, 4096), (1, 64)]
+    """
+    side = spec.patch // (spec.folds[0] * spec.folds[1])
+    rows = num_tokens * spec.frames * side * side
+    shapes = [(rows, spec.widths[1], dtype)]
+    for fold, features in zip(spec.folds[2:], spec.widths[2:], strict=True):
+        rows //= fold * fold
+        shapes += [(rows, features, dtype), (rows, num_slots(features), torch.float32)]
+    shapes += [
+        (num_tokens, width, torch.float32),
+        (num_tokens, num_slots(width), torch.float32),
+    ]
+    buffers, end = [], 0
+    for rows, columns, kind in shapes:
+        buffers.append(Buffer(math.ceil(end / 256) * 256, rows, columns, kind))
+        end = buffers[-1].end
+    return tuple(buffers)
+
+
+def scratch_bytes(spec: PatchSpec, num_tokens: int, width: int, dtype: torch.dtype) -> int:
+    """Bytes that `patch_embed` needs for intermediate rows; 0 where it takes the plain path."""
+    if kernel_why_not(spec, dtype) is not None:
+        return 0
+    return scratch_buffers(spec, num_tokens, width, dtype)[-1].end

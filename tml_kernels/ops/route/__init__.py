@@ -1,0 +1,2 @@
+from .api import Routing as Routing
+from .api import route as route

@@ -1,0 +1,110 @@
+"""sample: check, choose, launch."""
+
+# Dimension key: S session rows, V vocabulary.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._dims import Dims
+from ..._registry import refuse_grad, register_op
+from .reference import sample_ref
+
+
+def _plain(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+    fallback: int,
+    out: Tensor,
+    fault: Tensor,
+) -> None:
+    _check_range("temperature_S", temperature, 0.0, torch.finfo(torch.float32).max)
+    _check_range("top_k_S", top_k, 0, torch.iinfo(torch.int32).max)
+    _check_range("top_p_S", top_p, 0.0, 1.0)
+    token, is_fault = sample_ref(
+        logits,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        counter,
+        fallback=fallback,
+        dtype=torch.float32,
+    )
+    out.copy_(token)
+    fault.copy_(is_fault)
+
+
+def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
+    """Raise ValueError unless every value is in low..high; NaN is not."""
+    for value in values.tolist():
+        if not low <= value <= high:
+            raise ValueError(f"{name}: expected values in {low}..{high}, got {value}")
+
+
+_op = register_op(
+    "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
+    "Tensor counter, int fallback, Tensor(a!) out, Tensor(b!) fault) -> ()",
+    plain=_plain,
+)
+
+
+def sample(
+    logits_S_V: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    seed_S: Tensor,
+    counter_S: Tensor,
+    *,
+    fallback: int,
+    out_S: Tensor | None = None,
+    fault_S: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw one token per row: temperature, then top-k, then top-p, then an exact draw.
+
+    Temperature 0 takes the largest logit, ties to the lowest id. Else the token is the arg max of
+    logit / temperature + Gumbel noise over what top-k (0: off; ties at the edge keep the lowest
+    ids) and top-p (1: off; the shortest prefix by descending probability that reaches p of the
+    top-k's mass) keep, which draws from their renormalised softmax. Noise is Philox-4x32-10 keyed
+    (seed, counter, column): a draw does not depend on the row, the batch or the device's generator;
+    count `counter` up by one per draw.
+
+    A row with a NaN, or with nothing but -inf, gives `fallback` and fault = True; the others are
+    untouched. Logits of +inf share the draw between them.
+
+    logits: float32 [S, V]; temperature, top_p: float32; top_k: int32; seed, counter: int64. Returns
+    (token int32 [S], fault bool [S]), written into `out_S` and `fault_S` when given. float32, the
+    top-p mass summed in float64. Deterministic. Raises TypeError or ValueError naming the argument;
+    on the plain path also for temperature < 0, top_k < 0, and top_p outside 0..1.
+
+    Source: Maddison, Tarlow, Minka, "A* sampling", 2014 (the Gumbel-max trick).
+    """
+    dims = Dims()
+    dims.check(logits_S_V=logits_S_V, dtype=torch.float32)
+    device = logits_S_V.device
+    dims.check(temperature_S=temperature_S, top_p_S=top_p_S, dtype=torch.float32, device=device)
+    dims.check(top_k_S=top_k_S, dtype=torch.int32, device=device)
+    dims.check(seed_S=seed_S, counter_S=counter_S, dtype=torch.int64, device=device)
+    if not 0 <= fallback < dims["V"]:
+        raise ValueError(f"fallback: expected a token in 0..{dims['V'] - 1}, got {fallback}")
+    if out_S is None:
+        out_S = logits_S_V.new_empty(dims["S"], dtype=torch.int32)
+    else:
+        dims.check(out_S=out_S, dtype=torch.int32, device=device)
+    if fault_S is None:
+        fault_S = logits_S_V.new_empty(dims["S"], dtype=torch.bool)
+    else:
+        dims.check(fault_S=fault_S, dtype=torch.bool, device=device)
+    refuse_grad(logits_S_V)
+    if dims["S"] > 0:
+        _op(
+            logits_S_V, temperature_S, top_k_S, top_p_S, seed_S, counter_S,
+            fallback, out_S, fault_S,
+        )  # fmt: skip
+    return out_S, fault_S

@@ -1,0 +1,1 @@
+from .api import short_conv as short_conv

@@ -1,0 +1,142 @@
+"""short_conv: check, choose, launch."""
+
+# Dimension key: T tokens, S session rows, N state slots, D model width.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..._dims import Dims
+from ..._registry import refuse_grad, register_op
+from ...precision import ACTIVATIONS
+from .configs import MAX_WIDTH
+from .reference import short_conv_ref
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    start: Tensor,
+    slot: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    out: Tensor,
+) -> None:
+    if x.device.type == "cpu":  # elsewhere reading the values would synchronise
+        _check_sessions(start.tolist(), slot.tolist(), x.shape[0], state.shape[0])
+    result = short_conv_ref(
+        x,
+        weight,
+        state,
+        start,
+        slot,
+        residual_T_D=residual,
+        norm_weight_D=norm_weight,
+        eps=eps,
+        dtype=torch.float32,
+    )
+    out.copy_(result.out_T_D)
+    state.copy_(result.state_N_3_D)
+    if residual is not None and result.residual_T_D is not None:
+        live_T = result.live_T
+        residual[live_T] = result.residual_T_D[live_T].to(residual.dtype)
+
+
+def _check_sessions(start: list[int], slot: list[int], num_tokens: int, num_slots: int) -> None:
+    if start[0] != 0 or start[-1] > num_tokens or start != sorted(start):
+        raise ValueError(
+            f"start_S1: expected to rise from 0 to T={num_tokens} at most, got {start}"
+        )
+    if any(not -1 <= n < num_slots for n in slot):
+        raise ValueError(f"slot_S: expected -1 (idle) or 0..{num_slots - 1}, got {slot}")
+    live = [n for n in slot if n >= 0]
+    if len(set(live)) != len(live):
+        raise ValueError(f"slot_S: a slot is named twice in {slot}")
+
+
+def _kernel(*args) -> None:
+    from .kernel import launch_short_conv
+
+    launch_short_conv(*args)
+
+
+_op = register_op(
+    "short_conv(Tensor x, Tensor weight, Tensor(a!) state, Tensor start, Tensor slot, "
+    "Tensor(b!)? residual, Tensor? norm_weight, float eps, Tensor(c!) out) -> ()",
+    plain=_plain,
+    kernel=_kernel,
+)
+
+
+def short_conv(
+    x_T_D: Tensor,
+    weight_D_4: Tensor,
+    state_N_3_D: Tensor,
+    start_S1: Tensor,
+    slot_S: Tensor,
+    *,
+    residual_T_D: Tensor | None = None,
+    norm_weight_D: Tensor | None = None,
+    eps: float = 1e-6,
+    out_T_D: Tensor | None = None,
+) -> Tensor:
+    """y = x + conv(x) per session, with the residual addition and RMSNorm that follow it.
+
+    conv is depthwise and causal with four taps; weight[d, 3] multiplies the current token, and the
+    three tokens before a session's first one are its state, oldest first, which is updated in
+    place to the session's last three inputs. With `residual_T_D`, residual += y in place, rounded
+    once; with `norm_weight_D` as well, the result is the RMSNorm of that sum before rounding,
+    otherwise it is y. Tokens of idle sessions (slot -1) and padding (at or beyond start[S]) give
+    zeros whatever they hold, and leave state and residual alone.
+
+    Accumulates in float32 and rounds once. Deterministic; a token depends on its session's inputs
+    alone, and a session's tokens have the same bits however they are split over calls. One launch.
+    Allocates only when `out_T_D` is None.
+
+    x, residual, out: [T, D], state: [N, 3, D], of one dtype, float32, bfloat16 or float16,
+    D <= 16384, none of them overlapping another; weight: [D, 4] float32; norm_weight: [D], float32
+    or x's dtype; start: int32 [S + 1], prefix sums; slot: int32 [S], each at most once. Raises
+    TypeError or ValueError naming the argument. The values of start and slot are checked on the
+    CPU only, where that needs no synchronisation; a GPU takes a slot outside 0..N-1 as idle.
+
+    Source: `InklingShortConvolution` of transformers 5.17.
+    """
+    dims = Dims()
+    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    device = x_T_D.device
+    dims.check(weight_D_4=weight_D_4, dtype=torch.float32, device=device)
+    dims.check(state_N_3_D=state_N_3_D, dtype=x_T_D.dtype, device=device)
+    dims.check(start_S1=start_S1, slot_S=slot_S, dtype=torch.int32, device=device)
+    if not 0 < dims["D"] <= MAX_WIDTH:
+        raise ValueError(f"x_T_D: D={dims['D']} is not in 1..{MAX_WIDTH}")
+    if residual_T_D is not None:
+        dims.check(residual_T_D=residual_T_D, dtype=x_T_D.dtype, device=device)
+    if norm_weight_D is not None:
+        dims.check(norm_weight_D=norm_weight_D, dtype=(torch.float32, x_T_D.dtype), device=device)
+        if residual_T_D is None:
+            raise ValueError("norm_weight_D: normalises the residual sum, but residual_T_D is None")
+    if out_T_D is None:
+        out_T_D = x_T_D.new_empty(x_T_D.shape)
+    else:
+        dims.check(out_T_D=out_T_D, dtype=x_T_D.dtype, device=device)
+        _refuse_same(out_T_D=out_T_D, x_T_D=x_T_D)
+    if residual_T_D is not None:
+        _refuse_same(residual_T_D=residual_T_D, x_T_D=x_T_D)
+        _refuse_same(residual_T_D=residual_T_D, out_T_D=out_T_D)
+    refuse_grad(x_T_D, weight_D_4, state_N_3_D, residual_T_D, norm_weight_D)
+    if dims["T"] > 0:
+        _op(
+            x_T_D, weight_D_4, state_N_3_D, start_S1, slot_S,
+            residual_T_D, norm_weight_D, eps, out_T_D,
+        )  # fmt: skip
+    return out_T_D
+
+
+def _refuse_same(**pair: Tensor) -> None:
+    """A token reads its three neighbours' inputs, so no output may overwrite them meanwhile."""
+    (name, tensor), (other_name, other) = pair.items()
+    if tensor.numel() > 0 and tensor.is_set_to(other):
+        raise ValueError(f"{name}: must not be the same memory as {other_name}")
