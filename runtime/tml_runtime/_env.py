@@ -1,0 +1,12 @@
+"""The one place in this package that reads environment variables. README lists them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path | None:
+    """TML_CACHE: where fetched media are kept; None where it is not set."""
+    value = os.environ.get("TML_CACHE", "")
+    return Path(value).expanduser() if value else None

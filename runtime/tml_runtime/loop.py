@@ -1,0 +1,363 @@
+"""Runtime: the loop that runs a model's ticks for all sessions, in real time or on a virtual clock.
+
+One tick is `Runtime._run`. It takes no lock another thread can hold, writes no log line, and waits
+for nobody; README.md of this folder lists what it promises and which test holds it to that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._tick import Schedule, TickThread, now_ns
+from .checks import FrameGrid, Sampling
+from .clock import QuietCollector, VirtualClock
+from .errors import InputTypeError, InputValueError, LoopFailed, NotRunning
+from .mailbox import MailboxSpec
+from .metrics import Metrics
+from .model import InteractionModel, ModelConfig, TickInput, TickOutput, TurnLayout
+from .session import Session
+from .slots import Batch, Seat, Slots
+from .text import ByteTokenizer, Tokenizer
+from .vocoder import StreamingVocoder
+
+
+class Vocoder(Protocol):
+    """One session's mel frames to speech. `reset` makes it as new."""
+
+    def push(self, mel_K_B: Tensor) -> np.ndarray:
+        """float32 [K * hop] samples for K frames."""
+        ...
+
+    def reset(self) -> None: ...
+
+
+class Runtime:
+    """Runs `model` for up to `num_slots` sessions; a context manager that starts and stops it.
+
+    realtime: a thread runs tick n at start + (n + 1) * period, from `start` to `stop`. Otherwise
+    time stands still until `run_ticks`, and the same seed and input give the same bytes. Queues are
+    bounded: input may lie `max_lead_ticks` ahead, output is kept for `output_queue_ticks`.
+    """
+
+    def __init__(
+        self,
+        model: InteractionModel,
+        *,
+        layout: TurnLayout | None = None,
+        num_slots: int = 1,
+        seed: int = 0,
+        realtime: bool = True,
+        tokenizer: Tokenizer | None = None,
+        vocoder: Callable[[], Vocoder] | None = None,
+        max_tokens: int = 4096,
+        max_frame_pairs: int = 1,
+        max_lead_ticks: int = 16,
+        output_queue_ticks: int = 64,
+        cpu_threads: int = 1,
+    ) -> None:
+        """max_tokens: how far back the model's global layers see. max_frame_pairs: of video, per
+        tick. vocoder: makes one for a slot, by default Griffin-Lim. cpu_threads: torch's in the
+        whole process while the loop runs; products as small as a tick's gain nothing from more, and
+        wait for them when a core is busy. Raises InputTypeError or InputValueError naming the
+        argument.
+        """
+        sizes = {
+            "num_slots": num_slots,
+            "max_tokens": max_tokens,
+            "max_frame_pairs": max_frame_pairs,
+            "max_lead_ticks": max_lead_ticks,
+            "output_queue_ticks": output_queue_ticks,
+            "cpu_threads": cpu_threads,
+        }
+        for name, value in sizes.items():
+            _check_int(name, value, at_least=1)
+        _check_int("seed", seed, at_least=0)
+        self._layout = _checked_layout(model.config, layout)
+        self._spec = _mailbox_spec(
+            model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks
+        )
+        self._model = model
+        self._state = model.new_state(num_slots, max_tokens=max_tokens)
+        self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
+        self._vocoders = [make_vocoder() for _ in range(num_slots)]
+        self._slots = Slots(num_slots)
+        self._batch = Batch(num_slots, self._spec.window_samples, model.device)
+        self._metrics = Metrics()
+        self._collector = QuietCollector()
+        self._cpu_threads = cpu_threads
+        self._borrowed = ExitStack()
+
+        self.clock = None if realtime else VirtualClock()
+        self._schedule = Schedule(0, self._spec.window_ns)  # of the virtual clock
+        self._thread = TickThread(self._step, self._spec.window_ns) if realtime else None
+        self._phase = "new" if realtime else "running"
+        self._failure: BaseException | None = None
+        self._next_tick = 0
+        self._seed = seed
+        self._num_opened = 0
+        self._lock = threading.Lock()  # clients only: open, start, stop
+
+    @property
+    def layout(self) -> TurnLayout:
+        return self._layout
+
+    @property
+    def metrics(self) -> Metrics:
+        """Per-tick records for traces and plots; `report` sums them up."""
+        return self._metrics
+
+    def __enter__(self) -> Runtime:
+        if self._thread is not None:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # Clients
+
+    def open_session(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> Session:
+        """A new session; its media clock starts with the next window that begins.
+
+        Before `start`, that is the first one. Without a seed, it is the runtime's and how many were
+        opened before that decide. Raises ResourceExhausted when every slot is taken.
+        """
+        with self._lock:
+            self.check_alive()
+            if seed is None:
+                words = np.random.SeedSequence([self._seed, self._num_opened])
+                seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
+            sampling = Sampling(temperature, top_k, top_p, seed)
+            if self._thread is None:  # no thread is in a tick, so slots can be freed right here
+                self._slots.sweep()
+            period_ns = self._spec.window_ns
+            seat = Seat(self._spec, sampling, open_tick=-(-self.media_ns() // period_ns))
+            self._slots.claim(seat)
+            self._num_opened += 1
+        return Session(
+            seat,
+            self,
+            layout=self._layout,
+            vocab=self._model.config.vocab,
+            tokenizer=self._tokenizer,
+        )
+
+    def start(self) -> None:
+        """Begin real time, once. Runs the model on silence first, so that no tick is the first."""
+        with self._lock:
+            if self._thread is None:
+                raise NotRunning("start: this runtime has a virtual clock; call run_ticks(n)")
+            if self._phase != "new":
+                raise NotRunning(f"start: the runtime is {self._phase} already; make a new one")
+            with ExitStack() as borrowed:  # settings of the process; `stop` gives them back
+                borrowed.enter_context(_torch_threads(self._cpu_threads))
+                self._warm_up()
+                borrowed.enter_context(self._collector)
+                self._thread.start()
+                self._borrowed = borrowed.pop_all()
+            self._phase = "running"
+
+    def stop(self) -> None:
+        """End the loop and all sessions, which may still be polled. More than once is no error.
+
+        Raises LoopFailed when a tick had raised.
+        """
+        with self._lock:
+            was_running = self._phase == "running"
+            self._phase = "stopped"
+            if not was_running or self._thread is None:
+                return
+            try:
+                self._thread.stop()
+            except Exception as error:
+                raise LoopFailed("the tick raised, which ended the loop") from error
+            finally:
+                self._borrowed.close()
+
+    def run_ticks(self, num_ticks: int) -> None:
+        """Run that many ticks of the virtual clock, from this thread. Raises LoopFailed."""
+        clock = self.clock
+        if clock is None:
+            raise NotRunning("run_ticks: this runtime runs in real time; call start()")
+        _check_int("num_ticks", num_ticks, at_least=0)
+        self.check_alive()
+        with _torch_threads(self._cpu_threads):
+            for _ in range(num_ticks):
+                clock.sleep_until(self._schedule.next_wake_ns)
+                tick, _ = self._schedule.begin(clock.now_ns())
+                try:
+                    self._step(tick)
+                except Exception as error:
+                    raise LoopFailed("the tick raised, which ended the loop") from error
+                self._schedule.end(clock.now_ns())
+
+    def report(self) -> dict:
+        """What happened so far: `Metrics.report`, the mode, the slots, and how the thread runs."""
+        return {
+            "mode": "realtime" if self._thread is not None else "virtual",
+            "period_ms": self._layout.period_ms,
+            "slots": len(self._slots),
+            "slots_free": self._slots.num_free,
+            "sessions_opened": self._num_opened,
+            "scheduling": None if self._thread is None else self._thread.scheduling,
+            **self._metrics.report(),
+        }
+
+    def check_alive(self) -> None:
+        """Raises LoopFailed when a tick raised, NotRunning after `stop`."""
+        if self._failure is not None:
+            raise LoopFailed("the tick raised, which ended the loop") from self._failure
+        if self._phase == "stopped":
+            raise NotRunning("the runtime was stopped: make a new one")
+
+    def media_ns(self) -> int:
+        """Time since tick 0's window began; 0 before `start`."""
+        start_ns = self._start_ns()
+        return 0 if start_ns is None else self._now_ns() - start_ns
+
+    # The tick
+
+    def _step(self, tick: int) -> None:
+        try:
+            with torch.no_grad():
+                self._run(tick)
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _run(self, tick: int) -> None:
+        deadline_ns = self._open_record(tick)
+        seats = self._admit(tick)
+        inputs = self._batch.fill(seats, tick, self._metrics)  # what comes now is late
+        self._metrics.lap("take")
+        if seats:
+            self._publish(tick, seats, self._think(inputs))
+        self._metrics.close(done_ns=self._now_ns(), deadline_ns=deadline_ns)
+        if self._thread is not None:
+            self._collector.rest(deadline_ns - self._now_ns())
+
+    def _open_record(self, tick: int) -> int:
+        """Returns the tick's deadline. Ticks that never ran are counted; nothing is replayed."""
+        woke_ns, period_ns = self._now_ns(), self._spec.window_ns
+        scheduled_ns = (self._start_ns() or 0) + (tick + 1) * period_ns
+        self._metrics.open(tick, scheduled_ns=scheduled_ns, woke_ns=woke_ns)
+        self._metrics.add("skipped", tick - self._next_tick)
+        self._next_tick = tick + 1
+        return scheduled_ns + period_ns
+
+    def _admit(self, tick: int) -> list[Seat]:
+        """Free the slots of sessions that are over, and make new sessions' slots as new."""
+        self._slots.sweep()
+        seats = self._slots.due(tick)
+        for seat in seats:
+            if not seat.admitted:
+                self._state.reset(seat.slot)
+                self._vocoders[seat.slot].reset()
+                self._state.set_sampling(seat.slot, **vars(seat.sampling))
+                seat.admitted = True
+        return seats
+
+    def _think(self, inputs: TickInput) -> TickOutput:
+        out = self._model.tick(self._state, inputs)
+        self._metrics.lap("model")
+        for stage, ns in out.stage_ns.items():
+            self._metrics.set_stage(f"model.{stage}", ns)
+        return out
+
+    def _publish(self, tick: int, seats: list[Seat], out: TickOutput) -> None:
+        """A fault ends its session; everybody else's output goes out, if there is room for it."""
+        token_S_K = out.token_S_K.cpu().numpy()
+        mel_S_K_B = out.mel_S_K_B.cpu()
+        fault_S = (out.fault_S.cpu() | ~mel_S_K_B.isfinite().all(2).all(1)).tolist()
+        for row, seat in enumerate(seats):
+            try:
+                if fault_S[row]:
+                    raise FloatingPointError("the model's numbers were not finite")
+                pcm = self._vocoders[seat.slot].push(mel_S_K_B[row])
+                published = seat.publish(tick, token_S_K[row], pcm)
+                self._metrics.add("lost_outputs", not published)
+            except Exception as error:  # a plugged-in vocoder may raise anything
+                seat.fail(tick, error)
+                self._metrics.add("faults", 1)
+        self._metrics.lap("publish")
+
+    def _now_ns(self) -> int:
+        return now_ns() if self.clock is None else self.clock.now_ns()
+
+    def _start_ns(self) -> int | None:
+        """When tick 0's window began, on the clock of `_now_ns`; None before `start`."""
+        if self._thread is None:
+            return 0
+        return self._thread.start_ns or None
+
+    def _warm_up(self) -> None:
+        with torch.no_grad():
+            out = self._model.tick(self._state, self._batch.silent())
+            for slot, vocoder in enumerate(self._vocoders):
+                vocoder.push(out.mel_S_K_B[slot].cpu())  # a session's first tick resets its slot
+
+
+@contextmanager
+def _torch_threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_int(name: str, value: Any, *, at_least: int) -> None:
+    if type(value) is not int:
+        raise InputTypeError(f"{name}={value!r}: expected an int")
+    if value < at_least:
+        raise InputValueError(f"{name}={value} is less than {at_least}")
+
+
+def _checked_layout(config: ModelConfig, layout: TurnLayout | None) -> TurnLayout:
+    if layout is not None and layout != config.layout:
+        raise InputValueError(f"{layout=} is not that of the model: {config.layout}")
+    if config.patch.frames != 2:
+        raise InputValueError(f"patch.frames={config.patch.frames}: video is taken in pairs")
+    return config.layout
+
+
+def _mailbox_spec(
+    config: ModelConfig,
+    layout: TurnLayout,
+    max_frame_pairs: int,
+    max_lead_ticks: int,
+    output_queue_ticks: int,
+) -> MailboxSpec:
+    return MailboxSpec(
+        window_ns=layout.period_ms * 1_000_000,
+        window_samples=layout.samples_per_tick,
+        num_windows=max_lead_ticks,
+        grid=FrameGrid(
+            patch=config.patch.patch,
+            extra_columns=int(config.patch.extra_column),
+            max_tokens=layout.max_video_tokens,
+        ),
+        max_frame_pairs=max_frame_pairs,
+        video_queue_frames=6,  # a 200 ms tick of 30 frames a second
+        max_text_tokens=max(1, layout.max_text_tokens - 1),  # one is the marker of missing audio
+        text_queue_tokens=4096,
+        output_queue_ticks=output_queue_ticks,
+        max_output_samples=layout.mel_frames * layout.dmel.hop,
+        max_output_tokens=layout.num_steps,
+    )

@@ -1,0 +1,283 @@
+"""The way in and out of a session: bounded lock-free rings, and media sorted into tick windows.
+
+The client thread puts messages into the input rings and gets them from the output ring; the tick
+thread does the reverse. Nothing else is shared, nothing blocks, and all of it is made when the
+session opens and dies with it, so a slot's next session cannot see what the last one left.
+
+Media times inside are whole: audio in samples since the session opened, video in nanoseconds.
+Worked example at 16 kHz and 200 ms: a piece of 320 samples at t = 0.19 s is samples 3040..3359; the
+first 160 fill window 0 to its end, the others begin window 1.
+"""
+
+# Dimension key: H windows held, N samples in a window, K output steps, H_W_3 rows and columns of
+# an RGB frame.
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ._tick import Ring
+from .checks import FrameGrid
+
+MAX_QUEUED = 512  # messages per ring, so that one client's tiny pieces cannot stretch a tick
+
+_AUDIO = struct.Struct("<q")  # first sample
+_FRAME = struct.Struct("<qii")  # stamp in ns, height, width
+_OUTPUT = struct.Struct("<qii")  # window, tokens, samples
+_SLACK = 64  # bytes per message for the ring's own header and padding
+
+
+@dataclass(frozen=True)
+class MailboxSpec:
+    """Sizes and bounds of a session's queues."""
+
+    window_ns: int
+    window_samples: int
+    num_windows: int  # H: how far ahead of the oldest open window input may lie
+    grid: FrameGrid
+    max_frame_pairs: int  # per window, as far as the grid's tokens go; the newest are kept
+    video_queue_frames: int  # of the largest size; more of smaller ones
+    max_text_tokens: int  # per tick; the rest waits for the next
+    text_queue_tokens: int
+    output_queue_ticks: int
+    max_output_samples: int  # per tick
+    max_output_tokens: int  # per tick
+
+
+class Window(NamedTuple):
+    """What the model sees of one window, apart from the samples, and what it does not see."""
+
+    missing_samples: int
+    pairs: np.ndarray | None  # uint8 [n, 2, H, W, 3], valid until the next `take`
+    text: list[int]
+    dropped_samples: int  # came as their window closed, or their tick was skipped
+    shed_frames: int  # these too, and those beyond what a tick takes
+
+
+class AudioWindows:
+    """Samples by media time: row w % H holds window w until it is taken.
+
+    Where pieces overlap, the one written last wins. Samples nobody wrote are zero and counted.
+    """
+
+    def __init__(self, num_windows: int, window_samples: int) -> None:
+        self._pcm_H_N = np.zeros((num_windows, window_samples), np.float32)
+        self._have_H_N = np.zeros((num_windows, window_samples), np.bool_)
+        self._oldest = 0  # window
+
+    def forget_before(self, window: int) -> int:
+        """Close the windows before `window` untaken; returns how many samples that drops."""
+        num_windows = len(self._pcm_H_N)
+        dropped = 0
+        for skipped in range(self._oldest, min(window, self._oldest + num_windows)):
+            dropped += int(np.count_nonzero(self._have_H_N[skipped % num_windows]))
+            self._clear(skipped)
+        self._oldest = max(self._oldest, window)
+        return dropped
+
+    def write(self, start: int, pcm: np.ndarray) -> int:
+        """Put `pcm` at sample `start`; returns how many samples of it fall in a closed window."""
+        num_windows, num_samples = self._pcm_H_N.shape
+        end = start + len(pcm)
+        assert end <= (self._oldest + num_windows) * num_samples
+        at = min(end, max(start, self._oldest * num_samples))
+        dropped = at - start
+        while at < end:
+            window, offset = divmod(at, num_samples)
+            stop = min(end, (window + 1) * num_samples)
+            row, columns = window % num_windows, slice(offset, offset + stop - at)
+            self._pcm_H_N[row, columns] = pcm[at - start : stop - start]
+            self._have_H_N[row, columns] = True
+            at = stop
+        return dropped
+
+    def take(self, window: int, out_N: np.ndarray) -> int:
+        """Copy the oldest open window out and close it; returns how many samples are missing."""
+        assert window == self._oldest
+        row = window % len(self._pcm_H_N)
+        out_N[:] = self._pcm_H_N[row]
+        missing = out_N.size - int(np.count_nonzero(self._have_H_N[row]))
+        self._clear(window)
+        self._oldest += 1
+        return missing
+
+    def _clear(self, window: int) -> None:
+        row = window % len(self._pcm_H_N)
+        self._pcm_H_N[row] = 0.0
+        self._have_H_N[row] = False
+
+
+class FrameWindows:
+    """Video frames by media time; each window keeps its newest, at most `2 * max_pairs`.
+
+    Frames are paired in the order of their stamps, two by two; an odd one out, the newest, is
+    paired with itself, so that no frame waits a tick for its partner. A window has one frame size,
+    that of its newest frame, and as many pairs as its tokens allow. A frame with the stamp of
+    another replaces it. What is not taken is shed.
+    """
+
+    def __init__(self, num_windows: int, max_pairs: int, grid: FrameGrid) -> None:
+        self._frames: list[dict[int, np.ndarray]] = [{} for _ in range(num_windows)]
+        self._max_pairs = max_pairs
+        self._grid = grid
+        self._pairs = np.empty(2 * grid.max_bytes, np.uint8)
+        self._oldest = 0  # window
+
+    def forget_before(self, window: int) -> int:
+        """Close the windows before `window` untaken; returns how many frames that sheds."""
+        shed = 0
+        for skipped in range(self._oldest, min(window, self._oldest + len(self._frames))):
+            frames = self._frames[skipped % len(self._frames)]
+            shed += len(frames)
+            frames.clear()
+        self._oldest = max(self._oldest, window)
+        return shed
+
+    def write(self, window: int, stamp: int, frame_H_W_3: np.ndarray) -> int:
+        """Keep a frame for `window`; returns how many frames that sheds."""
+        if window < self._oldest:
+            return 1
+        assert window < self._oldest + len(self._frames)
+        frames = self._frames[window % len(self._frames)]
+        replaced = stamp in frames
+        frames[stamp] = frame_H_W_3
+        if len(frames) <= 2 * self._max_pairs:
+            return int(replaced)
+        del frames[min(frames)]
+        return 1
+
+    def take(self, window: int) -> tuple[np.ndarray | None, int]:
+        """The oldest open window's pairs [n, 2, H, W, 3], if any, and how many frames were shed."""
+        assert window == self._oldest
+        self._oldest += 1
+        frames = self._frames[window % len(self._frames)]
+        if not frames:
+            return None, 0
+        height, width, _ = shape = frames[max(frames)].shape
+        room = min(self._max_pairs, self._grid.max_tokens // self._grid.tokens(height, width))
+        chosen = [frames[t] for t in sorted(frames) if frames[t].shape == shape][-2 * room :]
+        shed = len(frames) - len(chosen)
+        frames.clear()
+        if len(chosen) % 2:
+            chosen.append(chosen[-1])
+        pairs = self._pairs[: len(chosen) * chosen[0].size]
+        np.stack(chosen, out=pairs.reshape(len(chosen), *shape))
+        return pairs.reshape(len(chosen) // 2, 2, *shape), shed
+
+
+class Inbox:
+    """Input of one session. `put_*` is the client's side, `take` the tick thread's.
+
+    The client may be up to `num_windows` ahead of the oldest window it knows to be open; the tick
+    thread may have closed that one already, so one window more is held.
+    """
+
+    def __init__(self, spec: MailboxSpec) -> None:
+        self._spec = spec
+        audio_bytes = spec.num_windows * spec.window_samples * 4
+        self._audio = Ring(2 * audio_bytes + MAX_QUEUED * _SLACK)
+        self._video = Ring(spec.video_queue_frames * (spec.grid.max_bytes + _SLACK))
+        self._text = Ring(spec.text_queue_tokens * 4 + MAX_QUEUED * _SLACK)
+        self._samples = AudioWindows(spec.num_windows + 1, spec.window_samples)
+        self._frames = FrameWindows(spec.num_windows + 1, spec.max_frame_pairs, spec.grid)
+        self._pending_text: deque[int] = deque()
+
+    def put_audio(self, start: int, pcm: np.ndarray) -> bool:
+        return _put(self._audio, _AUDIO.pack(start) + pcm.tobytes())
+
+    def put_frame(self, stamp: int, frame_H_W_3: np.ndarray) -> bool:
+        height, width, _ = frame_H_W_3.shape
+        return _put(self._video, _FRAME.pack(stamp, height, width) + frame_H_W_3.tobytes())
+
+    def put_text(self, ids: Sequence[int]) -> bool:
+        return _put(self._text, np.asarray(ids, np.int32).tobytes())
+
+    def take(self, window: int, pcm_N: np.ndarray) -> Window:
+        """Everything of `window`, its samples in `pcm_N`; all windows up to it are closed.
+
+        Bounded work: at most MAX_QUEUED messages per ring. Text has no media time: the oldest
+        `max_text_tokens` ids are taken, and the rest stays in order.
+        """
+        dropped = self._samples.forget_before(window) + self._sort_audio()
+        shed = self._frames.forget_before(window) + self._sort_frames()
+        missing = self._samples.take(window, pcm_N)
+        pairs, shed_at_take = self._frames.take(window)
+        return Window(missing, pairs, self._next_text(), dropped, shed + shed_at_take)
+
+    def _sort_audio(self) -> int:
+        dropped = 0
+        for _ in range(MAX_QUEUED):
+            message = self._audio.pop()
+            if message is None:
+                break
+            (start,) = _AUDIO.unpack_from(message)
+            pcm = np.frombuffer(message, np.float32, offset=_AUDIO.size)
+            dropped += self._samples.write(start, pcm)
+        return dropped
+
+    def _sort_frames(self) -> int:
+        shed = 0
+        for _ in range(MAX_QUEUED):
+            message = self._video.pop()
+            if message is None:
+                break
+            stamp, height, width = _FRAME.unpack_from(message)
+            frame = np.frombuffer(message, np.uint8, offset=_FRAME.size).reshape(height, width, 3)
+            shed += self._frames.write(stamp // self._spec.window_ns, stamp, frame)
+        return shed
+
+    def _next_text(self) -> list[int]:
+        pending, limit = self._pending_text, self._spec.max_text_tokens
+        while len(pending) < limit:  # so what does not fit stays in the bounded ring
+            message = self._text.pop()
+            if message is None:
+                break
+            pending.extend(np.frombuffer(message, np.int32).tolist())
+        return [pending.popleft() for _ in range(min(limit, len(pending)))]
+
+
+class Output(NamedTuple):
+    """What one tick said to a session."""
+
+    window: int
+    token_K: np.ndarray  # int32
+    pcm: np.ndarray  # float32; read-only
+
+
+class Outbox:
+    """Output of one session: `put` is the tick thread's side, `get` the client's.
+
+    Bounded: when the client does not poll, what is queued stays and new output is lost.
+    """
+
+    def __init__(self, spec: MailboxSpec) -> None:
+        num_bytes = _OUTPUT.size + 4 * (spec.max_output_tokens + spec.max_output_samples)
+        self._ring = Ring(spec.output_queue_ticks * (num_bytes + _SLACK))
+        self._message = memoryview(bytearray(num_bytes))
+
+    def put(self, window: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
+        """Whether there was room. Copies both arrays."""
+        message, at_pcm = self._message, _OUTPUT.size + 4 * len(token_K)
+        _OUTPUT.pack_into(message, 0, window, len(token_K), len(pcm))
+        np.frombuffer(message, np.int32, len(token_K), _OUTPUT.size)[:] = token_K
+        np.frombuffer(message, np.float32, len(pcm), at_pcm)[:] = pcm
+        return self._ring.push(message[: at_pcm + 4 * len(pcm)])
+
+    def get(self) -> Output | None:
+        message = self._ring.pop()
+        if message is None:
+            return None
+        window, num_tokens, num_samples = _OUTPUT.unpack_from(message)
+        token_K = np.frombuffer(message, np.int32, num_tokens, _OUTPUT.size)
+        pcm = np.frombuffer(message, np.float32, num_samples, _OUTPUT.size + 4 * num_tokens)
+        return Output(window, token_K, pcm)
+
+
+def _put(ring: Ring, message: bytes) -> bool:
+    return len(ring) < MAX_QUEUED and ring.push(message)

@@ -1,0 +1,10 @@
+"""The interaction model in plain form: configuration, weights, state, and its streaming step."""
+
+from .config import ModelConfig as ModelConfig
+from .frontend import TickInput as TickInput
+from .layout import TurnLayout as TurnLayout
+from .load import WeightReport as WeightReport
+from .model import InteractionModel as InteractionModel
+from .output import TickOutput as TickOutput
+from .state import ModelState as ModelState
+from .tensor_file import CheckpointError as CheckpointError

@@ -1,0 +1,225 @@
+"""The shape of an interaction model. Every number of the published backbone is a field here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from tml_kernels.ops.patch_embed import PATCH_40, PatchSpec
+
+from .layout import TurnLayout
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Attention heads of one layer group, and how far back they look (in tokens)."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    extent: int  # distances 0..extent-1 have a learned bias; beyond it the bias is zero
+    window: int | None = None  # keys at distance >= window are masked; None: a global layer
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_heads", "num_kv_heads", "head_width", "extent")
+        if self.window is not None:
+            _check_positive(self, "window")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_width
+
+    def qkvr_width(self, d_rel: int) -> int:
+        """Rows of the fused projection: queries, keys, values and relative states."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_width + self.num_heads * d_rel
+
+
+@dataclass(frozen=True)
+class ExpertSpec:
+    """Routed and shared experts of a sparse layer."""
+
+    num_experts: int
+    top_k: int
+    num_shared: int
+    width: int
+    route_scale: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "num_experts", "top_k", "num_shared", "width", "route_scale")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is over num_experts={self.num_experts}")
+
+
+@dataclass(frozen=True)
+class FlowSpec:
+    """The speech head: an AdaLN MLP that is integrated in `num_steps` Euler steps."""
+
+    width: int
+    depth: int
+    num_steps: int
+    guidance: float = 1.0  # 1: no classifier-free guidance
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "width", "depth", "num_steps")
+        if self.width % 2:
+            raise ValueError(f"FlowSpec: width={self.width} is odd; half are cosines, half sines")
+        if not 0.0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance={self.guidance} is not a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows of the embedding, how many of them are tokens, and the ids with a meaning of their own.
+
+    silence: nothing to say in this step. missing: put before a tick's text when audio was lost.
+    delegate: hand the conversation to the background model. yield_turn: the floor is the user's.
+    """
+
+    size: int
+    num_valid: int
+    silence: int
+    missing: int
+    delegate: int
+    yield_turn: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_valid <= self.size:
+            raise ValueError(f"num_valid={self.num_valid} is not in 1..size={self.size}")
+        named = self.specials
+        for name, token in named.items():
+            if not 0 <= token < self.num_valid:
+                raise ValueError(f"{name}={token} is not a token: num_valid={self.num_valid}")
+        if len(set(named.values())) < len(named):
+            raise ValueError(f"special tokens share an id: {named}")
+
+    @property
+    def specials(self) -> dict[str, int]:
+        names = ("silence", "missing", "delegate", "yield_turn")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A backbone with its front ends, heads and turn layout. Checked when it is made."""
+
+    name: str
+    width: int
+    num_layers: int
+    local_heads: HeadSpec
+    global_heads: HeadSpec
+    global_layers: tuple[int, ...]
+    d_rel: int
+    dense_layers: tuple[int, ...]
+    dense_width: int
+    experts: ExpertSpec
+    vocab: Vocabulary
+    logits_divisor: float
+    patch: PatchSpec
+    flow: FlowSpec
+    tau_floor: int | None = None  # position from which global logits grow by 1 + alpha ln(n/floor)
+    tau_alpha: float = 0.1
+    norm_eps: float = 1e-6
+    # Text embeddings are RMS-normalised where they are looked up. True: the same norm again for
+    # every token, of sound and pictures too, where it enters the layers. The released model does
+    # not have it; `InklingForConditionalGeneration` of transformers 5.17 does (`InklingForCausalLM`
+    # does not), so comparing with that class needs it.
+    norm_every_input: bool = False
+    layout: TurnLayout = field(default_factory=TurnLayout)
+
+    @classmethod
+    def preset(cls, name: str, *, layout: TurnLayout | None = None) -> ModelConfig:
+        """tiny, slice or inkling-small, with the given turn layout (default: ms200)."""
+        if name not in _PRESETS:
+            raise ValueError(f"model {name!r} is not one of {', '.join(_PRESETS)}")
+        return _PRESETS[name] if layout is None else replace(_PRESETS[name], layout=layout)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "width", "num_layers", "d_rel", "dense_width", "logits_divisor")
+        _check_positive(self, "norm_eps")
+        for name in ("global_layers", "dense_layers"):
+            layers = getattr(self, name)
+            if list(layers) != sorted(set(layers)) or not set(layers) <= set(self.layers):
+                raise ValueError(
+                    f"{name}={layers} is not ascending layer ids below {self.num_layers}"
+                )
+        if self.local_heads.window is None:
+            raise ValueError("local_heads.window is None: a local layer needs a window")
+        if self.global_heads.window is not None:
+            raise ValueError(f"global_heads.window={self.global_heads.window} must be None")
+        if self.tau_floor is not None:
+            _check_positive(self, "tau_floor")
+        if self.tau_alpha < 0:
+            raise ValueError(f"tau_alpha={self.tau_alpha} is negative")
+
+    @property
+    def layers(self) -> range:
+        return range(self.num_layers)
+
+    def heads(self, layer: int) -> HeadSpec:
+        return self.global_heads if layer in self.global_layers else self.local_heads
+
+    def is_dense(self, layer: int) -> bool:
+        return layer in self.dense_layers
+
+
+def _check_positive(spec: object, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        if not value > 0:
+            raise ValueError(f"{type(spec).__name__}: {name}={value} is not positive")
+
+
+# The ids of our special tokens lie in the published vocabulary's unused range.
+_INKLING_SMALL = ModelConfig(
+    name="inkling-small",
+    width=4096,
+    num_layers=42,
+    local_heads=HeadSpec(num_heads=32, num_kv_heads=8, head_width=128, extent=512, window=512),
+    global_heads=HeadSpec(num_heads=32, num_kv_heads=8, head_width=128, extent=1024),
+    global_layers=(5, 11, 17, 23, 29, 35, 41),
+    d_rel=16,
+    dense_layers=(0, 1),
+    dense_width=16_384,
+    experts=ExpertSpec(num_experts=256, top_k=6, num_shared=2, width=2048, route_scale=8.0),
+    vocab=Vocabulary(
+        size=201_024,
+        num_valid=200_058,
+        silence=200_049,
+        missing=200_050,
+        delegate=200_051,
+        yield_turn=200_052,
+    ),
+    logits_divisor=16.0,
+    patch=PATCH_40,
+    flow=FlowSpec(width=1024, depth=6, num_steps=4),
+    tau_floor=128_000,
+)
+
+_PRESETS = {
+    "inkling-small": _INKLING_SMALL,
+    "slice": replace(
+        _INKLING_SMALL, name="slice", num_layers=4, global_layers=(2,), dense_layers=(0,)
+    ),
+    "tiny": ModelConfig(
+        name="tiny",
+        width=128,
+        num_layers=4,
+        local_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=64, extent=128, window=128),
+        global_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=64, extent=256),
+        global_layers=(1, 3),
+        d_rel=16,
+        dense_layers=(0,),
+        dense_width=256,
+        experts=ExpertSpec(num_experts=8, top_k=2, num_shared=1, width=128, route_scale=2.5),
+        vocab=Vocabulary(
+            size=320, num_valid=260, silence=256, missing=257, delegate=258, yield_turn=259
+        ),
+        logits_divisor=1.0,
+        patch=replace(PATCH_40, widths=(16, 32, 64)),
+        flow=FlowSpec(width=128, depth=2, num_steps=4),
+        tau_floor=128_000,
+    ),
+}

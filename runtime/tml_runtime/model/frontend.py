@@ -1,0 +1,218 @@
+"""The input side of a tick: text, pictures and sound of every session as one ragged block."""
+
+# Dimension key: S session rows, T tokens, D model width, W samples of a tick, N frame groups,
+# L frames in a group, Y and X height and width of a frame, F mel frames of an output step,
+# B mel bands.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tml_kernels._dims import Dims
+from tml_kernels.ops.dmel import dmel, dmel_embed
+from tml_kernels.ops.patch_embed import patch_embed
+from tml_kernels.ops.rms_norm import rms_norm
+
+from .backbone import check_slots
+from .config import ModelConfig
+from .state import ModelState
+from .weights import ModelWeights
+
+Frames = Tensor | np.ndarray
+
+
+@dataclass(frozen=True)
+class TickInput:
+    """What one tick brings. Row s of everything is the session in state slot `slot_S[s]`.
+
+    slot: int32, -1 idle. pcm: float32, the samples of one tick, zeros where none came. missing:
+    bool, something of this tick was lost; the session is told so by a token before its text.
+    frames: per row None or uint8 [groups, frames, height, width, 3], RGB. text: per row token ids.
+    frames and text may be left empty when no row has any.
+    """
+
+    slot_S: Tensor
+    pcm_S_W: Tensor
+    missing_S: Tensor
+    frames: Sequence[Frames | None] = field(default=())
+    text: Sequence[Sequence[int]] = field(default=())
+
+    def check(self, config: ModelConfig, state: ModelState) -> None:
+        """TypeError or ValueError naming what does not fit. Reads slots and ids on the host."""
+        layout, device = config.layout, state.length_N.device
+        dims = Dims(W=layout.samples_per_tick)
+        dims.check(slot_S=self.slot_S, dtype=torch.int32, device=device)
+        dims.check(pcm_S_W=self.pcm_S_W, dtype=torch.float32, device=device)
+        dims.check(missing_S=self.missing_S, dtype=torch.bool, device=device)
+        check_slots(config, state, self.slot_S.tolist())
+        for name, rows in {"frames": self.frames, "text": self.text}.items():
+            if len(rows) not in (0, dims["S"]):
+                raise ValueError(f"{name}: {len(rows)} rows, but S={dims['S']}")
+        for row, frames in enumerate(self.frames):
+            if frames is not None:
+                _check_frames(config, f"frames[{row}]", frames)
+        for row, ids in enumerate(self.text):
+            check_ids(config, f"text[{row}]", ids)
+            if len(ids) > layout.max_text_tokens:
+                raise ValueError(
+                    f"text[{row}]: {len(ids)} tokens, a tick takes {layout.max_text_tokens}"
+                )
+
+    def live_rows(self) -> list[int]:
+        return [row for row, slot in enumerate(self.slot_S.tolist()) if slot >= 0]
+
+    def select(self, rows: list[int]) -> TickInput:
+        """Those rows alone, with frames and text filled in for each."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.slot_S.device)
+        return TickInput(
+            slot_S=self.slot_S[index],
+            pcm_S_W=self.pcm_S_W[index],
+            missing_S=self.missing_S[index],
+            frames=[self.frames[row] if self.frames else None for row in rows],
+            text=[self.text[row] if self.text else () for row in rows],
+        )
+
+
+class Frontend:
+    """Turns token ids, frames and samples into tokens of the backbone."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.weights = weights
+
+    def embed_text(self, ids_T: Tensor) -> Tensor:
+        """[T, D] of int64 token ids, which must be in range."""
+        rows_T_D = self.weights.embed_V_D[ids_T]
+        return rms_norm(rows_T_D, self.weights.embed_norm_D, eps=self.config.norm_eps)
+
+    def embed_levels(self, levels_T_B: Tensor) -> Tensor:
+        """[T, D] of dMel frames given as uint8 levels."""
+        return dmel_embed(
+            levels_T_B,
+            self.weights.audio_table_Y_D,
+            self.weights.audio_norm_D,
+            num_levels=self.config.layout.dmel.num_levels,
+            eps=self.config.norm_eps,
+        )
+
+    def embed_frames(self, frames_N_L_Y_X_3: Tensor) -> Tensor:
+        """[T, D] of uint8 frame groups: groups, then patch rows, then patch columns."""
+        return patch_embed(
+            frames_N_L_Y_X_3, self.weights.patch, spec=self.config.patch, eps=self.config.norm_eps
+        )
+
+    def embed_step(self, token_S: Tensor, levels_S_F_B: Tensor) -> Tensor:
+        """[S, D], the input of an output step: what the step before said, in both its forms."""
+        x_S_D = self.embed_text(token_S)
+        speech_SF_D = self.embed_levels(levels_S_F_B.flatten(0, 1))
+        for speech_S_D in speech_SF_D.unflatten(0, (x_S_D.shape[0], -1)).unbind(1):
+            x_S_D = x_S_D + speech_S_D
+        return x_S_D
+
+    def embed_tick(self, state: ModelState, tick: TickInput) -> tuple[Tensor, Tensor]:
+        """(x_T_D, start_S1) of live rows: each row's input blocks, then its first output step.
+
+        The first step's input is known before the tick runs, it is what the session said last; so
+        the step is part of the same pass. Advances the audio tails and nothing else.
+        """
+        slot_S = tick.slot_S.long()
+        tokens: dict[str, Tensor] = {}
+        counts: dict[str, list[int]] = {}
+        tokens["text"], counts["text"] = self._text(tick)
+        tokens["video"], counts["video"] = self._video(tick)
+        tokens["audio"], counts["audio"] = self._audio(state, tick)
+        tokens["step"] = self.embed_step(state.token_N[slot_S], state.levels_N_F_B[slot_S])
+        counts["step"] = [1] * len(slot_S)
+        return _interleave(tokens, counts, (*self.config.layout.blocks, "step"))
+
+    def _text(self, tick: TickInput) -> tuple[Tensor, list[int]]:
+        marker = (self.config.vocab.missing,)
+        missing = tick.missing_S.tolist()
+        rows = [
+            (*marker, *ids) if lost else ids for lost, ids in zip(missing, tick.text, strict=True)
+        ]
+        ids_T = torch.tensor([i for ids in rows for i in ids], dtype=torch.int64)
+        return self.embed_text(ids_T.to(tick.slot_S.device)), [len(ids) for ids in rows]
+
+    def _video(self, tick: TickInput) -> tuple[Tensor, list[int]]:
+        by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+        for row, frames in enumerate(tick.frames):
+            if frames is not None and len(frames) > 0:
+                group = _as_tensor(frames, tick.slot_S.device)
+                by_size.setdefault(group.shape[1:], []).append((row, group))
+        tokens = [self.weights.embed_V_D[:0]] * len(tick.frames)
+        for rows in by_size.values():  # sessions with frames of one size share a call
+            x_T_D = self.embed_frames(torch.cat([group for _, group in rows]))
+            per_group = len(x_T_D) // sum(len(group) for _, group in rows)
+            split = x_T_D.split([len(group) * per_group for _, group in rows])
+            for (row, _), row_tokens in zip(rows, split, strict=True):
+                tokens[row] = row_tokens
+        return torch.cat(tokens), [len(row_tokens) for row_tokens in tokens]
+
+    def _audio(self, state: ModelState, tick: TickInput) -> tuple[Tensor, list[int]]:
+        tokens_S_F_D, _ = dmel(
+            tick.pcm_S_W,
+            state.tail_N_W,
+            tick.slot_S,
+            self.weights.audio_table_Y_D,
+            self.weights.audio_norm_D,
+            spec=self.config.layout.dmel,
+            eps=self.config.norm_eps,
+        )
+        return tokens_S_F_D.flatten(0, 1), [tokens_S_F_D.shape[1]] * len(tick.slot_S)
+
+
+def _interleave(
+    tokens: dict[str, Tensor], counts: dict[str, list[int]], blocks: tuple[str, ...]
+) -> tuple[Tensor, Tensor]:
+    """Blocks that hold all rows one after the other -> rows that hold all blocks: (x, start)."""
+    order, start = [], [0]
+    at, offset = {}, 0
+    for block in blocks:
+        at[block] = offset
+        offset += sum(counts[block])
+    for row in range(len(counts["step"])):
+        for block in blocks:
+            count = counts[block][row]
+            order.extend(range(at[block], at[block] + count))
+            at[block] += count
+        start.append(len(order))
+    x_T_D = torch.cat([tokens[block] for block in blocks])
+    device = x_T_D.device
+    return (
+        x_T_D[torch.tensor(order, device=device)],
+        torch.tensor(start, dtype=torch.int32, device=device),
+    )
+
+
+def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"{name}: expected token ids, got {token!r}")
+        if not 0 <= token < config.vocab.num_valid:
+            raise ValueError(f"{name}: id {token} is not in 0..{config.vocab.num_valid - 1}")
+
+
+def _check_frames(config: ModelConfig, name: str, frames: Frames) -> None:
+    if not isinstance(frames, (Tensor, np.ndarray)):
+        raise TypeError(f"{name}: expected a tensor or array, got {type(frames).__name__}")
+    if str(frames.dtype).removeprefix("torch.") != "uint8":
+        raise TypeError(f"{name}: expected uint8, got {frames.dtype}")
+    shape, group = tuple(frames.shape), config.patch.frames
+    if len(shape) != 5 or shape[1] != group or shape[4] != 3:
+        raise ValueError(f"{name}: expected [n, {group}, height, width, 3], got {shape}")
+    rows, columns = config.patch.grid(shape[2], shape[3])
+    tokens, limit = shape[0] * rows * columns, config.layout.max_video_tokens
+    if tokens > limit:
+        raise ValueError(f"{name}: {shape} is {tokens} tokens, a tick takes {limit}")
+
+
+def _as_tensor(frames: Frames, device: torch.device) -> Tensor:
+    if isinstance(frames, np.ndarray):
+        frames = torch.from_numpy(frames.copy())  # torch wants arrays it may write to
+    return frames.to(device).contiguous()

@@ -1,0 +1,128 @@
+"""The second path: one whole sequence at once, dense, in plain torch and without the ops.
+
+Shares nothing with the streaming path but the weights, so that each checks the other.
+"""
+
+# Dimension key: T tokens, D model width, H query heads, G KV heads, C head width, B d_rel,
+# X extent, V vocabulary.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import HeadSpec, ModelConfig
+from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+
+
+def full_forward(
+    config: ModelConfig,
+    weights: ModelWeights,
+    x_T_D: Tensor,
+    *,
+    max_tokens: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Logits [T, V] in `dtype` of one sequence of embedded tokens, from its first token.
+
+    Allocates the whole [H, T, T] attention. max_tokens: how far a global layer sees, all by
+    default; a state with that `max_tokens` streams the same numbers.
+    """
+    x_T_D = x_T_D.to(dtype)
+    if config.norm_every_input:
+        x_T_D = _rms_norm(x_T_D, weights.embed_norm_D, config.norm_eps)
+    for layer, w in enumerate(weights.layers):
+        heads = config.heads(layer)
+        h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
+        h_T_D = _attention(config, heads, w.attention, h_T_D, max_tokens)
+        x_T_D = x_T_D + _short_conv(h_T_D, w.attn_conv_D_4)
+        h_T_D = _rms_norm(x_T_D, w.mlp_norm_D, config.norm_eps)
+        if isinstance(w.mlp, DenseWeights):
+            h_T_D = _swiglu(h_T_D, w.mlp.w13_J_D, w.mlp.w2_D_F) * w.mlp.scale_1.to(dtype)
+        else:
+            h_T_D = _experts(config, w.mlp, h_T_D)
+        x_T_D = x_T_D + _short_conv(h_T_D, w.mlp_conv_D_4)
+    h_T_D = _rms_norm(x_T_D, weights.norm_D, config.norm_eps)
+    logits_T_V = F.linear(h_T_D / config.logits_divisor, weights.unembed_V_D.to(dtype))
+    logits_T_V[:, config.vocab.num_valid :] = float("-inf")
+    return logits_T_V
+
+
+def _attention(
+    config: ModelConfig,
+    heads: HeadSpec,
+    w: AttentionWeights,
+    x_T_D: Tensor,
+    max_tokens: int | None,
+) -> Tensor:
+    num_tokens, dtype = x_T_D.shape[0], x_T_D.dtype
+    num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
+    sizes = [num_heads * width, num_kv * width, num_kv * width, num_heads * config.d_rel]
+    q, k, v, r = F.linear(x_T_D, w.qkvr_J_D.to(dtype)).split(sizes, dim=1)
+    q = _rms_norm(q.unflatten(1, (num_heads, width)), w.q_norm_C, config.norm_eps)
+    k = _short_conv(k, w.k_conv_W_4).unflatten(1, (num_kv, width))
+    k = _rms_norm(k, w.k_norm_C, config.norm_eps)
+    v = _short_conv(v, w.v_conv_W_4).unflatten(1, (num_kv, width))
+    k = k.repeat_interleave(num_heads // num_kv, dim=1)
+    v = v.repeat_interleave(num_heads // num_kv, dim=1)
+
+    position_T = torch.arange(num_tokens, device=x_T_D.device)
+    distance_T_T = position_T[:, None] - position_T
+    bias_H_T_X = torch.einsum(
+        "thb,bx->htx", r.unflatten(1, (num_heads, config.d_rel)), w.rel_table_B_X.to(dtype)
+    )
+    index = distance_T_T.clamp(0, heads.extent - 1).expand(num_heads, -1, -1)
+    bias_H_T_T = bias_H_T_X.gather(2, index)
+    bias_H_T_T = bias_H_T_T.masked_fill(distance_T_T >= heads.extent, 0.0)
+
+    logits_H_T_T = torch.einsum("thc,uhc->htu", q, k) / width + bias_H_T_T
+    is_global = heads.window is None
+    if is_global and config.tau_floor is not None:
+        growth_T = ((position_T + 1).to(dtype) / config.tau_floor).clamp(min=1.0).log()
+        logits_H_T_T = logits_H_T_T * (1.0 + config.tau_alpha * growth_T)[:, None]
+    reach = max_tokens if is_global else heads.window
+    hidden_T_T = distance_T_T < 0
+    if reach is not None:
+        hidden_T_T = hidden_T_T | (distance_T_T >= reach)
+    weight_H_T_T = logits_H_T_T.masked_fill(hidden_T_T, float("-inf")).softmax(dim=-1)
+    attended = torch.einsum("htu,uhc->thc", weight_H_T_T, v).flatten(1)
+    return F.linear(attended, w.out_D_I.to(dtype))
+
+
+def _experts(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> Tensor:
+    spec, dtype = config.experts, x_T_D.dtype
+    logits_T_A = F.linear(x_T_D, w.gate_A_D.to(dtype))
+    routed_T_E, shared_T_Z = logits_T_A.split([spec.num_experts, spec.num_shared], dim=1)
+    # A stable sort keeps the lowest id first among equal scores.
+    score_T_E = routed_T_E.sigmoid() + w.bias_E.to(dtype)
+    chosen_T_K = score_T_E.sort(dim=1, descending=True, stable=True).indices[:, : spec.top_k]
+    both = torch.cat([routed_T_E.gather(1, chosen_T_K), shared_T_Z], dim=1)
+    weight = F.logsigmoid(both).softmax(dim=1) * spec.route_scale * w.scale_1.to(dtype)
+
+    out_T_D = torch.zeros_like(x_T_D)
+    for expert in chosen_T_K.unique().tolist():
+        t, k = torch.where(chosen_T_K == expert)
+        y = _swiglu(x_T_D[t], w.w13_E_J_D[expert], w.w2_E_D_F[expert])
+        out_T_D.index_add_(0, t, y * weight[t, k, None])
+    for z in range(spec.num_shared):
+        y_T_D = _swiglu(x_T_D, w.shared_w13_Z_J_D[z], w.shared_w2_Z_D_F[z])
+        out_T_D += y_T_D * weight[:, spec.top_k + z, None]
+    return out_T_D
+
+
+def _swiglu(x_T_D: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
+    gate_up = F.linear(x_T_D, w13_J_D.to(x_T_D.dtype))
+    return F.linear(F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2], w2_D_F.to(x_T_D.dtype))
+
+
+def _short_conv(x_T_W: Tensor, weight_W_4: Tensor) -> Tensor:
+    """x + a depthwise causal convolution of four taps, the last of them the current token's."""
+    num_taps = weight_W_4.shape[1]
+    padded = F.pad(x_T_W.T[None], (num_taps - 1, 0))
+    y = F.conv1d(padded, weight_W_4.to(x_T_W.dtype)[:, None], groups=x_T_W.shape[1])
+    return x_T_W + y[0].T
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)

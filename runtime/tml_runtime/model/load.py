@@ -1,0 +1,159 @@
+"""Weights from a checkpoint in the published layout, written straight into their place."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .config import ModelConfig
+from .tensor_file import CheckpointError, TensorFile, write_tensor_file
+from .weights import (
+    FLOW_PREFIX,
+    ModelWeights,
+    empty_weights,
+    fill_random,
+    named_tensors,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+IGNORED_PREFIX = "model.mtp."  # multi-token-prediction layers: they draft, the model runs without
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """Where every weight came from. `random` is what no checkpoint gave."""
+
+    source: str
+    loaded: tuple[str, ...]
+    random: tuple[str, ...]
+    ignored: tuple[str, ...]
+    seed: int
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {len(self.loaded)} tensors loaded"
+        if self.random:
+            text += f", {len(self.random)} random from seed {self.seed} ({self.random[0]}, ...)"
+        if self.ignored:
+            text += f", {len(self.ignored)} ignored ({self.ignored[0]}, ...)"
+        return text
+
+
+def random_weights(
+    config: ModelConfig, *, seed: int, device: torch.device | str, dtype: torch.dtype
+) -> tuple[ModelWeights, WeightReport]:
+    weights = empty_weights(config, device=device, dtype=dtype)
+    for named in named_tensors(config, weights):
+        fill_random(config, named, seed)
+    names = tuple(named.name for named in named_tensors(config, weights))
+    return weights, WeightReport("no checkpoint", (), names, (), seed)
+
+
+def load_weights(
+    path: str | Path,
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> tuple[ModelWeights, WeightReport]:
+    """Read a safetensors file, or a folder with one or with an index of shards.
+
+    Names and shapes are checked before memory is taken, and each tensor is copied once, from the
+    mapped file into its place, so the peak is the model itself. Values are rounded to where they
+    go. The speech head, which the published checkpoints lack, is random unless the file has it;
+    the report and a warning say so. Raises CheckpointError with the file, the tensor and the
+    reason for anything missing, unknown, misshapen, truncated or of a dtype that is not a float.
+    """
+    path = Path(path)
+    files = _open(path)
+    wanted = {
+        named.name: tuple(named.view.shape)
+        for named in named_tensors(config, empty_weights(config, device="meta", dtype=dtype))
+    }
+    random = _check(path, files, wanted)
+
+    weights = empty_weights(config, device=device, dtype=dtype)
+    for named in named_tensors(config, weights):
+        if named.name in random:
+            fill_random(config, named, seed)
+        else:
+            named.view.copy_(files[named.name].tensor(named.name))
+    report = WeightReport(
+        source=str(path),
+        loaded=tuple(name for name in wanted if name not in random),
+        random=tuple(random),
+        ignored=tuple(sorted(name for name in files if name not in wanted)),
+        seed=seed,
+    )
+    _log.log(logging.WARNING if random else logging.INFO, "%s", report)
+    return weights, report
+
+
+def save_weights(path: str | Path, config: ModelConfig, weights: ModelWeights) -> None:
+    """Write one safetensors file in the same layout, with the speech head under its own prefix."""
+    write_tensor_file(Path(path), named_tensors(config, weights))
+
+
+def _open(path: Path) -> dict[str, TensorFile]:
+    """The file that holds each tensor, by name."""
+    if path.is_dir():
+        if (path / INDEX).is_file():
+            return _open_shards(path / INDEX)
+        path = path / SINGLE
+    file = TensorFile(path)
+    return dict.fromkeys(file.entries, file)
+
+
+def _open_shards(index: Path) -> dict[str, TensorFile]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = {name: index.parent / shard for name, shard in weight_map.items()}
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(index, "", f"not an index of shards: {error!r}") from None
+    opened: dict[Path, TensorFile] = {}
+    for name, shard in shards.items():
+        if shard.parent != index.parent:
+            raise CheckpointError(index, name, f"its shard {shard} is not beside the index")
+        if shard not in opened:
+            opened[shard] = TensorFile(shard)
+        if name not in opened[shard].entries:
+            raise CheckpointError(shard, name, "missing, though the index says it is here")
+    for shard, file in opened.items():
+        for name in file.entries:
+            if shards.get(name) != shard:
+                raise CheckpointError(
+                    shard, name, f"not in {index.name}, or there for another file"
+                )
+    return {name: opened[shard] for name, shard in shards.items()}
+
+
+def _check(
+    path: Path, files: dict[str, TensorFile], wanted: dict[str, tuple[int, ...]]
+) -> list[str]:
+    """Names to fill at random, once the files are known to fit the model."""
+    random: list[str] = []
+    for name, shape in wanted.items():
+        if name not in files:
+            if not name.startswith(FLOW_PREFIX):
+                raise CheckpointError(path, name, f"missing; expected shape {shape}")
+            random.append(name)
+        elif files[name].shape(name) != shape:
+            raise CheckpointError(
+                files[name].path, name, f"has shape {files[name].shape(name)}, expected {shape}"
+            )
+        else:
+            files[name].tensor(name)  # its dtype can be read
+    num_flow = sum(name.startswith(FLOW_PREFIX) for name in wanted)
+    if 0 < len(random) < num_flow:
+        raise CheckpointError(path, random[0], "missing, while other parts of the head are there")
+    for name, file in files.items():
+        if name not in wanted and not name.startswith(IGNORED_PREFIX):
+            raise CheckpointError(file.path, name, "unknown to this model's configuration")
+    return random

@@ -1,0 +1,122 @@
+"""The output side of a tick: K steps that each say one token and one stretch of speech."""
+
+# Dimension key: S session rows, K output steps of a tick, F mel frames of a step, B mel bands,
+# D model width.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tml_kernels.ops.dmel.reference import quantise_ref
+from tml_kernels.ops.flow_head import flow_head
+from tml_kernels.ops.sample import sample
+
+from .backbone import Backbone
+from .frontend import Frontend
+from .state import ModelState
+
+
+@dataclass(frozen=True)
+class TickOutput:
+    """What one tick said, on the model's device. Row s is row s of the input.
+
+    token: int32, one text or action token per step. mel: float32 log10 mel frames in time order,
+    K * F of them. fault: the session's samples, logits or speech were not finite; its tokens are
+    silence from there on, its speech is the quietest level, and the session should be closed and
+    its slot reset. An idle row says -1 and the quietest level. stage_ns: host time of each stage,
+    which on a GPU is the time to queue its work.
+    """
+
+    token_S_K: Tensor
+    mel_S_K_B: Tensor
+    fault_S: Tensor
+    stage_ns: dict[str, int] = field(default_factory=dict)
+
+
+class Drawing(NamedTuple):
+    """How each row draws; read from the state once per tick."""
+
+    temperature_S: Tensor
+    top_k_S: Tensor
+    top_p_S: Tensor
+    seed_S: Tensor
+    draws_S: Tensor
+
+    @classmethod
+    def of(cls, state: ModelState, slot_S: Tensor) -> Drawing:
+        return cls(
+            state.temperature_N[slot_S],
+            state.top_k_N[slot_S],
+            state.top_p_N[slot_S],
+            state.seed_N[slot_S],
+            state.draws_N[slot_S],
+        )
+
+
+class Step(NamedTuple):
+    token_S: Tensor  # int32
+    mel_S_F_B: Tensor
+    levels_S_F_B: Tensor
+    fault_S: Tensor
+
+
+class Speaker:
+    """Runs the output steps: hidden state -> token and speech -> input of the next step."""
+
+    def __init__(self, backbone: Backbone, frontend: Frontend) -> None:
+        self.backbone = backbone
+        self.frontend = frontend
+        self.config = backbone.config
+
+    def run_steps(self, state: ModelState, h_S_D: Tensor, slot_S: Tensor) -> TickOutput:
+        """All K steps of live rows; h is the hidden state of the first, already appended.
+
+        The last step is not appended: it opens the next tick's output. Updates what the state
+        knows of the last step and its count of draws.
+        """
+        slot_long_S = slot_S.long()
+        drawing = Drawing.of(state, slot_long_S)
+        num_rows, num_steps = len(slot_S), self.config.layout.num_steps
+        start_S1 = torch.arange(num_rows + 1, dtype=torch.int32, device=slot_S.device)
+        steps = [self._say(h_S_D, drawing, 0)]
+        for k in range(1, num_steps):
+            x_S_D = self.frontend.embed_step(steps[-1].token_S.long(), steps[-1].levels_S_F_B)
+            h_S_D = self.backbone.append_unchecked(state, x_S_D, start_S1, slot_S)
+            steps.append(self._say(h_S_D, drawing, k))
+        state.token_N[slot_long_S] = steps[-1].token_S.long()
+        state.levels_N_F_B[slot_long_S] = steps[-1].levels_S_F_B
+        state.draws_N[slot_long_S] = drawing.draws_S + num_steps
+        return TickOutput(
+            token_S_K=torch.stack([step.token_S for step in steps], dim=1),
+            mel_S_K_B=torch.cat([step.mel_S_F_B for step in steps], dim=1),
+            fault_S=torch.stack([step.fault_S for step in steps]).any(0),
+        )
+
+    def _say(self, h_S_D: Tensor, drawing: Drawing, k: int) -> Step:
+        config, dmel = self.config, self.config.layout.dmel
+        counter_S = drawing.draws_S + k
+        token_S, fault_S = sample(
+            self.backbone.logits(h_S_D),
+            drawing.temperature_S,
+            drawing.top_k_S,
+            drawing.top_p_S,
+            drawing.seed_S,
+            counter_S,
+            fallback=config.vocab.silence,
+        )
+        mel_S_FB = flow_head(
+            h_S_D,
+            self.backbone.weights.flow,
+            drawing.seed_S,
+            counter_S,
+            num_steps=config.flow.num_steps,
+            guidance=config.flow.guidance,
+        )
+        finite_S = mel_S_FB.isfinite().all(1)
+        mel_S_FB = mel_S_FB.where(finite_S[:, None], dmel.level_min)
+        mel_S_F_B = mel_S_FB.unflatten(1, (-1, dmel.num_bands))
+        return Step(token_S, mel_S_F_B, quantise_ref(mel_S_F_B, dmel), fault_S | ~finite_S)

@@ -1,0 +1,143 @@
+"""Reads and writes safetensors files: eight bytes of header length, a JSON header, then raw data.
+
+A file is mapped, not read: a tensor is a view of the mapping, and copying it into its place is the
+only copy made. Nothing in a file is executed, and its header is believed only as far as the file's
+own size bears it out. Source: the format's specification in the safetensors project's README.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import struct
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import TmlRuntimeError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_HEADER = 100_000_000  # bytes, the specification's own limit
+
+
+class CheckpointError(TmlRuntimeError, ValueError):
+    """A checkpoint that cannot be used: which `file`, which `tensor` ("" for the file), why."""
+
+    def __init__(self, file: Path, tensor: str, reason: str) -> None:
+        super().__init__(f"{file}: {tensor + ': ' if tensor else ''}{reason}")
+        self.file = file
+        self.tensor = tensor
+        self.reason = reason
+
+
+class Entry(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # of the data, counted from the file's first byte
+    end: int
+
+
+class TensorFile:
+    """One mapped safetensors file. Its header is checked in full before a tensor is handed out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            raise CheckpointError(path, "", f"cannot be read: {error}") from None
+        self.entries = self._read_header()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.entries[name].shape
+
+    def tensor(self, name: str) -> Tensor:
+        """A read-only view of the file, valid while this object lives."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                self.path, name, f"dtype {entry.dtype} is not one of {', '.join(DTYPES)}"
+            )
+        if entry.begin == entry.end:
+            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with warnings.catch_warnings():
+            # torch warns that writing to a read-only mapping is undefined; nothing here writes.
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            flat = torch.frombuffer(
+                self._bytes,
+                dtype=torch.uint8,
+                count=entry.end - entry.begin,
+                offset=entry.begin,
+            )
+        return flat.view(DTYPES[entry.dtype]).view(entry.shape)
+
+    def _read_header(self) -> dict[str, Entry]:
+        size = len(self._bytes)
+        if size < 8:
+            raise CheckpointError(self.path, "", f"{size} bytes are too few for a header")
+        (length,) = struct.unpack_from("<Q", self._bytes)
+        if length > min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                self.path, "", f"truncated: the header has {length} bytes, the file {size}"
+            )
+        try:
+            header = json.loads(self._bytes[8 : 8 + length])
+        except ValueError as error:
+            raise CheckpointError(self.path, "", f"the header is not JSON: {error}") from None
+        if not isinstance(header, dict):
+            raise CheckpointError(self.path, "", "the header is not a table of tensors")
+        header.pop("__metadata__", None)
+        return {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}
+
+    def _entry(self, name: str, fields: object, base: int) -> Entry:
+        try:
+            assert isinstance(fields, dict)
+            shape = tuple(fields["shape"])
+            begin, end = fields["data_offsets"]
+            dtype = fields["dtype"]
+            numbers = (*shape, begin, end)
+            assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
+        except (AssertionError, KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                self.path, name, f"its header entry is malformed: {fields!r:.100}"
+            ) from None
+        if base + end > len(self._bytes):
+            raise CheckpointError(
+                self.path,
+                name,
+                f"truncated: its data end at byte {base + end}, the file at {len(self._bytes)}",
+            )
+        if dtype in DTYPES:
+            needed = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+            if end - begin != needed:
+                raise CheckpointError(
+                    self.path, name, f"{dtype} {shape} takes {needed} bytes, it has {end - begin}"
+                )
+        return Entry(dtype, shape, base + begin, base + end)
+
+
+def write_tensor_file(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write float32, bfloat16 or float16 tensors, one after the other, in the order given."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, dict] = {}
+    tensors, offset = list(tensors), 0
+    for name, tensor in tensors:
+        end = offset + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of eight, as readers expect
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in tensors:
+            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(flat.numpy().data)

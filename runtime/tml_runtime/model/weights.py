@@ -1,0 +1,280 @@
+"""A model's weights: plain tensors in frozen containers, each under its name in the checkpoint.
+
+Gate and up rows stay interleaved as the checkpoint has them. Queries, keys, values and relative
+states are rows of one projection; the checkpoint's four tensors are views of it, so that loading
+fills it in place. Convolutions, norms, router biases and scales are float32, everything else has
+the model's dtype.
+"""
+
+# Dimension key: D model width, V vocabulary rows, H query heads, C head width, W = KV heads * C,
+# I = H * C, B d_rel, J = I + 2 W + H * B rows of the fused projection (also 2 F, of gate and up),
+# X extent, F hidden width, E routed experts, Z shared experts, A = E + Z, Y rows of the dMel table.
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tml_kernels.ops.flow_head import FlowWeights
+from tml_kernels.ops.patch_embed import PatchWeights
+
+from .config import ModelConfig
+
+CONV_WIDTH = 4
+FLOW_INNER = 4  # width of a flow block's MLP, in head widths
+FLOW_PREFIX = "model.flow."  # ours: the public checkpoint has no speech head
+
+Make = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    qkvr_J_D: Tensor
+    out_D_I: Tensor
+    k_conv_W_4: Tensor
+    v_conv_W_4: Tensor
+    q_norm_C: Tensor
+    k_norm_C: Tensor
+    rel_table_B_X: Tensor
+
+
+@dataclass(frozen=True)
+class DenseWeights:
+    w13_J_D: Tensor
+    w2_D_F: Tensor
+    scale_1: Tensor
+
+
+@dataclass(frozen=True)
+class MoeWeights:
+    gate_A_D: Tensor
+    bias_E: Tensor
+    scale_1: Tensor
+    w13_E_J_D: Tensor
+    w2_E_D_F: Tensor
+    shared_w13_Z_J_D: Tensor
+    shared_w2_Z_D_F: Tensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attn_norm_D: Tensor
+    attention: AttentionWeights
+    attn_conv_D_4: Tensor
+    mlp_norm_D: Tensor
+    mlp: DenseWeights | MoeWeights
+    mlp_conv_D_4: Tensor
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    embed_V_D: Tensor
+    embed_norm_D: Tensor
+    layers: tuple[LayerWeights, ...]
+    norm_D: Tensor
+    unembed_V_D: Tensor
+    audio_table_Y_D: Tensor
+    audio_norm_D: Tensor
+    patch: PatchWeights
+    flow: FlowWeights
+
+
+class Named(NamedTuple):
+    """A tensor of the checkpoint and where it lives: a view of a weight, in the file's shape."""
+
+    name: str
+    view: Tensor
+
+
+def empty_weights(
+    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> ModelWeights:
+    """Weights of the right shapes, not written yet. On device "meta" they take no memory."""
+
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    def make_f32(*shape: int) -> Tensor:
+        return make(*shape, dtype=torch.float32)
+
+    vocab, width, dmel = config.vocab, config.width, config.layout.dmel
+    return ModelWeights(
+        embed_V_D=make(vocab.size, width),
+        embed_norm_D=make_f32(width),
+        layers=tuple(_empty_layer(config, layer, make, make_f32) for layer in config.layers),
+        norm_D=make_f32(width),
+        unembed_V_D=make(vocab.size, width),
+        audio_table_Y_D=make(dmel.table_rows, width),
+        audio_norm_D=make_f32(width),
+        patch=PatchWeights(
+            linears=tuple(make(*shape) for shape in config.patch.linear_shapes(width)),
+            norms=tuple(make_f32(size) for size in config.patch.widths),
+            final_norm=make_f32(width),
+        ),
+        flow=_empty_flow(config, make),
+    )
+
+
+def _empty_layer(config: ModelConfig, layer: int, make: Make, make_f32: Make) -> LayerWeights:
+    width, heads, experts = config.width, config.heads(layer), config.experts
+    attention = AttentionWeights(
+        qkvr_J_D=make(heads.qkvr_width(config.d_rel), width),
+        out_D_I=make(width, heads.num_heads * heads.head_width),
+        k_conv_W_4=make_f32(heads.kv_width, CONV_WIDTH),
+        v_conv_W_4=make_f32(heads.kv_width, CONV_WIDTH),
+        q_norm_C=make_f32(heads.head_width),
+        k_norm_C=make_f32(heads.head_width),
+        rel_table_B_X=make(config.d_rel, heads.extent),
+    )
+    if config.is_dense(layer):
+        mlp = DenseWeights(
+            w13_J_D=make(2 * config.dense_width, width),
+            w2_D_F=make(width, config.dense_width),
+            scale_1=make_f32(1),
+        )
+    else:
+        mlp = MoeWeights(
+            gate_A_D=make(experts.num_experts + experts.num_shared, width),
+            bias_E=make_f32(experts.num_experts),
+            scale_1=make_f32(1),
+            w13_E_J_D=make(experts.num_experts, 2 * experts.width, width),
+            w2_E_D_F=make(experts.num_experts, width, experts.width),
+            shared_w13_Z_J_D=make(experts.num_shared, 2 * experts.width, width),
+            shared_w2_Z_D_F=make(experts.num_shared, width, experts.width),
+        )
+    return LayerWeights(
+        attn_norm_D=make_f32(width),
+        attention=attention,
+        attn_conv_D_4=make_f32(width, CONV_WIDTH),
+        mlp_norm_D=make_f32(width),
+        mlp=mlp,
+        mlp_conv_D_4=make_f32(width, CONV_WIDTH),
+    )
+
+
+def _empty_flow(config: ModelConfig, make: Make) -> FlowWeights:
+    width, depth, layout = config.flow.width, config.flow.depth, config.layout
+    inner, mel = FLOW_INNER * width, layout.mel_frames_per_step * layout.dmel.num_bands
+    return FlowWeights(
+        cond_W_D=make(width, config.width),
+        cond_bias_W=make(width),
+        null_W=make(width),
+        time_in_W_W=make(width, width),
+        time_in_bias_W=make(width),
+        time_out_W_W=make(width, width),
+        time_out_bias_W=make(width),
+        input_W_B=make(width, mel),
+        input_bias_W=make(width),
+        mod_L_3_W_W=make(depth, 3, width, width),
+        mod_bias_L_3_W=make(depth, 3, width),
+        up_L_U_W=make(depth, inner, width),
+        up_bias_L_U=make(depth, inner),
+        down_L_W_U=make(depth, width, inner),
+        down_bias_L_W=make(depth, width),
+        final_mod_2_W_W=make(2, width, width),
+        final_mod_bias_2_W=make(2, width),
+        output_B_W=make(mel, width),
+        output_bias_B=make(mel),
+    )
+
+
+def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[Named]:
+    """Every tensor of the checkpoint layout, and ours under FLOW_PREFIX, once each."""
+    w = weights
+    yield Named("model.llm.embed.weight", w.embed_V_D)
+    yield Named("model.llm.embed_norm.weight", w.embed_norm_D)
+    for layer, lw in enumerate(w.layers):
+        prefix = f"model.llm.layers.{layer}."
+        yield Named(prefix + "attn_norm.weight", lw.attn_norm_D)
+        yield from _named_attention(config, layer, lw.attention, prefix + "attn.")
+        yield Named(prefix + "attn_sconv.weight", lw.attn_conv_D_4[:, None])
+        yield Named(prefix + "mlp_norm.weight", lw.mlp_norm_D)
+        yield from _named_mlp(lw.mlp, prefix + "mlp.")
+        yield Named(prefix + "mlp_sconv.weight", lw.mlp_conv_D_4[:, None])
+    yield Named("model.llm.norm.weight", w.norm_D)
+    yield Named("model.llm.unembed.weight", w.unembed_V_D)
+    yield Named("model.audio.encoder.weight", w.audio_table_Y_D)
+    yield Named("model.audio.final_norm.weight", w.audio_norm_D)
+    for i, linear in enumerate(w.patch.linears):
+        yield Named(f"model.visual.layers.linear_{i}.weight", linear)
+    for i, norm in enumerate(w.patch.norms):
+        yield Named(f"model.visual.layers.norm_{i}.weight", norm)
+    yield Named("model.visual.final_norm.weight", w.patch.final_norm)
+    for field, tensor in w.flow._asdict().items():
+        yield Named(FLOW_PREFIX + _without_axes(field), tensor)
+
+
+def _named_attention(
+    config: ModelConfig, layer: int, w: AttentionWeights, prefix: str
+) -> Iterator[Named]:
+    heads = config.heads(layer)
+    query, relative = heads.num_heads * heads.head_width, heads.num_heads * config.d_rel
+    rows = [query, heads.kv_width, heads.kv_width, relative]
+    names = ("wq_du", "wk_dv", "wv_dv", "wr_du")
+    for name, view in zip(names, w.qkvr_J_D.split(rows), strict=True):
+        yield Named(f"{prefix}{name}.weight", view)
+    yield Named(prefix + "wo_ud.weight", w.out_D_I)
+    yield Named(prefix + "q_norm.weight", w.q_norm_C)
+    yield Named(prefix + "k_norm.weight", w.k_norm_C)
+    yield Named(prefix + "k_sconv.weight", w.k_conv_W_4[:, None])
+    yield Named(prefix + "v_sconv.weight", w.v_conv_W_4[:, None])
+    yield Named(prefix + "rel_logits_proj.proj", w.rel_table_B_X)
+
+
+def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
+    if isinstance(w, DenseWeights):
+        yield Named(prefix + "w13_dn.weight", w.w13_J_D)
+        yield Named(prefix + "w2_md.weight", w.w2_D_F)
+        yield Named(prefix + "global_scale", w.scale_1)
+        return
+    yield Named(prefix + "gate.weight", w.gate_A_D)
+    yield Named(prefix + "gate.bias", w.bias_E)
+    yield Named(prefix + "gate.global_scale", w.scale_1)
+    yield Named(prefix + "experts.w13_weight", w.w13_E_J_D)
+    yield Named(prefix + "experts.w2_weight", w.w2_E_D_F)
+    yield Named(prefix + "shared_experts.shared_w13_weight", w.shared_w13_Z_J_D)
+    yield Named(prefix + "shared_experts.shared_w2_weight", w.shared_w2_Z_D_F)
+
+
+def _without_axes(field: str) -> str:
+    """mod_bias_L_3_W -> mod_bias"""
+    return "_".join(part for part in field.split("_") if part.islower())
+
+
+def fill_random(config: ModelConfig, named: Named, seed: int) -> None:
+    """Overwrite a tensor with random values: the same for a name, seed, shape and kind of device.
+
+    Matrices keep the scale of what they are given, so hidden states stay near one and sampling
+    meets a spread of logits. Residual branches are shortened as the depth grows.
+    """
+    name, view = named
+    generator = torch.Generator(view.device)
+    # One hash for both: torch's CPU generator takes 32 bits of a seed and drops the others.
+    generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    mean, std = _random_scale(config, name, view)
+    view.normal_(mean, std, generator=generator)
+
+
+def _random_scale(config: ModelConfig, name: str, view: Tensor) -> tuple[float, float]:
+    """(mean, standard deviation) by what the tensor is for."""
+    if "norm" in name or name.endswith("global_scale"):
+        return 1.0, 0.05
+    if name.endswith("_sconv.weight"):
+        return 0.0, 0.2
+    if name.endswith(("gate.bias", "rel_logits_proj.proj")):
+        return 0.0, 0.1 if name.endswith("bias") else 0.25
+    if name.endswith(("embed.weight", "audio.encoder.weight")) and "unembed" not in name:
+        return 0.0, 1.0
+    if name.startswith(FLOW_PREFIX) and (name.endswith("bias") or view.ndim == 1):
+        return 0.0, 0.02
+    std = view.shape[-1] ** -0.5
+    if name.endswith("unembed.weight"):
+        return 0.0, 2.0 * config.logits_divisor * std
+    if name.endswith(("wo_ud.weight", "w2_md.weight", "w2_weight")):
+        return 0.0, std * (2 * config.num_layers) ** -0.5
+    return 0.0, std

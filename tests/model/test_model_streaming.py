@@ -1,0 +1,304 @@
+"""The streaming path against the full forward, itself in another batch, and its own bookkeeping."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from small_model import small_config
+from torch import Tensor
+
+from tml_kernels.testing import assert_bitwise, assert_matches
+from tml_runtime.model import InteractionModel, ModelConfig, ModelState
+from tml_runtime.model.config import HeadSpec
+from tml_runtime.model.pages import PAGE_ROWS, KvGroup, ring_pages
+
+CONFIG = small_config()
+# 70 crosses a page, and its extent ends inside the window.
+WIDE = small_config(
+    local_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=16, extent=30, window=70),
+    global_heads=HeadSpec(num_heads=2, num_kv_heads=1, head_width=32, extent=90),
+)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def append(model: InteractionModel, state: ModelState, blocks: dict[int, Tensor]) -> list[Tensor]:
+    """Hidden states of one block per slot, all in one call."""
+    start = torch.tensor([0, *(len(x) for x in blocks.values())]).cumsum(0).to(torch.int32)
+    h_T_D = model.append(state, torch.cat(list(blocks.values())), start, int32(*blocks))
+    return list(h_T_D.split([len(x) for x in blocks.values()]))
+
+
+def random_blocks(x_T_D: Tensor, dice: random.Random, longest: int) -> list[Tensor]:
+    sizes: list[int] = []
+    while sum(sizes) < len(x_T_D):
+        sizes.append(min(dice.randint(1, longest), len(x_T_D) - sum(sizes)))
+    return list(x_T_D.split(sizes))
+
+
+def assert_logits(model: InteractionModel, h_T_D: Tensor, expected_T_V: Tensor) -> None:
+    num_valid = model.config.vocab.num_valid
+    assert_matches(model.logits(h_T_D)[:, :num_valid], expected_T_V[:, :num_valid], limit=1e-4)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["window8", "window70"])
+@pytest.mark.parametrize(("seed", "longest"), [(1, 1), (2, 7), (3, 40), (4, 130)])
+def test_any_split_equals_the_full_forward(config: ModelConfig, seed: int, longest: int) -> None:
+    """Through several turns of the local ring; blocks longer than one pass are cut."""
+    dice = random.Random(seed)
+    model = InteractionModel.random(config)
+    x_T_D = torch.randn(90 if longest == 1 else 400, config.width)
+    state = model.new_state(2, max_tokens=512, max_append=50)
+    blocks = [append(model, state, {1: x})[0] for x in random_blocks(x_T_D, dice, longest)]
+    assert_logits(model, torch.cat(blocks), model.forward(x_T_D))
+    assert state.length_N.tolist() == [0, len(x_T_D)]
+
+
+def test_global_ring_forgets_what_is_older_than_max_tokens() -> None:
+    """For any split, exactly the tokens at a distance of max_tokens and more."""
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(500, CONFIG.width)
+    expected = model.forward(x_T_D, max_tokens=100)
+    unlimited = model.forward(x_T_D)[-1, : CONFIG.vocab.num_valid]
+    assert not torch.allclose(expected[-1, : CONFIG.vocab.num_valid], unlimited, atol=1e-3)
+    for longest in (20, 200):
+        state = model.new_state(1, max_tokens=100, max_append=60)
+        blocks = random_blocks(x_T_D, random.Random(longest), longest)
+        h_T_D = torch.cat([append(model, state, {0: x})[0] for x in blocks])
+        assert_logits(model, h_T_D, expected)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["window8", "window70"])
+def test_alone_and_among_others_bitwise(config: ModelConfig) -> None:
+    """Sessions of ages 0 to over 300 in one call, in any row and slot, as each is alone."""
+    dice = random.Random(5)
+    model = InteractionModel.random(config)
+    blocks = {
+        slot: random_blocks(torch.randn(300 + 7 * slot, config.width), dice, 60)
+        for slot in range(4)
+    }
+    alone = {}
+    for slot, session in blocks.items():
+        state = model.new_state(1, max_append=64)
+        alone[slot] = torch.cat([append(model, state, {0: x})[0] for x in session])
+
+    state = model.new_state(6, max_append=64)
+    place = {0: 4, 1: 1, 2: 5, 3: 0}
+    waiting = {slot: list(session) for slot, session in blocks.items()}
+    together: dict[int, list[Tensor]] = {slot: [] for slot in blocks}
+    while any(waiting.values()):
+        ready = [slot for slot, session in waiting.items() if session and dice.random() < 0.7]
+        dice.shuffle(ready)
+        if ready:
+            said = append(model, state, {place[slot]: waiting[slot].pop(0) for slot in ready})
+            for slot, h_T_D in zip(ready, said, strict=True):
+                together[slot].append(h_T_D)
+    for slot in blocks:
+        assert_bitwise(torch.cat(together[slot]), alone[slot])
+
+
+def test_idle_rows_and_padding_are_zero_and_change_nothing() -> None:
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(12, CONFIG.width)
+    state, other = model.new_state(3), model.new_state(3)
+    append(model, state, {0: x_T_D[:5]})
+    append(model, other, {0: x_T_D[:5]})
+    expected = append(model, other, {0: x_T_D[5:8]})[0]
+
+    mixed = torch.full((11, CONFIG.width), float("nan"))
+    mixed[4:7] = x_T_D[5:8]
+    h_T_D = model.append(state, mixed, int32(0, 4, 4, 7), int32(-1, 2, 0))
+    assert_bitwise(h_T_D[4:7], expected)
+    assert (h_T_D[:4] == 0).all() and (h_T_D[7:] == 0).all()
+    assert_same_state(state, other)
+
+
+def test_nothing_to_append() -> None:
+    model = InteractionModel.random(CONFIG)
+    state = model.new_state(2)
+    none = torch.empty(0, CONFIG.width)
+    assert model.append(state, none, int32(0), int32()).shape == (0, CONFIG.width)
+    assert model.append(state, none, int32(0, 0), int32(1)).shape == (0, CONFIG.width)
+    assert model.append(state, torch.ones(3, CONFIG.width), int32(0), int32()).eq(0).all()
+    assert state.length_N.tolist() == [0, 0]
+
+
+def test_bfloat16_follows_float32() -> None:
+    """Rounded weights, state and activations stay within the drift of two layers' roundings."""
+    model = InteractionModel.random(CONFIG, dtype=torch.bfloat16)
+    x_T_D = torch.randn(60, CONFIG.width).bfloat16()
+    state = model.new_state(1)
+    assert state.local.k_pages_L_P_G_R_C.dtype == torch.bfloat16
+    logits = model.logits(append(model, state, {0: x_T_D})[0])[:, : CONFIG.vocab.num_valid]
+    expected = model.forward(x_T_D)[:, : CONFIG.vocab.num_valid]
+    assert_matches(logits, expected, limit=5e-2)
+
+
+@pytest.mark.gpu
+def test_gpu_follows_the_cpu() -> None:
+    cpu = InteractionModel.random(CONFIG)
+    gpu_weights = InteractionModel.random(CONFIG, device="cuda")
+    x_T_D = torch.randn(200, CONFIG.width)
+    state = gpu_weights.new_state(2, max_append=64)
+    start = int32(0, 200).cuda()
+    h_T_D = gpu_weights.append(state, x_T_D.cuda(), start, int32(1).cuda())
+    assert_logits(gpu_weights, h_T_D, gpu_weights.forward(x_T_D.cuda()))
+    assert cpu.config == gpu_weights.config
+
+
+def assert_same_state(actual: ModelState, expected: ModelState) -> None:
+    for name, tensor in state_tensors(actual).items():
+        assert_bitwise(tensor, state_tensors(expected)[name])
+
+
+def state_tensors(state: ModelState) -> dict[str, Tensor]:
+    owners = {"": state, "local.": state.local, "global.": state.global_}
+    return {
+        prefix + name: value
+        for prefix, owner in owners.items()
+        for name, value in vars(owner).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def poison(state: ModelState, slot: int) -> None:
+    """NaN wherever the slot's last session may have left a float."""
+    for group in (state.local, state.global_):
+        rows = slice(slot * group.ring, (slot + 1) * group.ring)
+        group.k_pages_L_P_G_R_C[:, rows] = float("nan")
+        group.v_pages_L_P_G_R_C[:, rows] = float("nan")
+        group.conv_L_N_2_3_W[:, slot] = float("nan")
+    state.attn_conv_L_N_3_D[:, slot] = float("nan")
+    state.mlp_conv_L_N_3_D[:, slot] = float("nan")
+    state.tail_N_W[slot] = float("nan")
+
+
+def test_reset_slot_is_as_new_and_others_stay() -> None:
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(150, CONFIG.width)
+    state = model.new_state(2, max_append=40)
+    append(model, state, {0: x_T_D[:90], 1: x_T_D[:70]})
+    state.set_sampling(0, temperature=0.3, top_k=5, top_p=0.5, seed=9)
+    state.draws_N[0], state.token_N[0], state.levels_N_F_B[0] = 7, 3, 11
+    poison(state, 0)
+    state.reset(0)
+
+    fresh = model.new_state(2, max_append=40)
+    append(model, fresh, {1: x_T_D[:70]})
+    said = append(model, state, {0: x_T_D[:100], 1: x_T_D[70:150]})
+    expected = append(model, fresh, {0: x_T_D[:100], 1: x_T_D[70:150]})
+    for actual, wanted in zip(said, expected, strict=True):
+        assert_bitwise(actual, wanted)
+    pages = {name for name in state_tensors(state) if "pages" in name}
+    for name in state_tensors(state).keys() - pages:
+        assert_bitwise(state_tensors(state)[name], state_tensors(fresh)[name])
+
+
+def test_a_poisoned_session_harms_no_other() -> None:
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(60, CONFIG.width)
+    state, clean = model.new_state(2), model.new_state(2)
+    for each in (state, clean):
+        append(model, each, {0: x_T_D[:20], 1: x_T_D[20:40]})
+    poison(state, 0)
+    sick, well = append(model, state, {0: x_T_D[:20], 1: x_T_D[40:]})
+    assert sick.isnan().all()
+    assert_bitwise(well, append(model, clean, {0: x_T_D[:20], 1: x_T_D[40:]})[1])
+
+
+def test_state_never_grows_or_moves() -> None:
+    model = InteractionModel.random(CONFIG)
+    state = model.new_state(2, max_tokens=64, max_append=16)
+    before = {name: (t.data_ptr(), t.shape) for name, t in state_tensors(state).items()}
+    for _ in range(20):
+        append(model, state, {1: torch.randn(30, CONFIG.width)})
+    after = {name: (t.data_ptr(), t.shape) for name, t in state_tensors(state).items()}
+    assert before == after
+
+
+def test_page_list_of_a_ring() -> None:
+    """The worked example of pages.py in slot 1; a slot that is new; an idle row; padding."""
+    group = KvGroup.zeros(
+        CONFIG.local_heads,
+        num_layers=1,
+        num_slots=2,
+        window=100,
+        max_append=28,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    assert group.ring == 3
+    slot_S, length_S = torch.tensor([1, 0, -1]), torch.tensor([200, 1, 5])
+    slot_T, position_T = torch.tensor([1, 1, 0, -1]), torch.tensor([191, 199, 0, 4])
+    pages = group.page_list(slot_S, length_S, slot_T, position_T)
+    assert pages.page_S_M.tolist() == [[3, 4, 5], [0, -1, -1], [-1, -1, -1]]
+    assert pages.base_S_M[0].tolist() == [192, 64, 128] and pages.base_S_M[1, 0] == 0
+    assert pages.pool_row_T.tolist() == [5 * 64 + 63, 3 * 64 + 7, 0, -1]
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 128, 512])
+@pytest.mark.parametrize("longest", [1, 2, 64, 100])
+def test_ring_keeps_every_visible_row_wherever_a_block_begins(window: int, longest: int) -> None:
+    ring = ring_pages(window, longest)
+    for first in range(3 * PAGE_ROWS):
+        oldest, newest = max(0, first - window + 1), first + longest - 1
+        assert newest // PAGE_ROWS - oldest // PAGE_ROWS < ring
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(5, 63)}, ValueError, "D=63"),
+        ({"x": torch.zeros(5, 64).double()}, TypeError, "float64"),
+        ({"start": int32(0, 3)}, ValueError, "start_S1"),
+        ({"start": int32(1, 3, 5)}, ValueError, r"start_S1: \[1, 3, 5\]"),
+        ({"start": int32(0, 4, 3)}, ValueError, r"\[0, 4, 3\]"),
+        ({"start": int32(0, 3, 6)}, ValueError, "T=5"),
+        ({"start": torch.tensor([0, 3, 5])}, TypeError, "int64"),
+        ({"slot": int32(0, 2)}, ValueError, "slot_S: 2 is not"),
+        ({"slot": int32(-2, 1)}, ValueError, "slot_S: -2"),
+        ({"slot": int32(1, 1)}, ValueError, "slot 1 is given twice"),
+        ({"slot": torch.tensor([0.0, 1.0])}, TypeError, "float32"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_bad_append_changes_nothing(change: dict, error: type, words: str) -> None:
+    model = InteractionModel.random(CONFIG)
+    state, untouched = model.new_state(2), model.new_state(2)
+    call = {"x": torch.zeros(5, 64), "start": int32(0, 3, 5), "slot": int32(0, 1)} | change
+    with pytest.raises(error, match=words):
+        model.append(state, call["x"], call["start"], call["slot"])
+    assert_same_state(state, untouched)
+
+
+def test_a_state_of_another_model_is_refused() -> None:
+    model, other = InteractionModel.random(CONFIG), InteractionModel.random(WIDE)
+    with pytest.raises(ValueError, match="state: made for"):
+        append(model, other.new_state(1), {0: torch.zeros(2, CONFIG.width)})
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model: model.new_state(0), "num_slots=0"),
+        (lambda model: model.new_state(1, max_tokens=0), "max_tokens=0"),
+        (lambda model: model.new_state(1, max_append=-1), "max_append=-1"),
+        (lambda model: model.new_state(1).reset(1), "slot=1"),
+        (lambda model: model.new_state(1).reset(-1), "slot=-1"),
+        (lambda model: model.new_state(1).set_sampling(0, temperature=-0.1), "temperature=-0.1"),
+        (lambda model: model.new_state(1).set_sampling(0, temperature=float("nan")), "nan"),
+        (lambda model: model.new_state(1).set_sampling(0, top_k=-1), "top_k=-1"),
+        (lambda model: model.new_state(1).set_sampling(0, top_p=0.0), "top_p=0.0"),
+        (lambda model: model.new_state(1).set_sampling(0, top_p=1.5), "top_p=1.5"),
+        (lambda model: model.new_state(1).set_sampling(0, seed=2**63), "seed="),
+        (lambda model: model.new_state(1).set_sampling(3, seed=1), "slot=3"),
+    ],
+    ids=str,
+)
+def test_bad_state_arguments(call, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(InteractionModel.random(CONFIG))

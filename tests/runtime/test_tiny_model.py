@@ -1,0 +1,80 @@
+"""The loop with a real model, the smallest, and the real vocoder: determinism and isolation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tml_runtime import InteractionModel, ModelConfig, Runtime, Session, TurnLayout, errors
+from tml_runtime.session import ActionOut, SpeechOut, TextOut
+
+CONFIG = ModelConfig.preset("tiny", layout=TurnLayout.preset("ms80"))
+N = CONFIG.layout.samples_per_tick
+
+
+@pytest.fixture(scope="module")
+def model() -> InteractionModel:
+    return InteractionModel.random(CONFIG)
+
+
+def push(session: Session, seed: int, tick: int) -> None:
+    rng = np.random.default_rng([seed, tick])
+    t = session.open_t
+    session.push_audio(rng.normal(0, 0.1, N).astype(np.float32), t)
+    if (seed + tick) % 2:
+        session.push_video(rng.integers(0, 256, (40, 80, 3), np.uint8), t)
+        session.push_text("héllo"[: tick + 1])
+
+
+def said(outputs: list[SpeechOut | TextOut | ActionOut]) -> list[tuple]:
+    return [
+        (out.t, out.pcm.tobytes()) if isinstance(out, SpeechOut) else (out.t, out)
+        for out in outputs
+    ]
+
+
+def test_a_session_says_the_same_alone_in_company_and_on_a_used_slot(
+    model: InteractionModel,
+) -> None:
+    def run(others_before: int) -> list[tuple]:
+        with Runtime(model, num_slots=3, realtime=False) as runtime:
+            others = [runtime.open_session(seed=100 + i) for i in range(others_before)]
+            for tick in range(others_before):
+                for i, other in enumerate(others):
+                    push(other, i + 1, tick)
+                runtime.run_ticks(1)
+            if others:
+                others.pop(0).close()  # whose slot the session gets
+            session = runtime.open_session(seed=1)
+            for tick in range(3):
+                push(session, 0, tick)
+                for i, other in enumerate(others):
+                    push(other, i + 7, tick)
+                runtime.run_ticks(1)
+            return said(session.poll())
+
+    alone = run(0)
+    assert run(0) == alone
+    assert run(3) == alone
+    times = [t for t, out in alone if isinstance(out, bytes)]
+    np.testing.assert_allclose(times, [0.08, 0.16, 0.24])
+
+
+def test_absurdly_loud_input_harms_no_other_session(model: InteractionModel) -> None:
+    def run(loud: bool) -> list[tuple]:
+        with Runtime(model, num_slots=2, realtime=False) as runtime:
+            sessions = [runtime.open_session(seed=1), runtime.open_session(seed=2)]
+            for tick in range(2):
+                push(sessions[1], 3, tick)
+                if loud and tick == 0:
+                    sessions[0].push_audio(np.full(N, 3e38, np.float32), 0.0)
+                runtime.run_ticks(1)
+            try:
+                assert all(
+                    np.isfinite(o.pcm).all() for o in sessions[0].poll() if hasattr(o, "pcm")
+                )
+            except errors.SessionFault:
+                assert loud
+            return said(sessions[1].poll())
+
+    assert run(loud=True) == run(loud=False)

@@ -1,0 +1,243 @@
+"""Media in, tick windows out: exactly what was pushed, whatever its pieces and their order."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fake_model import CONFIG, FakeModel, make_runtime
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tml_runtime import Session
+from tml_runtime.loop import _mailbox_spec
+from tml_runtime.mailbox import AudioWindows, Inbox, Outbox
+
+N = CONFIG.layout.samples_per_tick
+RATE = CONFIG.layout.sample_rate
+SPEC = _mailbox_spec(CONFIG, CONFIG.layout, 2, 4, 3)
+
+
+def ramp(num_windows: int) -> np.ndarray:
+    """Samples that tell where they belong; none is zero."""
+    return (1.0 + np.arange(num_windows * N)).astype(np.float32) / (16 * N)
+
+
+def push_pieces(session: Session, pcm: np.ndarray, pieces: list[tuple[int, int]]) -> None:
+    for start, stop in pieces:
+        session.push_audio(pcm[start:stop], start / RATE)
+
+
+@st.composite
+def cuts(draw: st.DrawFn, num_windows: int) -> list[tuple[int, int]]:
+    """The span of some windows in pieces of any size, in any order."""
+    inner = draw(st.lists(st.integers(1, num_windows * N - 1), max_size=40, unique=True))
+    edges = [0, *sorted(inner), num_windows * N]
+    return draw(st.permutations(list(pairwise(edges))))
+
+
+@given(pieces=cuts(3), repeated=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_any_pieces_in_any_order_are_heard_the_same(
+    pieces: list[tuple[int, int]], repeated: int
+) -> None:
+    runtime, model = make_runtime()
+    pcm = ramp(3)
+    with runtime, runtime.open_session() as session:
+        push_pieces(session, pcm, pieces + pieces[:repeated])  # a repeated piece changes nothing
+        runtime.run_ticks(3)
+        assert session.stats.missing_windows == session.stats.dropped_samples == 0
+    heard = np.concatenate([rows[0].pcm for rows in model.heard])
+    np.testing.assert_array_equal(heard, pcm)
+    assert not any(rows[0].missing for rows in model.heard)
+
+
+@given(pieces=cuts(3), lost=st.sets(st.integers(0, 39)))
+@settings(max_examples=60, deadline=None)
+def test_gaps_are_zeros_and_flag_exactly_their_windows(
+    pieces: list[tuple[int, int]], lost: set[int]
+) -> None:
+    runtime, model = make_runtime()
+    expected = ramp(3)
+    kept = [piece for i, piece in enumerate(pieces) if i not in lost]
+    for start, stop in set(pieces) - set(kept):
+        expected[start:stop] = 0.0
+    with runtime, runtime.open_session() as session:
+        push_pieces(session, ramp(3), kept)
+        runtime.run_ticks(3)
+    heard = np.stack([rows[0].pcm for rows in model.heard])
+    np.testing.assert_array_equal(heard.ravel(), expected)
+    has_gap = (expected.reshape(3, N) == 0.0).any(1)
+    assert [rows[0].missing for rows in model.heard] == has_gap.tolist()
+    assert session.stats.missing_windows == has_gap.sum()
+
+
+def test_where_pieces_overlap_the_last_pushed_wins() -> None:
+    runtime, model = make_runtime()
+    with runtime, runtime.open_session() as session:
+        session.push_audio(np.full(N, 0.25, np.float32), 0.0)
+        session.push_audio(np.full(100, 0.5, np.float32), 50 / RATE)
+        session.push_audio(np.full(100, 0.75, np.float32), 0.0)
+        runtime.run_ticks(1)
+    expected = np.repeat(np.float32([0.75, 0.5, 0.25]), [100, 50, N - 150])
+    np.testing.assert_array_equal(model.heard[0][0].pcm, expected)
+
+
+def test_int16_and_strided_samples() -> None:
+    runtime, model = make_runtime()
+    with runtime, runtime.open_session() as session:
+        stereo = np.arange(2 * N, dtype=np.int16).reshape(N, 2) - 100
+        session.push_audio(stereo[:, 0], 0.0, sample_rate=RATE)
+        session.push_audio(np.array([-32768, 32767], np.int16), N / RATE)
+        runtime.run_ticks(2)
+    np.testing.assert_array_equal(model.heard[0][0].pcm, (np.arange(0, 2 * N, 2) - 100) / 32768)
+    np.testing.assert_array_equal(model.heard[1][0].pcm[:2], [-1.0, 32767 / 32768])
+
+
+def test_audio_that_loses_the_race_with_its_window_is_dropped_and_counted() -> None:
+    inbox, out = Inbox(SPEC), np.empty(N, np.float32)
+    assert inbox.take(0, out).missing_samples == N
+    # The client still believes window 0 to be open, so it may reach to the end of window H - 1.
+    pcm = ramp(SPEC.num_windows)
+    assert inbox.put_audio(0, pcm)
+    taken = inbox.take(1, out)
+    assert (taken.dropped_samples, taken.missing_samples) == (N, 0)
+    np.testing.assert_array_equal(out, pcm[N : 2 * N])
+    # And when it knows that window 2 is closing, it may reach H windows beyond before the tick
+    # thread has taken it.
+    assert inbox.put_audio((2 + SPEC.num_windows) * N, ramp(1))
+    assert inbox.take(2, out).dropped_samples == 0
+
+
+def test_skipped_windows_are_dropped_and_leave_nothing_behind() -> None:
+    windows, out = AudioWindows(4, N), np.empty(N, np.float32)
+    assert windows.write(0, ramp(4)) == 0
+    assert windows.forget_before(2) == 2 * N
+    assert windows.forget_before(2) == 0
+    assert windows.take(2, out) == 0
+    assert windows.write(4 * N, ramp(3)[: 2 * N + 5]) == 0  # rows used for the second time
+    assert windows.forget_before(1000) == N + 2 * N + 5
+    assert windows.take(1000, out) == N
+    assert not out.any()
+
+
+@given(start=st.integers(-3 * N, 4 * N), size=st.integers(0, 3 * N), oldest=st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_audio_windows_against_a_plain_array(start: int, size: int, oldest: int) -> None:
+    windows, out = AudioWindows(8, N), np.empty(N, np.float32)
+    windows.forget_before(oldest)
+    line = np.zeros(16 * N, np.float32)
+    pcm = np.arange(1, size + 1, dtype=np.float32)
+    begin = min(start + size, max(start, oldest * N))
+    line[max(begin, 0) : max(start + size, 0)] = pcm[begin - start :]
+    assert windows.write(start, pcm) == begin - start
+    for window in range(oldest, oldest + 8):
+        expected = line[window * N : (window + 1) * N]
+        assert windows.take(window, out) == np.count_nonzero(expected == 0.0)
+        np.testing.assert_array_equal(out, expected)
+
+
+def frame(value: int, height: int = 80, width: int = 80) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def see(stamps: list[float], *, max_frame_pairs: int = 3) -> tuple[FakeModel, int]:
+    """Frame i, all pixels i + 1, is pushed at stamps[i]; four ticks. Returns how many were shed."""
+    runtime, model = make_runtime(max_frame_pairs=max_frame_pairs)
+    with runtime, runtime.open_session() as session:
+        for i, t in enumerate(stamps):
+            session.push_video(frame(i + 1), t)
+        runtime.run_ticks(4)
+        return model, session.stats.shed_frames
+
+
+def values(model: FakeModel, tick: int) -> list[list[int]] | None:
+    frames = model.heard[tick][0].frames
+    return None if frames is None else frames[:, :, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("stamps", "pairs", "shed"),
+    [
+        ([], None, 0),
+        ([0.1], [[1, 1]], 0),  # an odd one out is paired with itself
+        ([0.0, 0.1], [[1, 2]], 0),
+        ([0.1, 0.0], [[2, 1]], 0),  # by stamp, not by arrival
+        ([0.0, 0.05, 0.1], [[1, 2], [3, 3]], 0),
+        ([0.01 * i for i in range(7)], [[2, 3], [4, 5], [6, 7]], 1),  # the newest three pairs
+        ([0.01 * i for i in reversed(range(8))], [[6, 5], [4, 3], [2, 1]], 2),
+        ([0.1, 0.1], [[2, 2]], 1),  # the same stamp: the last one
+        ([0.2, 0.1999], [[2, 2]], 0),  # 0.2 belongs to the next window
+    ],
+)
+def test_video_is_paired(stamps: list[float], pairs: list[list[int]] | None, shed: int) -> None:
+    model, num_shed = see(stamps)
+    assert values(model, 0) == pairs
+    assert num_shed == shed
+
+
+def test_frames_belong_to_the_window_of_their_stamp() -> None:
+    model, _ = see([0.6, 0.0, 0.3999999, 0.4])
+    assert [values(model, tick) for tick in range(4)] == [[[2, 2]], [[3, 3]], [[4, 4]], [[1, 1]]]
+
+
+@given(order=st.permutations(range(9)))
+@settings(max_examples=30, deadline=None)
+def test_frames_in_any_order_are_seen_the_same(order: list[int]) -> None:
+    runtime, model = make_runtime(max_frame_pairs=2)
+    with runtime, runtime.open_session() as session:
+        for i in order:
+            session.push_video(frame(i), 0.05 * i)  # windows 0, 1: four frames each; 2: one
+        runtime.run_ticks(3)
+        assert session.stats.shed_frames == 0
+    assert [values(model, tick) for tick in range(3)] == [
+        [[0, 1], [2, 3]],
+        [[4, 5], [6, 7]],
+        [[8, 8]],
+    ]
+
+
+def test_a_window_has_one_frame_size_and_no_more_tokens_than_a_tick_takes() -> None:
+    runtime, model = make_runtime(max_frame_pairs=3)
+    with runtime, runtime.open_session() as session:
+        session.push_video(frame(1, 40, 80), 0.0)
+        session.push_video(frame(2, 80, 40), 0.05)
+        session.push_video(frame(3, 40, 80), 0.1)
+        for i in range(4):  # 16 x 12 = 192 tokens a pair, of 256
+            session.push_video(frame(i, 480, 640), 0.2 + 0.01 * i)
+        runtime.run_ticks(2)
+        assert session.stats.shed_frames == 1 + 2
+    frames = model.heard[0][0].frames
+    assert frames is not None and frames.shape == (1, 2, 40, 80, 3)
+    assert values(model, 0) == [[1, 3]]
+    assert values(model, 1) == [[2, 3]]
+
+
+@given(pieces=st.lists(st.lists(st.integers(0, 259), max_size=150), max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_text_comes_in_order_and_no_more_than_a_tick_takes(pieces: list[list[int]]) -> None:
+    runtime, model = make_runtime()
+    limit = CONFIG.layout.max_text_tokens - 1
+    with runtime, runtime.open_session() as session:
+        for piece in pieces:
+            session.push_text(piece)
+        runtime.run_ticks(16)
+    ids = [token for piece in pieces for token in piece]
+    expected = [ids[at : at + limit] for at in range(0, 16 * limit, limit)]
+    assert [rows[0].text for rows in model.heard] == expected
+
+
+def test_outbox_keeps_the_oldest_and_refuses_the_rest() -> None:
+    outbox = Outbox(SPEC)
+    token_K = np.array([1, 2, 3, 4], np.int32)
+    published = [outbox.put(w, token_K + w, ramp(1) * w) for w in range(40)]
+    room = published.index(False)
+    assert SPEC.output_queue_ticks <= room and not any(published[room:])
+    for window in range(room):
+        output = outbox.get()
+        assert output is not None and output.window == window
+        np.testing.assert_array_equal(output.token_K, token_K + window)
+        np.testing.assert_array_equal(output.pcm, ramp(1) * window)
+    assert outbox.get() is None
+    assert outbox.put(99, token_K, ramp(1)) and outbox.get() is not None
