@@ -84,8 +84,8 @@ def patch_embed(
     frames: uint8, RGB last; H and W are multiples of `spec.patch`, or anything with
     `spec.extra_column`. weights: linears of one dtype, float32, bfloat16 or float16; norms float32
     or that dtype. out: any of the three, by default the linears' dtype. scratch: uint8, at least
-    `configs.scratch_bytes(spec, T, D, dtype)` of them, with any content. Raises TypeError or
-    ValueError naming the argument.
+    `configs.scratch_bytes(spec, T, D, dtype)` of them, with any content, aligned to 16. Raises
+    TypeError or ValueError naming the argument.
     """
     if not isinstance(spec, PatchSpec):
         raise TypeError(f"spec: expected a PatchSpec, got {type(spec).__name__}")
@@ -105,6 +105,11 @@ def patch_embed(
         needed = scratch_bytes(spec, dims["T"], width, dtype)
         if dims["B"] < needed:
             raise ValueError(f"scratch_B: {needed} bytes are needed, got B={dims['B']}")
+        if scratch_B.storage_offset() % 16:
+            raise ValueError(
+                f"scratch_B: starts {scratch_B.storage_offset()} bytes into its storage, "
+                "which is not a multiple of 16"
+            )
     refuse_grad(*weights.linears, *weights.norms, weights.final_norm)
     if out_T_D.numel() > 0:
         _op(
@@ -125,15 +130,16 @@ def _check_weights(weights: PatchWeights, spec: PatchSpec, device: torch.device)
             f"got {len(linears)} and {len(norms)}"
         )
     dims = Dims()
-    dims.check(last_linear_D_I=linears[-1], dtype=ACTIVATIONS, device=device)
+    dims.check(last_linear_D_I=linears[-1], dtype=ACTIVATIONS, device=device, contiguous=False)
     if dims["D"] == 0:
         raise ValueError(f"last_linear_D_I: D=0; shape {tuple(linears[-1].shape)}")
     dtype = linears[-1].dtype
     norm_dtypes = (torch.float32, dtype)
     for i, (size_out, size_in) in enumerate(spec.linear_shapes(dims["D"])):
-        shape = Dims(O=size_out, I=size_in)
-        shape.check(**{f"linear{i}_O_I": linears[i]}, dtype=dtype, device=device)
+        named = {f"linear{i}_O_I": linears[i]}
+        Dims(O=size_out, I=size_in).check(dtype=dtype, device=device, contiguous=True, **named)
     for i, size in enumerate(spec.widths):
-        Dims(O=size).check(**{f"norm{i}_O": norms[i]}, dtype=norm_dtypes, device=device)
+        named = {f"norm{i}_O": norms[i]}
+        Dims(O=size).check(dtype=norm_dtypes, device=device, contiguous=True, **named)
     dims.check(final_norm_D=weights.final_norm, dtype=norm_dtypes, device=device)
     return dims["D"]

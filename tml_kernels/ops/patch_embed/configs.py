@@ -17,8 +17,9 @@ SLOT_SIZE = 64
 
 BLOCK_K = 64  # depth of a product's step: divides 4800 and 5120
 
-MAX_FIRST_FOLD = 256  # pixels times channels under the first linear layer: one tile
-MAX_STEM_WIDTHS = (256, 512)  # of the first two layers: one tile of accumulators each
+# What the stem keeps in shared memory: an H200 and a B200 have 227 KiB, of which Triton takes one.
+MAX_STEM_SHARED = 225 * 1024
+MAX_FIRST_WEIGHTS = 128 * 256  # elements; more would not fit an A100 beside the second layer
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,27 @@ def kernel_why_not(spec: PatchSpec, dtype: torch.dtype) -> str | None:
 def stem_why_not(spec: PatchSpec) -> str | None:
     if len(spec.folds) < 2:
         return f"folds={spec.folds}: the first kernel computes two folds"
-    if NUM_CHANNELS * spec.folds[0] ** 2 > MAX_FIRST_FOLD:
-        return f"folds={spec.folds}: more than {MAX_FIRST_FOLD} values under the first fold"
-    if any(w > limit for w, limit in zip(spec.widths, MAX_STEM_WIDTHS, strict=False)):
-        return f"widths={spec.widths}: the first two are limited to {MAX_STEM_WIDTHS}"
+    if _tile(spec.widths[0]) * _tile(NUM_CHANNELS * spec.folds[0] ** 2) > MAX_FIRST_WEIGHTS:
+        return f"folds={spec.folds}, widths={spec.widths}: the first layer is too large for one tile"
+    shared = stem_shared(spec)
+    if shared > MAX_STEM_SHARED:
+        return f"widths={spec.widths}: the first two layers take {shared} bytes of shared memory"
     return None
+
+
+def stem_shared(spec: PatchSpec) -> int:
+    """Most bytes of shared memory that the stem takes: the second layer's weights for one place of
+    its fold, twice, the first layer's, and its input and output rows, all of 16 bits."""
+    first, second = spec.widths[:2]
+    c1, k = _tile(first), _tile(NUM_CHANNELS * spec.folds[0] ** 2)
+    part = max(16, 1 << (second.bit_length() - 1))
+    c2 = part + (_tile(second - part) if second > part else 0)
+    return 2 * (STEM.num_stages * c1 * c2 + c1 * k + STEM.block_r * (c1 + k))
+
+
+def _tile(size: int) -> int:
+    """The least tile of a dot that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def num_slots(num_features: int) -> int:

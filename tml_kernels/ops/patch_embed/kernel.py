@@ -11,6 +11,9 @@ Every sum has one order, whatever the number of tokens: K in the steps of the te
 pairwise within a slot and pairwise over the slots.
 """
 
+# pyright: reportCallIssue=false
+# Triton's types know no launch options.
+
 from __future__ import annotations
 
 from dataclasses import replace

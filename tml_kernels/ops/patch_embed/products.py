@@ -1,5 +1,8 @@
 """Triton kernels of patch_embed after the stem: products and the final norm, and what all share."""
 
+# pyright: reportGeneralTypeIssues=false
+# Triton's types know no static_range.
+
 # Dimension key: R rows, G rows joined into one, C their width, F output features, S slots of
 # features, T tokens, D model width.
 

@@ -1,5 +1,8 @@
 """Triton kernel of patch_embed's first two folds: uint8 pixels to activated rows."""
 
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# Triton's types know neither static_range nor constexpr tuples.
+
 # Dimension key: N frame groups, L frames in a group, H and W pixels, R rows of the second fold,
 # K pixels and channels under the first fold, C1 and C2 widths of the two layers.
 

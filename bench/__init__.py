@@ -1,0 +1,1 @@
+"""Benchmarks and kernel checks, run from a checkout: `python -m bench --help`."""

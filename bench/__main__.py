@@ -1,0 +1,42 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from .paths import add_source_roots, benched_ops
+
+COMMANDS = {
+    "compile": "compile every Triton kernel, no GPU needed; registers and spills against the table",
+    "accept": "build, test, measure: everything in one run, with a report",
+    "tick": "the runtime's tick: histogram and misses",
+    "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
+    "compare": "two result files: what became slower, what fails now",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"bench.{name}")
+        module.add_arguments(commands.add_parser(name, help=text, description=module.__doc__))
+    from . import op
+
+    for name in benched_ops():
+        text = f"check and time {name} beside its peers"
+        op.add_arguments(commands.add_parser(name, help=text, description=op.__doc__))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    add_source_roots()
+    args = build_parser().parse_args(argv)
+    name = args.command if args.command in COMMANDS else "op"
+    return importlib.import_module(f"bench.{name}").main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

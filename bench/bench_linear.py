@@ -1,0 +1,62 @@
+"""linear for few rows: the weight is streamed once."""
+
+# Dimension key: T tokens, D input width, F rows of the weight, or output width.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tml_kernels.ops.linear import cases, linear
+from tml_kernels.ops.linear.reference import linear_ref
+from tml_kernels.testing import assert_matches
+
+from .harness import OpBench, Variant
+
+
+def check(case: cases.Case, device: str) -> None:
+    inputs = case.make_inputs(device)
+    out = linear(**inputs, out_dtype=case.out_dtype)
+    expected = linear_ref(**inputs)
+    valid = case.num_valid if case.num_valid is not None else out.shape[1]
+    assert_matches(out[:, :valid], expected[:, :valid])
+    assert (out[:, valid:] == float("-inf")).all(), f"columns from {valid} on are not -inf"
+
+
+def ours(num_valid: int | None, **inputs: Any) -> Tensor:
+    """Logits, the only ones with padding columns, are stored in float32."""
+    out_dtype = None if num_valid is None else torch.float32
+    return linear(**inputs, num_valid=num_valid, out_dtype=out_dtype)
+
+
+def torch_linear(
+    x_T_D: Tensor,
+    weight_F_D: Tensor,
+    bias_F: Tensor | None,
+    residual_T_F: Tensor | None,
+    scale: float,
+    activation: str | None,
+    num_valid: int | None,
+) -> Tensor:
+    y = F.linear(x_T_D if scale == 1.0 else scale * x_T_D, weight_F_D, bias_F)
+    if activation == "swiglu":
+        y = F.silu(y[:, 0::2]) * y[:, 1::2]
+    if residual_T_F is not None:
+        y = y + residual_T_F
+    if num_valid is not None:
+        y = y.float()
+        y[:, num_valid:] = float("-inf")
+    return y
+
+
+OP = OpBench(
+    name="linear",
+    edge=cases.EDGE,
+    model=cases.MODEL,
+    bench=cases.BENCH,
+    check=check,
+    variants={"ours": Variant(ours), "torch": Variant(torch_linear)},
+)

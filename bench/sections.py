@@ -1,0 +1,158 @@
+"""The sections of `bench accept`: which commands, for how long, and who reads what they leave.
+
+Phases follow one another. Sections of one phase run side by side, so everything that is timed has a
+phase of its own. Limits add up to less than eight minutes on an H200 machine with 16 cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import checks
+from .checks import Check
+from .paths import ROOT, benched_ops
+from .process import Finished
+
+BENCH = (sys.executable, "-m", "bench")
+INFO = "import json, tml_kernels; print(json.dumps(tml_kernels.backend_info()))"
+# Not in the quick run of the tests: what builds, installs or runs all of this again.
+LEFT_OUT = ("tests/bench", "tests/demo", "tests/test_build.py", "tests/test_readme.py")
+OPS_SECONDS = 160.0  # for the checks and times of all ops together
+
+
+@dataclass(frozen=True)
+class Section:
+    """why_not: the section is skipped for this reason. read: makes checks of a finished run."""
+
+    name: str
+    command: tuple[str, ...]
+    read: Callable[[Finished], list[Check]]
+    limit_s: float
+    why_not: str = ""
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def plan(scratch: Path, *, smoke: bool, gpu: bool) -> list[list[Section]]:
+    """Phases of sections; what commands write goes under `scratch`."""
+    no_gpu = "" if gpu else "no GPU"
+    phases = [
+        [_build(smoke)],
+        [_backends()],
+        [
+            _compile(scratch / "compile.json", smoke),
+            _tests("gpu tests", scratch / "gpu.xml", gpu=True, why_not=no_gpu),
+            _tests("tests", scratch / "tests.xml", smoke=smoke),
+        ],
+        [_tick(scratch / "tick.json", smoke)],
+        [_ceilings(scratch / "ceilings.json", no_gpu)],
+    ]
+    ops = ["rms_norm"] if smoke else benched_ops()
+    return phases + [[_op(op, scratch, OPS_SECONDS / len(ops), smoke, gpu)] for op in ops]
+
+
+def _build(smoke: bool) -> Section:
+    why_not = "left out by --smoke" if smoke else _why_no_build()
+    return Section(
+        "build",
+        (sys.executable, "setup.py", "build_ext", "--inplace"),
+        lambda done: checks.from_build("build", done),
+        limit_s=120,
+        why_not=why_not,
+    )
+
+
+def _why_no_build() -> str:
+    if not (ROOT / "setup.py").exists():
+        return "the checkout has no setup.py"
+    missing = [m for m in ("setuptools", "pybind11") if importlib.util.find_spec(m) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)}"
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return "no C++ compiler"
+    return ""
+
+
+def _backends() -> Section:
+    return Section(
+        "backends",
+        (sys.executable, "-c", INFO),
+        lambda done: checks.from_backends("backends", done),
+        limit_s=30,
+    )
+
+
+def _compile(report: Path, smoke: bool) -> Section:
+    scope = ("--op", "rms_norm", "--arch", "90") if smoke else ()
+    return Section(
+        "kernels",
+        (*BENCH, "compile", "--json", str(report), "--jobs", str(max(1, _cores() // 4)), *scope),
+        lambda done: checks.from_compile("kernels", done, report),
+        limit_s=150,
+    )
+
+
+def _tests(
+    name: str, report: Path, *, gpu: bool = False, smoke: bool = False, why_not: str = ""
+) -> Section:
+    """The tests marked gpu, or the others that are quick."""
+    kind = "gpu" if gpu else "not gpu and not slow"
+    left_out = [path for path in LEFT_OUT if not (gpu and path == "tests/bench")]
+    which = ["tests/test_dims.py"] if smoke else ["tests", *(f"--ignore={p}" for p in left_out)]
+    workers = min(6, _cores() // 2)
+    parallel = workers > 1 and not smoke and importlib.util.find_spec("xdist") is not None
+    return Section(
+        name,
+        (
+            sys.executable, "-m", "pytest", *which, "-m", kind, "-q", "-ra", "--strict-markers",
+            "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}",
+            *(("-n", str(workers)) if parallel else ()),
+        ),
+        lambda done: checks.from_pytest(name, done, report, all_needed=gpu),
+        limit_s=150,
+        why_not=why_not or ("" if importlib.util.find_spec("pytest") else "not installed: pytest"),
+        env={"OMP_NUM_THREADS": "2"} if parallel else {},
+    )  # fmt: skip
+
+
+def _ceilings(report: Path, why_not: str) -> Section:
+    return Section(
+        "ceilings",
+        (*BENCH, "ceilings", "--json", str(report)),
+        lambda done: checks.from_ceilings("ceilings", done, report),
+        limit_s=45,
+        why_not=why_not,
+    )
+
+
+def _op(op: str, scratch: Path, seconds: float, smoke: bool, gpu: bool) -> Section:
+    report = scratch / "ops" / f"{op}.json"
+    options = ["--out", str(report.parent), "--seconds", f"{seconds:.0f}"]
+    if gpu:
+        options += ["--ceilings", str(scratch / "ceilings.json")]
+    return Section(
+        f"op {op}",
+        (*BENCH, op, *options, *(["--smoke"] if smoke else [])),
+        lambda done: checks.from_op(f"op {op}", done, report),
+        limit_s=seconds + 45,  # to start, to check, and for the case that was begun in time
+    )
+
+
+def _tick(report: Path, smoke: bool) -> Section:
+    # Under --smoke on the virtual clock: a check of the loop, not of this machine's speed.
+    scope = ("--ticks", "2") if smoke else ("--seconds", "10", "--sessions", "1")
+    return Section(
+        "tick",
+        (*BENCH, "tick", "--json", str(report), *scope),
+        lambda done: checks.from_tick("tick", done, report),
+        limit_s=45,
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

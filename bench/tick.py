@@ -1,0 +1,161 @@
+"""`python -m bench tick`: the runtime's own tick with a random model: a histogram and the misses.
+
+In real time by default; --ticks runs that many on the virtual clock, as fast as they go, and says
+nothing about deadlines. Every session hears noise in every tick, and with --video sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .machine import clocks, describe, machine
+from .report import write_json
+
+if TYPE_CHECKING:
+    from tml_runtime import Runtime, Session
+
+BAR = 50  # characters of the longest bar
+LEAD = 4  # windows that are pushed ahead of media time
+FRAME = (240, 320, 3)  # 48 patches of 40 pixels
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", default="tiny", help="of the model (default %(default)s)")
+    parser.add_argument("--layout", default="ms200", help="of the tick (default %(default)s)")
+    parser.add_argument("--sessions", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of real time")
+    parser.add_argument("--ticks", type=int, help="on the virtual clock instead")
+    parser.add_argument("--video", action="store_true", help="two frames per tick and session")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+
+
+def main(args: argparse.Namespace) -> int:
+    result = run(args)
+    if args.json:
+        write_json(args.json, result)
+    print(show(result))
+    return 0 if result["ticks"] > 0 else 1
+
+
+@torch.no_grad()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from tml_runtime import InteractionModel, ModelConfig, Runtime, TurnLayout
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    config = ModelConfig.preset(args.preset, layout=TurnLayout.preset(args.layout))
+    model = InteractionModel.random(config, seed=args.seed, device=device, dtype=DTYPES[dtype])
+    realtime = args.ticks is None
+    runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime)
+    with runtime:
+        feeds = [Feed(runtime.open_session(), runtime, args) for _ in range(args.sessions)]
+        if realtime:
+            _run_realtime(feeds, args.seconds)
+        else:
+            for _ in range(args.ticks):
+                for feed in feeds:
+                    feed.push_until(feed.session.media_time, 1)
+                runtime.run_ticks(1)
+                for feed in feeds:
+                    feed.session.poll()
+    report = runtime.report()
+    records = runtime.metrics.records()
+    tick_ns = records["woke_ns"] - records["scheduled_ns"] + records["busy_ns"]
+    return {
+        "kind": "tick",
+        "preset": args.preset,
+        "sessions": args.sessions,
+        "device": device,
+        "dtype": dtype,
+        "realtime": realtime,
+        "video": args.video,
+        "machine": machine(),
+        "clocks": clocks(),
+        **report,
+        "histogram": histogram((tick_ns / 1e6).tolist()),
+    }
+
+
+class Feed:
+    """One session's input: noise, the same for a seed and window."""
+
+    def __init__(self, session: Session, runtime: Runtime, args: argparse.Namespace) -> None:
+        self.session = session
+        self._period_s = runtime.layout.period_ms / 1000
+        self._num_samples = runtime.layout.samples_per_tick
+        self._video = args.video
+        self._random = np.random.default_rng(args.seed)
+        self._next = 0
+
+    def push_until(self, media_time: float, lead: int) -> None:
+        """Fill every window that begins before `lead` windows after media time."""
+        while self._next * self._period_s < media_time + (lead - 0.5) * self._period_s:
+            t = self._next * self._period_s
+            noise = self._random.standard_normal(self._num_samples, dtype=np.float32)
+            self.session.push_audio(0.1 * noise, t)
+            for k in range(2 if self._video else 0):
+                frame = self._random.integers(0, 256, FRAME, dtype=np.uint8)
+                self.session.push_video(frame, t + (k + 0.25) * self._period_s / 2)
+            self._next += 1
+
+
+def _run_realtime(feeds: Sequence[Feed], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for feed in feeds:
+            feed.push_until(feed.session.media_time, LEAD)
+            feed.session.poll()
+        time.sleep(0.02)
+
+
+def histogram(values_ms: Sequence[float]) -> list[tuple[float, float, int]]:
+    """(from, to, count) of bins side by side, three to a factor of two; the first and the last
+    hold something."""
+    if not values_ms:
+        return []
+    edge = 2 ** (1 / 3)
+    low = math.floor(math.log(max(min(values_ms), 1e-3), edge))
+    high = math.floor(math.log(max(max(values_ms), 1e-3), edge))
+    counts = [0] * (high - low + 1)
+    for value in values_ms:
+        at = math.floor(math.log(max(value, 1e-3), edge)) - low
+        counts[min(max(at, 0), len(counts) - 1)] += 1
+    return [(edge ** (low + i), edge ** (low + i + 1), n) for i, n in enumerate(counts)]
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [
+        describe(result["machine"], result["clocks"]),
+        f"{result['preset']}, {result['dtype']} on {result['device']}, {result['sessions']} "
+        f"sessions, {result['mode']}, period {result['period_ms']} ms",
+    ]
+    bins = [one for one in result["histogram"] if one[2] > 0]
+    most = max((count for *_, count in bins), default=0)
+    for low, high, count in bins:
+        bar = "#" * math.ceil(BAR * count / most)
+        lines.append(f"{low:9.3f} .. {high:9.3f} ms {count:6d} {bar}")
+    if result["ticks"] == 0:
+        return "\n".join([*lines, "no tick ran"])
+    tick = result["tick_ms"]
+    lines.append(
+        f"{result['ticks']} ticks, {result['misses']} missed: p50 {tick['p50']:.3f}, "
+        f"p99 {tick['p99']:.3f}, p99.9 {tick['p999']:.3f}, max {tick['max']:.3f} ms"
+    )
+    for name, stage in result["stages_ms"].items():
+        if stage["p50"] is not None:
+            lines.append(f"  {name:16s} p50 {stage['p50']:.3f}  max {stage['max']:.3f} ms")
+    return "\n".join(lines)

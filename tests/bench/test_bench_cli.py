@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.__main__ import COMMANDS, main
+from bench.harness import load
+from bench.paths import benched_ops, op_names
+from bench.tick import histogram
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for name in (*COMMANDS, *benched_ops()):
+        assert name in text
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *benched_ops()])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+def test_every_op_is_benched() -> None:
+    assert benched_ops() == op_names()
+
+
+@pytest.mark.parametrize("name", benched_ops())
+def test_bench_of_an_op_is_complete(name: str) -> None:
+    op = load(name)
+    assert op.name == name
+    assert op.edge
+    assert op.model
+    assert op.bench
+    assert "ours" in op.variants
+    assert len(op.variants) > 1, "nothing to compare with"
+    assert len({str(case) for case in op.bench}) == len(op.bench), "two cases have one name"
+    for case in op.bench:
+        assert case.cost().bytes > 0
+        assert case.cost().flops > 0
+
+
+def test_unknown_op_of_compile_is_refused() -> None:
+    with pytest.raises(SystemExit, match=r"no kernel\.py"):
+        main(["compile", "--op", "nothing"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would be timed")
+def test_op_without_a_gpu_is_checked_and_not_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rms_norm", "--out", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    stored = json.loads((tmp_path / "rms_norm.json").read_text())
+    assert printed["gate"] == stored["gate"]
+    assert printed["gate"]["checked"] > 0
+    assert printed["results"] == []
+    assert "no GPU" in printed["not_timed"]
+    assert main(["rms_norm", "--smoke"]) == 0
+    assert "not timed: no GPU" in capsys.readouterr().out
+
+
+def test_histogram_counts_everything_once() -> None:
+    values = [0.5, 1.0, 1.1, 3.0, 100.0]
+    bins = histogram(values)
+    assert sum(count for *_, count in bins) == len(values)
+    for low, high, count in bins:
+        assert count == sum(low <= value < high for value in values)
+    assert bins[0][2] and bins[-1][2]
+    assert histogram([]) == []
+    assert sum(count for *_, count in histogram([0.0])) == 1
