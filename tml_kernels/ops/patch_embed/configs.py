@@ -82,7 +82,9 @@ def stem_why_not(spec: PatchSpec) -> str | None:
     if len(spec.folds) < 2:
         return f"folds={spec.folds}: the first kernel computes two folds"
     if _tile(spec.widths[0]) * _tile(NUM_CHANNELS * spec.folds[0] ** 2) > MAX_FIRST_WEIGHTS:
-        return f"folds={spec.folds}, widths={spec.widths}: the first layer is too large for one tile"
+        return (
+            f"folds={spec.folds}, widths={spec.widths}: the first layer is too large for one tile"
+        )
     shared = stem_shared(spec)
     if shared > MAX_STEM_SHARED:
         return f"widths={spec.widths}: the first two layers take {shared} bytes of shared memory"
