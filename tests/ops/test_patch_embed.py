@@ -249,6 +249,14 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.tml_kernels.patch_embed.default, args)
 
 
+def test_cost_counts_every_layer_of_the_public_model() -> None:
+    case = Case(1, 80, 40, 4096, PATCH_40, torch.bfloat16)  # two tokens
+    per_token = 128 * 75 * 128 + 32 * 512 * 320 + 2 * 5120 * 4800 + 9600 * 4096
+    weights = 75 * 128 + 512 * 320 + 5120 * 4800 + 9600 * 4096
+    assert case.cost().flops == 2 * 2 * per_token
+    assert case.cost().bytes == 2 * weights + 2 * 80 * 40 * 3 + 2 * 2 * 4096
+
+
 def test_every_row_count_has_a_product_configuration() -> None:
     chosen = [choose_product(rows) for rows in (1, 16, 17, 128, 129, 512, 513, 10**6)]
     assert chosen == [config for _, config in PRODUCTS for _ in range(2)]

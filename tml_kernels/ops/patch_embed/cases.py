@@ -81,16 +81,18 @@ EDGE = [
     Case(1, 40, 40, 128, TINY),  # one patch
     Case(1, 40, 120, 128, TINY),  # not square, an odd number of tokens
     Case(3, 8, 8, 100, PatchSpec(8, 2, (2, 4), (64, 192))),  # two folds; two tiles under one norm
+    Case(1, 8, 16, 192, PatchSpec(8, 2, (2, 2, 2), (16, 32, 192))),  # three slots of four
     Case(1, 36, 18, 33, PatchSpec(18, 3, (3, 2, 3), (24, 40, 72))),  # three frames, odd widths
     Case(2, 24, 24, 96, PatchSpec(24, 1, (2, 3, 2, 2), (16, 40, 72, 80), mean=(0.5, 0.4, 0.3))),
     Case(
         2, 13, 16, 64, PatchSpec(8, 2, (2, 2, 2), (16, 16, 32), extra_column=True)
     ),  # a rest below
     Case(1, 3, 5, 64, PatchSpec(8, 2, (4, 2), (16, 48), extra_column=True)),  # less than a patch
+    Case(1, 96, 192, 64, PatchSpec(8, 2, (4, 1, 2), (16, 16, 64))),  # 576 and 288 rows: tall tiles
 ]
 MODEL = [
     Case(1, 80, 80, 128, TINY),  # tiny preset
-    Case(5, 80, 80, 128, TINY),  # its second and third product configuration
+    Case(5, 80, 80, 128, TINY),  # five groups in one call
     Case(1, 40, 80, 64, replace(PATCH_40, widths=(128, 320, 64))),  # the public model's stem
 ]
 BENCH = [

@@ -76,8 +76,9 @@ def launch_patch_embed(
         x, ssq = y, y_ssq
     grid = (num_tokens, triton.cdiv(width, NORM.block_d))
     final_norm_kernel[grid](
-        x, ssq, final_norm, out, eps, D=width, BLOCK_D=NORM.block_d, num_warps=NORM.num_warps
-    )
+        x, ssq, final_norm, out, eps, D=width, BLOCK_D=NORM.block_d,
+        num_warps=NORM.num_warps, num_stages=NORM.num_stages,
+    )  # fmt: skip
 
 
 def _carve(scratch: Tensor | None, buffers: tuple[Buffer, ...], out: Tensor) -> list[Tensor]:

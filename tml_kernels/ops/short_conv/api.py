@@ -41,8 +41,8 @@ def _plain(
     out.copy_(result.out_T_D)
     state.copy_(result.state_N_3_D)
     if residual is not None and result.residual_T_D is not None:
-        live_T = result.live_T
-        residual[live_T] = result.residual_T_D[live_T].to(residual.dtype)
+        changed_T_D = result.residual_T_D.to(residual.dtype)
+        residual.copy_(torch.where(result.live_T[:, None], changed_T_D, residual))
 
 
 def _check_sessions(start: list[int], slot: list[int], num_tokens: int, num_slots: int) -> None:

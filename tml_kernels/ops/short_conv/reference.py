@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-NUM_TAPS = 4
-
 
 class ShortConvResult(NamedTuple):
     out_T_D: Tensor
@@ -40,56 +38,47 @@ def short_conv_ref(
     Worked example, start = [0, 2, 2, 3], slot = [5, 0, -1]: session row 0 has tokens 0 and 1 and
     state slot 5, row 1 has no token this time, row 2 is idle, so token 2 gives zeros.
     """
-    num_tokens, num_sessions = x_T_D.shape[0], slot_S.shape[0]
     start_S1, slot_S = start_S1.long(), slot_S.long()
-    t_T = torch.arange(num_tokens, device=x_T_D.device)
-    session_T = torch.searchsorted(start_S1[1:].contiguous(), t_T, right=True)
-    in_session_T = session_T < num_sessions  # the rest is padding
-    session_T = session_T.clamp(max=max(num_sessions - 1, 0))
-    live_T = in_session_T & (slot_S[session_T] >= 0) if num_sessions else in_session_T
-    t_T, session_T = t_T[live_T], session_T[live_T]
+    session_T, live_T = _sessions(start_S1, slot_S, x_T_D.shape[0])
+    # All that a tap can read: three state rows of every session, then the inputs.
+    state_S_3_D = state_N_3_D[slot_S.clamp(min=0)]
+    source_R_D = torch.cat([state_S_3_D.flatten(0, 1), x_T_D])
+    t_T = torch.arange(x_T_D.shape[0], device=x_T_D.device)
+    tap_T_4 = _tap_rows(t_T, session_T, start_S1)
+    tap_T_4 = torch.where(live_T[:, None], tap_T_4, 3 * slot_S.shape[0] + t_T[:, None])
 
-    x_A_D = x_T_D[live_T].to(dtype)
-    y_A_D = torch.zeros_like(x_A_D)
-    for j in range(NUM_TAPS):
-        tap_A_D = _row(x_T_D, state_N_3_D, start_S1, slot_S, session_T, t_T - 3 + j)
-        y_A_D = y_A_D + tap_A_D.to(dtype) * weight_D_4[:, j].to(dtype)
-    y_A_D = x_A_D + y_A_D
+    tap_T_4_D = source_R_D[tap_T_4].to(dtype)
+    y_T_D = tap_T_4_D[:, 3] + (tap_T_4_D * weight_D_4.T.to(dtype)).sum(1)
+    y_T_D = y_T_D.masked_fill(~live_T[:, None], 0.0)
 
-    residual_out, out_A_D = None, y_A_D
+    out_T_D, residual_out = y_T_D, None
     if residual_T_D is not None:
-        residual_out = residual_T_D.to(dtype, copy=True)
-        h_A_D = residual_out[live_T] + y_A_D
-        residual_out[live_T] = h_A_D
+        residual_T_D = residual_T_D.to(dtype)
+        residual_out = torch.where(live_T[:, None], residual_T_D + y_T_D, residual_T_D)
         if norm_weight_D is not None:
-            scale_A_1 = torch.rsqrt(h_A_D.square().mean(-1, keepdim=True) + eps)
-            out_A_D = h_A_D * scale_A_1 * norm_weight_D.to(dtype)
-    out_T_D = torch.zeros_like(x_T_D, dtype=dtype)
-    out_T_D[live_T] = out_A_D
-    state_N_3_D = _next_state(x_T_D, state_N_3_D, start_S1, slot_S)
+            scale_T_1 = torch.rsqrt(residual_out.square().mean(-1, keepdim=True) + eps)
+            out_T_D = residual_out * scale_T_1 * norm_weight_D.to(dtype)
+            out_T_D = out_T_D.masked_fill(~live_T[:, None], 0.0)
+
+    live_A = torch.nonzero((slot_S >= 0) & (start_S1[1:] > start_S1[:-1])).flatten()
+    last_A_3 = _tap_rows(start_S1[1:][live_A], live_A, start_S1)[:, :3]
+    state_N_3_D = state_N_3_D.clone()
+    state_N_3_D[slot_S[live_A]] = source_R_D[last_A_3]
     return ShortConvResult(out_T_D, state_N_3_D, residual_out, live_T)
 
 
-def _row(
-    x_T_D: Tensor,
-    state_N_3_D: Tensor,
-    start_S1: Tensor,
-    slot_S: Tensor,
-    session_A: Tensor,
-    t_A: Tensor,
-) -> Tensor:
-    """Input row t of each session; one that lies before its first token comes from its state."""
-    before_A = t_A - start_S1[session_A]  # -3..-1: state row before + 3
-    from_state_A = before_A < 0
-    state_A_D = state_N_3_D[slot_S[session_A], (before_A + 3).clamp(max=2)]
-    return torch.where(from_state_A[:, None], state_A_D, x_T_D[t_A.clamp(min=0)])
+def _sessions(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """(session_T, live_T) of every token; padding and idle tokens are not live."""
+    t_T = torch.arange(num_tokens, device=start_S1.device)
+    session_T = torch.searchsorted(start_S1[1:].contiguous(), t_T, right=True)
+    slot_S1 = torch.cat([slot_S, slot_S.new_full((1,), -1)])  # padding belongs to row S
+    return session_T, slot_S1[session_T] >= 0
 
 
-def _next_state(x_T_D: Tensor, state_N_3_D: Tensor, start_S1: Tensor, slot_S: Tensor) -> Tensor:
-    new_N_3_D = state_N_3_D.clone()
-    session_A = torch.nonzero((slot_S >= 0) & (start_S1[1:] > start_S1[:-1])).flatten()
-    for j in range(NUM_TAPS - 1):
-        t_A = start_S1[session_A + 1] - 3 + j
-        row_A_D = _row(x_T_D, state_N_3_D, start_S1, slot_S, session_A, t_A)
-        new_N_3_D[slot_S[session_A], j] = row_A_D
-    return new_N_3_D
+def _tap_rows(t_A: Tensor, session_A: Tensor, start_S1: Tensor) -> Tensor:
+    """Where tokens t - 3 .. t of each session lie in the source rows; before its first, state."""
+    num_sessions = start_S1.shape[0] - 1
+    t_A_4 = t_A[:, None] + torch.arange(-3, 1, device=t_A.device)
+    before_A_4 = t_A_4 - start_S1[session_A][:, None]  # -3..-1: state row before + 3
+    state_row_A_4 = 3 * session_A[:, None] + 3 + before_A_4
+    return torch.where(before_A_4 < 0, state_row_A_4, 3 * num_sessions + t_A_4)
