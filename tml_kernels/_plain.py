@@ -32,6 +32,7 @@ def row_blocked_matmul(x_T_D: Tensor, weight_F_D: Tensor) -> Tensor:
         padded_P_D = x_T_D
     out_P_F = x_T_D.new_empty(padded_rows, weight_F_D.shape[0])
     weight_D_F = weight_F_D.T
-    for x_8_D, out_8_F in zip(padded_P_D.split(ROW_BLOCK), out_P_F.split(ROW_BLOCK), strict=True):
-        torch.mm(x_8_D, weight_D_F, out=out_8_F)
+    for begin in range(0, padded_rows, ROW_BLOCK):
+        rows = slice(begin, begin + ROW_BLOCK)
+        torch.mm(padded_P_D[rows], weight_D_F, out=out_P_F[rows])
     return out_P_F[:num_rows, :num_columns].contiguous()

@@ -234,7 +234,7 @@ class Runtime:
 
     def _step(self, tick: int) -> None:
         try:
-            with torch.no_grad():
+            with torch.inference_mode():
                 self._run(tick)
         except BaseException as error:
             self._failure = error
@@ -306,7 +306,7 @@ class Runtime:
         return self._thread.start_ns or None
 
     def _warm_up(self) -> None:
-        with torch.no_grad():
+        with torch.inference_mode():
             out = self._model.tick(self._state, self._batch.silent())
             for slot, vocoder in enumerate(self._vocoders):
                 vocoder.push(out.mel_S_K_B[slot].cpu())  # a session's first tick resets its slot

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,20 +118,6 @@ def make_runtime(options: Options, model: InteractionModel) -> Runtime:
         realtime=options.realtime,
         vocoder=lambda: make_vocoder(model.config.layout.dmel),
     )
-
-
-@contextlib.contextmanager
-def one_thread(options: Options) -> Iterator[None]:
-    """The tiny model's products are too small to share: on one busy core of two, torch's threads
-    waiting for each other made a tick 20 times longer (115 ms -> 2.5 s).
-    """
-    before = torch.get_num_threads()
-    if options.preset == "tiny":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ from ._optional import require
 from .client import Client
 from .decode import SAMPLE_RATE
 from .live import make_view
-from .prepare import Loaded, Options, load_media, make_model, make_runtime, one_thread
+from .prepare import Loaded, Options, load_media, make_model, make_runtime
 from .report import build_report, note_on, summary_lines, write_report
 from .source import Feeder, LiveSource
 from .timeline import Timeline, draw_timeline
@@ -50,7 +50,7 @@ def run_demo(options: Options, stream: TextIO | None = None) -> dict[str, Any]:
     total_s = num_ticks * runtime.layout.period_ms / 1000
     title = _title(options, model)
     view = make_view(title, note_on(model), runtime, clients, total_s, out)
-    with one_thread(options), view:
+    with view:
         play = play_realtime if options.realtime else play_fast
         interrupted = not play(runtime, clients, num_ticks, view.update)
     report = _write_files(options, model, runtime, loaded, clients, title, interrupted)
