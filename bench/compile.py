@@ -57,11 +57,11 @@ def _archs(text: str) -> tuple[int, ...]:
 
 
 def main(args: argparse.Namespace) -> int:
-    os.environ.pop("TRITON_INTERPRET", None)  # of this process and its workers
-    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
     unknown = sorted(set(args.op or []) - set(op_names(with_kernel=True)))
     if unknown:
         raise SystemExit(f"no kernel.py: {unknown}; ops with one: {op_names(with_kernel=True)}")
+    os.environ.pop("TRITON_INTERPRET", None)  # of this process and its workers
+    os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
     started = time.monotonic()
     jobs, outcome = discover(args.op or op_names(with_kernel=True))
     chosen = select(jobs, full=args.full or args.update, archs=args.arch)
