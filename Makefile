@@ -7,6 +7,10 @@ TRITON ?= 3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# What an extra of pyproject.toml names, installed without building again.
+extra = $(BIN)/python -c 'from importlib.metadata import requires; \
+  print(*[r.split(";")[0] for r in requires("tml-kernels") if "extra == \"$(1)\"" in r], sep="\n")' \
+  >$(VENV)/$(1).txt && $(PIP) install -r $(VENV)/$(1).txt
 NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: demo test lint bench info clean
@@ -51,26 +55,28 @@ $(VENV)/.torch:
 	@if nvidia-smi -L >/dev/null 2>&1; then $(PIP) install 'torch==$(TORCH)'; \
 	else \
 	  $(PIP) install 'torch==$(TORCH)+cpu' 'triton==$(TRITON)' 2>/dev/null \
-	  || { $(PIP) install uv && VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install -q --torch-backend=cpu 'torch==$(TORCH)' 'triton==$(TRITON)'; } \
+	  || { $(PIP) install uv && $(BIN)/uv pip install -q --python $(BIN)/python --torch-backend=cpu 'torch==$(TORCH)' 'triton==$(TRITON)'; } \
 	  || $(PIP) install 'torch==$(TORCH)'; \
 	fi
 	@touch $@
 
+# The build's own lines (no nvcc, a broken one) are shown; all of its output only when it fails.
 $(VENV)/.base: $(VENV)/.torch $(NATIVE)
 	@echo "building tml-kernels ..."
-	@$(PIP) install -e .
+	@$(BIN)/python -m pip install -v -e . >$(VENV)/build.log 2>&1 || \
+	  { tail -n 40 $(VENV)/build.log; echo "the build failed; all of it is in $(VENV)/build.log"; exit 1; }
+	@grep -o 'tml-kernels: .*' $(VENV)/build.log || true
 	@touch $@
 
-# Extras on top of the base install: .demo, .test, .dev.
 $(VENV)/.demo: $(VENV)/.base
-	@$(PIP) install -e '.[demo]'
+	@$(call extra,demo)
 	@$(BIN)/python -m tml_runtime.demo.media
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@$(PIP) install -e '.[test]'
+	@$(call extra,test)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install -e '.[dev]'
+	@$(call extra,dev)
 	@touch $@

@@ -6,5 +6,6 @@ from .layout import TurnLayout as TurnLayout
 from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput
+from .scale import scale_frames as scale_frames
 from .state import ModelState as ModelState
 from .tensor_file import CheckpointError as CheckpointError
