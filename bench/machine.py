@@ -64,7 +64,10 @@ def _gpu() -> dict[str, Any] | None:
         "cuda": torch.version.cuda,
     }
     with _nvml() as (nvml, _, error):
-        gpu["driver"] = nvml.nvmlSystemGetDriverVersion() if nvml else error
+        gpu["driver"] = error
+        if nvml is not None:
+            with contextlib.suppress(nvml.NVMLError):
+                gpu["driver"] = nvml.nvmlSystemGetDriverVersion()
     return gpu
 
 
@@ -78,11 +81,9 @@ def clocks() -> dict[str, Any]:
     with _nvml() as (nvml, handle, error):
         if nvml is None:
             return {"error": error}
-        reasons = getattr(
-            nvml,
-            "nvmlDeviceGetCurrentClocksEventReasons",
-            nvml.nvmlDeviceGetCurrentClocksThrottleReasons,
-        )
+        prefix = "nvmlDeviceGetCurrentClocks"  # the call was renamed; packages have one or both
+        reasons = getattr(nvml, f"{prefix}EventReasons", None)
+        reasons = reasons or getattr(nvml, f"{prefix}ThrottleReasons")
         readings = {
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
             "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
@@ -102,17 +103,16 @@ def clocks() -> dict[str, Any]:
 @contextlib.contextmanager
 def _nvml() -> Iterator[tuple[Any, Any, str]]:
     """(module, handle of torch's device 0, ""), or (None, None, why not)."""
-    try:
-        import pynvml
+    with contextlib.ExitStack() as opened:
+        try:
+            import pynvml
 
-        pynvml.nvmlInit()
-    except Exception as error:  # the package is missing, or the driver's library
-        yield None, None, f"NVML: {error}"
-        return
-    try:
-        yield pynvml, _handle(pynvml), ""
-    finally:
-        pynvml.nvmlShutdown()
+            pynvml.nvmlInit()
+            opened.callback(pynvml.nvmlShutdown)
+            found = pynvml, _handle(pynvml), ""
+        except Exception as error:  # the package or the driver's library is missing, or it refuses
+            found = None, None, f"NVML: {error}"
+        yield found
 
 
 def _handle(pynvml: Any) -> Any:

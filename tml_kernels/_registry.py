@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,6 +34,16 @@ def triton_why_not() -> str | None:
     return None
 
 
+def on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Triton launches on the current device, which need not be that of the first tensor."""
+
+    def launch(*args: Any) -> None:
+        with torch.cuda.device(args[0].device):
+            kernel(*args)
+
+    return launch
+
+
 def register_op(
     schema: str, *, plain: Callable[..., None], kernel: Callable[..., None] | None = None
 ) -> torch._ops.OpOverload:
@@ -46,7 +57,7 @@ def register_op(
     why = "no kernel for this op yet" if kernel is None else (triton_why_not() or "")
     _LIB.define(schema)
     _LIB.impl(name, plain, "CPU")
-    _LIB.impl(name, plain if why or kernel is None else kernel, "CUDA")
+    _LIB.impl(name, plain if why or kernel is None else on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"tml_kernels::{name}", lambda *args, **kwargs: None, lib=_LIB)
     _BACKENDS[name] = OpBackends("plain", "plain" if why else "triton", why)
     return getattr(torch.ops.tml_kernels, name).default

@@ -76,6 +76,15 @@ def test_no_driver_is_a_reason_not_an_error(monkeypatch: pytest.MonkeyPatch) -> 
     assert "NVML" in machine()["gpu"]["driver"]
 
 
+def test_driver_that_hands_out_no_gpu_is_a_reason_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(monkeypatch)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", driver.unsupported)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", driver.unsupported)
+    assert "NVML" in clocks()["error"]
+    assert "NVML" in machine()["gpu"]["driver"]
+    assert driver.open == 0
+
+
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     info = machine()

@@ -89,9 +89,9 @@ def random_inkling(config: ModelConfig) -> InklingForConditionalGeneration:
 
 
 class NormOnce(torch.nn.Module):
-    """The embedding norm as released: of text where it is looked up, not again of every token.
+    """The embedding norm once, on text where it is looked up, as transformers 5.23 has it.
 
-    transformers 5.17 calls the norm twice in a forward, on the text and on the merged input.
+    5.17 calls it twice in a forward: on the text, and again on the merged input.
     """
 
     def __init__(self, norm: torch.nn.Module) -> None:
@@ -105,8 +105,10 @@ class NormOnce(torch.nn.Module):
 
 
 def norm_once(model: InklingForConditionalGeneration) -> None:
+    """Nothing to do where the norm belongs to the embedding (5.23)."""
     backbone = model.model.language_model
-    backbone.embed_norm = NormOnce(backbone.embed_norm)
+    if hasattr(backbone, "embed_norm"):
+        backbone.embed_norm = NormOnce(backbone.embed_norm)
 
 
 def inkling_logits(

@@ -41,10 +41,7 @@ def assert_bitwise(actual: Tensor, expected: Tensor) -> None:
     """Fail unless both hold the same bits (NaN equals the same NaN)."""
     assert actual.shape == expected.shape, f"{tuple(actual.shape)} != {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{actual.dtype} != {expected.dtype}"
-    same = torch.equal(
-        actual.detach().cpu().contiguous().view(torch.uint8),
-        expected.detach().cpu().contiguous().view(torch.uint8),
-    )
-    if not same:
+    actual, expected = actual.detach().cpu().contiguous(), expected.detach().cpu().contiguous()
+    if not torch.equal(actual.view(torch.uint8), expected.view(torch.uint8)):
         differing = (actual != expected).sum().item()
         raise AssertionError(f"{differing} of {actual.numel()} elements differ")

@@ -115,8 +115,6 @@ class Backbone:
         batch = Batch.of(state, start_S1, slot_S, x_T_D.shape[0])
         eps, layers = self.config.norm_eps, self.weights.layers
         residual_T_D = x_T_D.clone()  # the layers add to it
-        if self.config.norm_every_input:
-            rms_norm(residual_T_D, self.weights.embed_norm_D, eps=eps, out_T_D=residual_T_D)
         h_T_D = rms_norm(residual_T_D, layers[0].attn_norm_D, eps=eps)
         for layer, w in enumerate(layers):
             last = layer + 1 == len(layers)

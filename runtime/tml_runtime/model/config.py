@@ -122,11 +122,6 @@ class ModelConfig:
     tau_floor: int | None = None  # position from which global logits grow by 1 + alpha ln(n/floor)
     tau_alpha: float = 0.1
     norm_eps: float = 1e-6
-    # Text embeddings are RMS-normalised where they are looked up. True: the same norm again for
-    # every token, of sound and pictures too, where it enters the layers. The released model does
-    # not have it; `InklingForConditionalGeneration` of transformers 5.17 does (`InklingForCausalLM`
-    # does not), so comparing with that class needs it.
-    norm_every_input: bool = False
     layout: TurnLayout = field(default_factory=TurnLayout)
 
     @classmethod

@@ -30,8 +30,6 @@ def full_forward(
     default; a state with that `max_tokens` streams the same numbers.
     """
     x_T_D = x_T_D.to(dtype)
-    if config.norm_every_input:
-        x_T_D = _rms_norm(x_T_D, weights.embed_norm_D, config.norm_eps)
     for layer, w in enumerate(weights.layers):
         heads = config.heads(layer)
         h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
