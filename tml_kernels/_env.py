@@ -5,14 +5,6 @@ from __future__ import annotations
 import os
 
 
-def flag(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
-
-
 def print_configs() -> bool:
-    return flag("TML_PRINT_CONFIGS")
-
-
-def interpreting() -> bool:
-    """Triton kernels run in its interpreter, on CPU tensors (a test mode of Triton's own)."""
-    return flag("TRITON_INTERPRET")
+    """TML_PRINT_CONFIGS: print each kernel's configuration once per problem."""
+    return os.environ.get("TML_PRINT_CONFIGS", "0") not in ("", "0")

@@ -70,9 +70,9 @@ def test_opcheck() -> None:
 
 def test_every_width_has_a_config() -> None:
     for width in [1, 127, 128, 129, 4096, 6144, 16384]:
-        problem = Problem(num_tokens=1, width=width, has_residual=False)
+        problem = Problem(width)
         assert choose_config(problem).why_not(problem) is None
-    assert SHIPPED[0].why_not(Problem(1, 129, False)) is not None
+    assert SHIPPED[0].why_not(Problem(129)) is not None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..._configs import chooser
+
 MAX_WIDTH = 16384  # a token in the registers of one program
 
 
@@ -55,6 +57,7 @@ SHIPPED = (
 LEVELS = EmbedConfig(block_d=1, num_warps=4, unroll=1)  # no embedding at all
 
 
+@chooser
 def choose_embed(width: int) -> EmbedConfig:
     """Pure: the width alone decides, so that a token's bits do not depend on its neighbours."""
     for config in SHIPPED:

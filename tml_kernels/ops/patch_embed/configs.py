@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..._configs import chooser
 from .reference import NUM_CHANNELS, PatchSpec
 
 # Output features per partial sum of squares. One size for every configuration: a row's norm then
@@ -63,6 +64,7 @@ PRODUCTS = (
 )
 
 
+@chooser
 def choose_product(num_rows: int) -> ProductConfig:
     """Pure: same problem, same config; no device, no clock."""
     for limit, config in PRODUCTS:

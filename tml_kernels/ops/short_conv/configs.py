@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..._configs import chooser
+
 MAX_WIDTH = 16384
 
 
@@ -43,6 +45,7 @@ SHIPPED = (
 )
 
 
+@chooser
 def choose_config(p: Problem) -> Config:
     """Pure: the width alone decides, so that a token's bits do not depend on its neighbours."""
     for config in SHIPPED:
