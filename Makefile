@@ -65,7 +65,7 @@ $(VENV)/.base: $(VENV)/.torch $(NATIVE)
 	@echo "building tml-kernels ..."
 	@$(BIN)/python -m pip install -v -e . >$(VENV)/build.log 2>&1 || \
 	  { tail -n 40 $(VENV)/build.log; echo "the build failed; all of it is in $(VENV)/build.log"; exit 1; }
-	@grep -o 'tml-kernels: .*' $(VENV)/build.log || true
+	@grep -oE '^ *tml-kernels: .*' $(VENV)/build.log || true
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.base
