@@ -6,10 +6,22 @@ from torch import Tensor
 
 
 def check_start(start_S1: Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless start_S1 ascends within 0..num_tokens. Synchronises."""
+    """Raise ValueError unless start_S1 ascends from 0 to at most num_tokens. Synchronises."""
     start = start_S1.tolist()
-    if start != sorted(start) or start[0] < 0 or start[-1] > num_tokens:
-        raise ValueError(f"start_S1: expected ascending values in 0..{num_tokens}, got {start}")
+    if start[0] != 0 or start != sorted(start) or start[-1] > num_tokens:
+        raise ValueError(
+            f"start_S1: expected ascending values from 0 to at most {num_tokens}, got {start}"
+        )
+
+
+def check_slots(slot_S: Tensor, num_slots: int) -> None:
+    """Raise ValueError unless each is idle (-1) or a slot that no other names. Synchronises."""
+    slot = slot_S.tolist()
+    if any(not -1 <= n < num_slots for n in slot):
+        raise ValueError(f"slot_S: expected -1 (idle) or 0..{num_slots - 1}, got {slot}")
+    live = [n for n in slot if n >= 0]
+    if len(set(live)) != len(live):
+        raise ValueError(f"slot_S: a slot is named twice in {slot}")
 
 
 def check_below(limit: int, **named: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
-from ..._ragged import check_below, check_start
+from ..._ragged import check_below, check_slots, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .reference import attention_prologue_ref
@@ -33,7 +33,7 @@ def _plain(
 ) -> None:
     num_pages, _, page_rows, _ = k_pages.shape
     check_start(start, qkvr.shape[0])
-    check_below(conv_state.shape[0], slot_S=slot)
+    check_slots(slot, conv_state.shape[0])
     check_below(num_pages * page_rows, kv_row_T=kv_row)
     result = attention_prologue_ref(
         qkvr,

@@ -85,9 +85,9 @@ def _plan(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Te
     back_3 = torch.arange(TAPS_BEFORE, device=device) - TAPS_BEFORE
 
     row_T = torch.searchsorted(start_S1[1:], t, right=True)  # num_rows for padding
-    owned_T = (row_T < num_rows) & (t >= start_S1[0])
+    is_padding_T = row_T == num_rows
     row_T = row_T.clamp(max=num_rows - 1)
-    live_T = owned_T & (slot_S[row_T] >= 0)
+    live_T = ~is_padding_T & (slot_S[row_T] >= 0)
 
     def rows(row: Tensor, place: Tensor) -> Tensor:
         """Source row of the input at `place` in its session; negative places are the state."""
@@ -96,7 +96,6 @@ def _plan(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Te
         return torch.where(place < 0, in_state, in_call)
 
     tap_T_3 = rows(row_T[:, None], (t - start_S1[row_T])[:, None] + back_3)
-    tap_T_3 = tap_T_3.clamp(0, num_rows * TAPS_BEFORE + num_tokens - 1)  # of tokens before start[0]
     s = torch.arange(num_rows, device=device)
     tail_S_3 = rows(s[:, None], (start_S1[1:] - start_S1[:-1])[:, None] + back_3)
     return live_T, tap_T_3, tail_S_3

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._ragged import check_slots
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
@@ -20,7 +21,7 @@ def _plain_levels(
     pcm: Tensor, tail: Tensor, slot: Tensor, spec: list[float], work: Tensor, levels: Tensor
 ) -> None:
     if slot.device.type == "cpu":  # elsewhere reading the values would synchronise
-        _check_slots(slot.tolist(), tail.shape[0])
+        check_slots(slot, tail.shape[0])
     new_levels, new_tail = dmel_levels_ref(pcm, tail, slot, DmelSpec.unpack(spec))
     levels.copy_(new_levels)
     tail.copy_(new_tail)
@@ -55,14 +56,6 @@ def _plain(
     rows = out.view(-1, out.shape[-1])
     _plain_embed(levels.flatten(0, 1), table, norm_weight, num_levels, eps, rows)
     out[slot < 0] = 0
-
-
-def _check_slots(slot: list[int], num_slots: int) -> None:
-    if any(not -1 <= n < num_slots for n in slot):
-        raise ValueError(f"slot_S: expected -1 (idle) or 0..{num_slots - 1}, got {slot}")
-    live = [n for n in slot if n >= 0]
-    if len(set(live)) != len(live):
-        raise ValueError(f"slot_S: a slot is named twice in {slot}")
 
 
 def _kernel_levels(*args) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._ragged import check_slots, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
@@ -26,7 +27,8 @@ def _plain(
     out: Tensor,
 ) -> None:
     if x.device.type == "cpu":  # elsewhere reading the values would synchronise
-        _check_sessions(start.tolist(), slot.tolist(), x.shape[0], state.shape[0])
+        check_start(start, x.shape[0])
+        check_slots(slot, state.shape[0])
     result = short_conv_ref(
         x,
         weight,
@@ -43,18 +45,6 @@ def _plain(
     if residual is not None and result.residual_T_D is not None:
         changed_T_D = result.residual_T_D.to(residual.dtype)
         residual.copy_(torch.where(result.live_T[:, None], changed_T_D, residual))
-
-
-def _check_sessions(start: list[int], slot: list[int], num_tokens: int, num_slots: int) -> None:
-    if start[0] != 0 or start[-1] > num_tokens or start != sorted(start):
-        raise ValueError(
-            f"start_S1: expected to rise from 0 to T={num_tokens} at most, got {start}"
-        )
-    if any(not -1 <= n < num_slots for n in slot):
-        raise ValueError(f"slot_S: expected -1 (idle) or 0..{num_slots - 1}, got {slot}")
-    live = [n for n in slot if n >= 0]
-    if len(set(live)) != len(live):
-        raise ValueError(f"slot_S: a slot is named twice in {slot}")
 
 
 def _kernel(*args) -> None:
