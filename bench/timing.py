@@ -112,17 +112,13 @@ class CudaTimer:
             except Exception as error:
                 samples.flaws[name] = f"not captured: {type(error).__name__}: {error}"[:300]
                 torch.cuda.synchronize()
+        started = time.perf_counter()
+        for graph, _ in graphs.values():  # the first replay also moves the graph to the GPU
+            _replay_us(graph)
+        repeats = _affordable(repeats, time.perf_counter() - started, MAX_GRAPH_S)
         for _ in range(repeats):
             for name, (graph, count) in graphs.items():
-                start, end = _event(), _event()
-                torch.cuda._sleep(
-                    int(200e-6 * CYCLES_PER_SECOND)
-                )  # the host queues the replay meanwhile
-                start.record()
-                graph.replay()
-                end.record()
-                end.synchronize()
-                samples.us[name].append(1000.0 * start.elapsed_time(end) / count)
+                samples.us[name].append(_replay_us(graph) / count)
         return samples
 
 
