@@ -1,2 +1,2 @@
-from .api import Routing as Routing
-from .api import route as route
+from ..._routing import Routing as Routing
+from .api import moe_route as moe_route
