@@ -1,11 +1,11 @@
 from .attention_prologue import attention_prologue as attention_prologue
 from .dmel import dmel as dmel
-from .expert_mlp import expert_mlp as expert_mlp
+from .expert_mlp import fused_moe as fused_moe
 from .flow_head import flow_head as flow_head
 from .linear import linear as linear
 from .paged_attention import paged_attention as paged_attention
 from .patch_embed import patch_embed as patch_embed
 from .rms_norm import rms_norm as rms_norm
-from .route import route as route
+from .route import moe_route as moe_route
 from .sample import sample as sample
 from .short_conv import short_conv as short_conv

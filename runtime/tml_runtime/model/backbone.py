@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
+from tml_kernels.moe import MoEWeights, moe_layer, prepare_moe_weights
 from tml_kernels.ops.attention_prologue import attention_prologue
-from tml_kernels.ops.expert_mlp import expert_mlp
 from tml_kernels.ops.linear import linear
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.rms_norm import rms_norm
-from tml_kernels.ops.route import route
 from tml_kernels.ops.short_conv import short_conv
 
 from .config import ModelConfig
@@ -69,6 +68,11 @@ class Backbone:
             layer: w.mlp.scale_1.item()
             for layer, w in enumerate(weights.layers)
             if isinstance(w.mlp, DenseWeights)
+        }
+        self._experts = {
+            layer: _experts_of(w.mlp)
+            for layer, w in enumerate(weights.layers)
+            if isinstance(w.mlp, MoeWeights)
         }
         self._layer_in_group = {
             layer: sum(config.heads(i) is config.heads(layer) for i in range(layer))
@@ -197,25 +201,35 @@ class Backbone:
             return linear(hidden_T_F, w.w2_D_F, scale=self._dense_scale[layer])
         assert isinstance(w, MoeWeights)
         experts = self.config.experts
-        routing = route(
+        return moe_layer(
             x_T_D,
             w.gate_A_D,
-            w.bias_E,
-            w.scale_1,
+            self._experts[layer],
+            scoring="sink_sigmoid",
+            bias_E=w.bias_E,
+            global_scale_1=w.scale_1,
             top_k=experts.top_k,
-            num_shared=experts.num_shared,
             scale=experts.route_scale,
         )
-        return expert_mlp(
-            x_T_D,
-            w.w13_E_J_D,
-            w.w2_E_D_F,
-            routing.expert_T_K,
-            routing.weight_T_K,
-            shared_w13_Z_J_D=w.shared_w13_Z_J_D,
-            shared_w2_Z_D_F=w.shared_w2_Z_D_F,
-            shared_weight_T_Z=routing.shared_weight_T_Z,
+
+
+def _experts_of(w: MoeWeights) -> MoEWeights:
+    """Views of a layer's tensors: nothing is copied, and what is loaded into them later counts."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+    def view(w13_E_J_D: Tensor, w2_E_D_F: Tensor, shared: MoEWeights | None) -> MoEWeights:
+        return prepare_moe_weights(
+            w13_E_J_D,
+            w2_E_D_F,
+            layout="interleaved",
+            precision=precision[w13_E_J_D.dtype],
+            shared=shared,
         )
+
+    shared = None
+    if w.shared_w13_Z_J_D.shape[0] > 0:
+        shared = view(w.shared_w13_Z_J_D, w.shared_w2_Z_D_F, None)
+    return view(w.w13_E_J_D, w.w2_E_D_F, shared)
 
 
 def check_ragged(

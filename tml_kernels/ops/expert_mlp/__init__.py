@@ -1,1 +1,2 @@
-from .api import expert_mlp as expert_mlp
+from .api import fused_moe as fused_moe
+from .api import workspace_bytes as workspace_bytes

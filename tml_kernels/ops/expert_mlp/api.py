@@ -1,7 +1,7 @@
 """expert_mlp: check, choose, launch."""
 
-# Dimension key: T tokens, D model width, E routed experts, Z shared experts, F expert width,
-# J = 2 F interleaved gate and up rows, K experts chosen per token.
+# Dimension key: T tokens, D model width, E routed experts, Z shared experts, K experts chosen per
+# token, G experts of all devices together, B bytes.
 
 from __future__ import annotations
 
@@ -10,99 +10,252 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
-from ...precision import ACTIVATIONS
-from .reference import expert_mlp_ref
+from ..._routing import Blocking, Routing, Schedule
+from ...moe_weights import MoEWeights
+from ...precision import ACTIVATIONS as DTYPES
+from ...quant import FORMATS, PackedExperts
+from .configs import ACTIVATIONS, kernel_why_not, workspace_of
+from .reference import fused_moe_ref
+
+Flat = list[Tensor | None]
+
+
+def flatten(weights: MoEWeights | None) -> tuple[Flat, list[str], list[int]]:
+    """Tensors, names and sizes of weights without their shared experts, as an op's schema takes
+    them; nothing for None. `unflatten` is the inverse."""
+    if weights is None:
+        return [], [], []
+    tensors: Flat = []
+    for side in (weights.w13, weights.w2):
+        tensors += [side.data, side.scale, side.zero, side.outer_E]
+    tensors += [weights.bias13_E_J, weights.bias2_E_D]
+    names = [weights.w13.format.name, weights.w2.format.name, weights.order]
+    return tensors, names, [weights.width, weights.expert_width]
+
+
+def unflatten(
+    tensors: Flat, names: list[str], sizes: list[int], shared: MoEWeights | None = None
+) -> MoEWeights | None:
+    if not tensors:
+        return None
+    width, hidden = sizes
+
+    def side(at: int, format: str, rows: int, columns: int) -> PackedExperts:
+        data, scale, zero, outer = tensors[at : at + 4]
+        assert data is not None
+        return PackedExperts(FORMATS[format], data, scale, zero, outer, rows, columns, None)
+
+    return MoEWeights(
+        side(0, names[0], 2 * hidden, width),
+        side(4, names[1], width, hidden),
+        names[2],
+        tensors[8],
+        tensors[9],
+        shared,
+    )
 
 
 def _plain(
     x: Tensor,
-    w13: Tensor,
-    w2: Tensor,
+    routed: Flat,
+    names: list[str],
+    sizes: list[int],
+    shared: Flat,
+    shared_names: list[str],
+    shared_sizes: list[int],
     expert: Tensor,
     weight: Tensor,
-    shared_w13: Tensor | None,
-    shared_w2: Tensor | None,
-    shared_weight: Tensor | None,
+    shared_weight: Tensor,
+    schedule: Tensor | None,
+    block_size: int,
+    num_routed: int,
+    expert_map: Tensor | None,
+    activation: str,
+    quantize_x: bool,
     out: Tensor,
+    workspace: Tensor | None,
 ) -> None:
-    result = expert_mlp_ref(
-        x,
-        w13,
-        w2,
-        expert,
-        weight,
-        shared_w13_Z_J_D=shared_w13,
-        shared_w2_Z_D_F=shared_w2,
-        shared_weight_T_Z=shared_weight,
-        dtype=torch.float32,
-    )
+    weights = unflatten(routed, names, sizes, unflatten(shared, shared_names, shared_sizes))
+    assert weights is not None
+    result = fused_moe_ref(
+        x, weights, expert, weight, shared_weight,
+        activation=activation, expert_map_G=expert_map, dtype=torch.float32,
+    )  # fmt: skip
     out.copy_(result)
 
 
+def _kernel(
+    x: Tensor,
+    routed: Flat,
+    names: list[str],
+    sizes: list[int],
+    shared: Flat,
+    shared_names: list[str],
+    shared_sizes: list[int],
+    expert: Tensor,
+    weight: Tensor,
+    shared_weight: Tensor,
+    schedule: Tensor | None,
+    block_size: int,
+    num_routed: int,
+    expert_map: Tensor | None,
+    activation: str,
+    quantize_x: bool,
+    out: Tensor,
+    workspace: Tensor | None,
+) -> None:
+    from .launch import launch_expert_mlp
+
+    weights = unflatten(routed, names, sizes, unflatten(shared, shared_names, shared_sizes))
+    assert weights is not None
+    table = None
+    if schedule is not None:
+        blocking = Blocking(block_size, scheduled=True)
+        num_tokens, top_k = expert.shape
+        max_blocks = blocking.max_blocks(num_tokens, top_k, num_routed)
+        table = Schedule(schedule, blocking, max_blocks)
+    if workspace is None:
+        size = workspace_bytes(weights, x.shape[0], expert.shape[1], x.dtype)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+    routing = Routing(expert, weight, shared_weight, num_routed, table)
+    launch_expert_mlp(x, weights, routing, expert_map, activation, quantize_x, out, workspace)
+
+
 _op = register_op(
-    "expert_mlp(Tensor x, Tensor w13, Tensor w2, Tensor expert, Tensor weight, "
-    "Tensor? shared_w13, Tensor? shared_w2, Tensor? shared_weight, Tensor(a!) out) -> ()",
+    "expert_mlp(Tensor x, Tensor?[] routed, str[] names, int[] sizes, Tensor?[] shared, "
+    "str[] shared_names, int[] shared_sizes, Tensor expert, Tensor weight, Tensor shared_weight, "
+    "Tensor? schedule, int block_size, int num_routed, Tensor? expert_map, str activation, "
+    "bool quantize_x, Tensor(a!) out, Tensor(b!)? workspace) -> ()",
     plain=_plain,
+    kernel=_kernel,
 )
 
 
-def expert_mlp(
-    x_T_D: Tensor,
-    w13_E_J_D: Tensor,
-    w2_E_D_F: Tensor,
-    expert_T_K: Tensor,
-    weight_T_K: Tensor,
+def fused_moe(
+    x: Tensor,
+    weights: MoEWeights,
+    routing: Routing,
     *,
-    shared_w13_Z_J_D: Tensor | None = None,
-    shared_w2_Z_D_F: Tensor | None = None,
-    shared_weight_T_Z: Tensor | None = None,
-    out_T_D: Tensor | None = None,
+    activation: str = "silu",
+    quantize_x: bool = False,
+    out: Tensor | None = None,
+    workspace: Tensor | None = None,
+    expert_map: Tensor | None = None,
 ) -> Tensor:
-    """Each token through its K experts and all shared ones, combined by weight.
+    """Each token through its chosen experts and all shared ones, combined by weight: [T, D].
 
-    out[t] = sum over k = 0..K-1, in that order, of weight[t, k] * w2[e] (silu(g) * u) with
-    e = expert[t, k] and (g, u) the even and odd rows of w13[e] x[t]; then the shared experts in
-    order. Ids outside 0..E-1 are skipped, whatever their weight holds. An expert without tokens is
-    not read. The three shared arguments come together or not at all.
+    out[t] = sum over k = 0..K-1, in that order, of weight[t, k] * mlp(expert[t, k], x[t]), then
+    the shared experts in order; mlp(e, x) = w2[e] act(w13[e] x + b13[e]) + b2[e]. Ids outside
+    0..num_experts-1 are skipped, whatever their weight holds, and an expert without tokens is not
+    read. Two launches on CUDA: gate-up with the activation, down with the sum.
 
-    x, out: [T, D], float32, bfloat16 or float16, distinct; all four weight tensors of one dtype,
-    float32 or x's; expert: int32; weight, shared_weight: float32. Accumulates in float32 and rounds
-    once. Deterministic; row t depends on row t, its ids and weights alone, not on which other
-    tokens share its experts. Raises TypeError or ValueError naming the argument.
+    x, out: [T, D], float32, bfloat16 or float16, distinct. weights: of `prepare_moe_weights`.
+    routing: of `moe_route`. activation: "silu", "gelu", "gelu_tanh" (of the gate, times the up) or
+    "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)). quantize_x:
+    also round the activations of fp8 weights, to e4m3 with one scale per token and 128 columns,
+    and multiply in fp8. expert_map: [G] int32, row of the weights for each of G global ids, -1 for
+    one that lives elsewhere; `routing` then holds global ids. workspace: uint8, of
+    `workspace_bytes`, any content, aligned to 64.
 
-    Source: `InklingExperts` and `InklingSharedExperts` of transformers 5.17, w13 interleaved.
+    Accumulates in float32 and rounds once, but for the hidden row between the launches, which CUDA
+    rounds to x's dtype. Deterministic; row t depends on row t, its ids and weights alone: the same
+    bits for every T, position and neighbour. Allocates nothing with `out` and `workspace`; no
+    launch but these, no synchronisation. Raises TypeError or ValueError naming the argument.
     """
-    dims = Dims()
-    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
-    device = x_T_D.device
-    dims.check(w13_E_J_D=w13_E_J_D, dtype=(torch.float32, x_T_D.dtype), device=device)
-    dims.check(w2_E_D_F=w2_E_D_F, dtype=w13_E_J_D.dtype, device=device)
-    if dims["J"] != 2 * dims["F"]:
-        raise ValueError(
-            f"w13_E_J_D: expected J = 2 F = {2 * dims['F']} interleaved rows, got J={dims['J']}"
+    dims = _check_input(x, weights, routing, expert_map)
+    num_slots = dims["K"] + weights.num_shared
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    if quantize_x:
+        _check_fp8(weights)
+    if out is None:
+        out = torch.empty_like(x)
+    else:
+        dims.check(out_T_D=out, dtype=x.dtype, device=x.device)
+        if out.data_ptr() == x.data_ptr() and x.numel() > 0:
+            raise ValueError("out: must not be x; rows of x are read until the last launch ends")
+    if workspace is not None:
+        Dims().check(workspace_B=workspace, dtype=torch.uint8, device=x.device)
+        needed = workspace_bytes(weights, dims["T"], dims["K"], x.dtype)
+        if workspace.shape[0] < needed or workspace.storage_offset() % 64:
+            raise ValueError(
+                f"workspace: expected {needed} bytes for {dims['T']} tokens of {num_slots} slots, "
+                f"aligned to 64; got {workspace.shape[0]} at offset {workspace.storage_offset()}"
+            )
+    routed, names, sizes = flatten(weights)
+    shared, shared_names, shared_sizes = flatten(weights.shared)
+    refuse_grad(x, *routed, *shared, routing.weight_T_K)
+    schedule = routing.schedule
+    if dims["T"] > 0:
+        _op(
+            x, routed, names, sizes, shared, shared_names, shared_sizes,
+            routing.expert_T_K, routing.weight_T_K, routing.shared_weight_T_Z,
+            None if schedule is None else schedule.buffer,
+            0 if schedule is None else schedule.blocking.size,
+            routing.num_experts, expert_map, activation, quantize_x, out, workspace,
+        )  # fmt: skip
+    return out
+
+
+def workspace_bytes(weights: MoEWeights, num_tokens: int, top_k: int, dtype: torch.dtype) -> int:
+    """Bytes that `fused_moe` needs between its launches; more tokens never need fewer."""
+    hidden = weights.expert_width
+    if weights.shared is not None:
+        hidden = max(hidden, weights.shared.expert_width)
+    slots = top_k + weights.num_shared
+    return workspace_of(num_tokens, slots, weights.width, hidden, dtype).size
+
+
+def _check_input(
+    x: Tensor, weights: MoEWeights, routing: Routing, expert_map: Tensor | None
+) -> Dims:
+    if not isinstance(weights, MoEWeights):
+        raise TypeError(
+            f"weights: expected MoEWeights (see prepare_moe_weights), got {type(weights).__name__}"
         )
-    dims.check(expert_T_K=expert_T_K, dtype=torch.int32, device=device)
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected Routing (see moe_route), got {type(routing).__name__}")
+    dims = Dims()
+    dims.check(x_T_D=x, dtype=DTYPES)
+    if dims["D"] != weights.width:
+        raise ValueError(f"x_T_D: D={dims['D']}, but the weights are for D={weights.width}")
+    if weights.device != x.device:
+        raise ValueError(f"weights: expected device {x.device}, got {weights.device}")
+    dims.check(expert_T_K=routing.expert_T_K, dtype=torch.int32, device=x.device)
+    dims.check(weight_T_K=routing.weight_T_K, dtype=torch.float32, device=x.device)
+    dims = Dims(**dims, Z=weights.num_shared)
+    dims.check(shared_weight_T_Z=routing.shared_weight_T_Z, dtype=torch.float32, device=x.device)
     if dims["K"] == 0:
         raise ValueError("expert_T_K: expected K of at least 1, got 0")
-    dims.check(weight_T_K=weight_T_K, dtype=torch.float32, device=device)
-    shared = {
-        "shared_w13_Z_J_D": shared_w13_Z_J_D,
-        "shared_w2_Z_D_F": shared_w2_Z_D_F,
-        "shared_weight_T_Z": shared_weight_T_Z,
-    }
-    missing = [name for name, tensor in shared.items() if tensor is None]
-    if 0 < len(missing) < 3:
-        raise ValueError(f"{missing[0]}: missing; the shared experts need all of {list(shared)}")
-    if shared_w13_Z_J_D is not None and shared_w2_Z_D_F is not None:
-        dims.check(shared_w13_Z_J_D=shared_w13_Z_J_D, dtype=w13_E_J_D.dtype, device=device)
-        dims.check(shared_w2_Z_D_F=shared_w2_Z_D_F, dtype=w13_E_J_D.dtype, device=device)
-    if shared_weight_T_Z is not None:
-        dims.check(shared_weight_T_Z=shared_weight_T_Z, dtype=torch.float32, device=device)
-    if out_T_D is None:
-        out_T_D = torch.empty_like(x_T_D)
+    if expert_map is None:
+        if routing.num_experts != weights.num_experts:
+            raise ValueError(
+                f"routing: made for num_experts={routing.num_experts}, but the weights hold "
+                f"{weights.num_experts}; give expert_map where they are a part of all experts"
+            )
     else:
-        dims.check(out_T_D=out_T_D, dtype=x_T_D.dtype, device=device)
-    refuse_grad(x_T_D, w13_E_J_D, w2_E_D_F, weight_T_K, *shared.values())
-    if dims["T"] > 0:
-        _op(x_T_D, w13_E_J_D, w2_E_D_F, expert_T_K, weight_T_K, *shared.values(), out_T_D)
-    return out_T_D
+        Dims(G=routing.num_experts).check(
+            expert_map_G=expert_map, dtype=torch.int32, device=x.device
+        )
+    if x.device.type == "cuda":
+        for side in (weights, weights.shared):
+            for packed in () if side is None else (side.w13, side.w2):
+                reason = kernel_why_not(x.dtype, packed)
+                if reason is not None:
+                    raise ValueError(f"x_T_D: {reason}")
+    return dims
+
+
+def _check_fp8(weights: MoEWeights) -> None:
+    if weights.device.type == "cuda":
+        found = torch.cuda.get_device_capability(weights.device)
+        if found < (8, 9):
+            raise ValueError(
+                f"quantize_x: fp8 products need a GPU of 8.9 or newer, this is {found}"
+            )
+    for side in (weights, weights.shared):
+        for packed in () if side is None else (side.w13, side.w2):
+            if not packed.format.name.startswith("fp8"):
+                raise ValueError(
+                    f"quantize_x: needs fp8 weights, and some are {packed.format.name}"
+                )

@@ -1,55 +1,54 @@
 """The oracle of expert_mlp, and its plain path: the same lines in float64 and in float32."""
 
 # Dimension key: T tokens, D model width, E routed experts, Z shared experts, F expert width,
-# J = 2 F interleaved gate and up rows, K experts chosen per token, A = T * K assignments.
+# J = 2 F gate and up rows, K experts chosen per token, A = T * K assignments.
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from ..._plain import row_blocked_matmul
-from ..._pointwise import swiglu
+from ..._pointwise import silu
+from ...moe_weights import MoEWeights
+
+OAI_LIMIT, OAI_ALPHA = 7.0, 1.702
 
 
-def _mlp(x_T_D: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
-    h_T_F = swiglu(row_blocked_matmul(x_T_D, w13_J_D.to(x_T_D.dtype)))
-    return row_blocked_matmul(h_T_F, w2_D_F.to(x_T_D.dtype))
-
-
-def expert_mlp_ref(
+def fused_moe_ref(
     x_T_D: Tensor,
-    w13_E_J_D: Tensor,
-    w2_E_D_F: Tensor,
+    weights: MoEWeights,
     expert_T_K: Tensor,
     weight_T_K: Tensor,
-    *,
-    shared_w13_Z_J_D: Tensor | None = None,
-    shared_w2_Z_D_F: Tensor | None = None,
     shared_weight_T_Z: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    expert_map_G: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """out_T_D in `dtype`: sum over k of weight[t, k] * mlp(expert[t, k], x[t]), then the shared.
 
-    mlp(e, x) = w2[e] (silu(g) * u), (g, u) = the even and odd rows of w13[e] x. Only experts with
-    a token are read; ids outside 0..E-1 contribute nothing.
+    mlp(e, x) = w2[e] act(w13[e] x + b13[e]) + b2[e], with the dequantised weights. Only experts
+    with a token are read; ids outside 0..E-1 contribute nothing, whatever their weight holds.
     """
-    (num_tokens, top_k), num_experts = expert_T_K.shape, w13_E_J_D.shape[0]
+    num_tokens, top_k = expert_T_K.shape
+    num_experts = weights.num_experts
+    expert_A = local_experts(expert_T_K.reshape(-1), num_experts, expert_map_G)
     x_T_D = x_T_D.to(dtype)
     out_T_D = torch.zeros_like(x_T_D)
 
-    expert_A = expert_T_K.reshape(-1).long()
-    skipped_A = (expert_A < 0) | (expert_A >= num_experts)
-    expert_A = expert_A.masked_fill(skipped_A, num_experts)
+    skipped_A = expert_A == num_experts
     *counts, num_skipped = torch.bincount(expert_A, minlength=num_experts + 1).tolist()
     order_A = torch.argsort(expert_A, stable=True)[: expert_A.shape[0] - num_skipped]
     x_A_D = x_T_D[order_A // top_k]
     y_A_D = x_T_D.new_zeros(num_tokens * top_k, x_T_D.shape[1])
     begin = 0
-    for expert_idx, count in enumerate(counts):
+    for expert, count in enumerate(counts):
         if count > 0:
             rows = slice(begin, begin + count)
-            y_A_D[order_A[rows]] = _mlp(x_A_D[rows], w13_E_J_D[expert_idx], w2_E_D_F[expert_idx])
+            y_A_D[order_A[rows]] = _mlp(x_A_D[rows], weights, expert, activation)
             begin += count
 
     # A skipped assignment adds an exact zero, even when its weight is NaN.
@@ -57,9 +56,54 @@ def expert_mlp_ref(
     y_T_K_D = (y_A_D * weight_A[:, None]).view(num_tokens, top_k, x_T_D.shape[1])
     for k in range(top_k):
         out_T_D += y_T_K_D[:, k]
-    if shared_w13_Z_J_D is not None:
-        assert shared_w2_Z_D_F is not None and shared_weight_T_Z is not None
-        for z in range(shared_w13_Z_J_D.shape[0]):
-            y_T_D = _mlp(x_T_D, shared_w13_Z_J_D[z], shared_w2_Z_D_F[z])
-            out_T_D += y_T_D * shared_weight_T_Z[:, z : z + 1].to(dtype)
+    for z in range(weights.num_shared):
+        assert weights.shared is not None and shared_weight_T_Z is not None
+        y_T_D = _mlp(x_T_D, weights.shared, z, activation)
+        out_T_D += y_T_D * shared_weight_T_Z[:, z : z + 1].to(dtype)
     return out_T_D
+
+
+def local_experts(expert_A: Tensor, num_experts: int, expert_map_G: Tensor | None) -> Tensor:
+    """int64 rows of the weights; num_experts where an id is skipped. With a map of G global ids,
+    map[id] is the row, -1 for an expert that is elsewhere."""
+    expert_A = expert_A.long()
+    if expert_map_G is not None:
+        outside_A = (expert_A < 0) | (expert_A >= expert_map_G.shape[0])
+        expert_A = expert_map_G.long()[expert_A.masked_fill(outside_A, 0)]
+        expert_A = expert_A.masked_fill(outside_A, num_experts)
+    outside_A = (expert_A < 0) | (expert_A >= num_experts)
+    return expert_A.masked_fill(outside_A, num_experts)
+
+
+def _mlp(x_T_D: Tensor, weights: MoEWeights, expert: int, activation: str) -> Tensor:
+    w13_J_D, w2_D_F = weights.dequantize(expert)
+    y_T_J = row_blocked_matmul(x_T_D, w13_J_D.to(x_T_D.dtype))
+    if weights.bias13_E_J is not None:
+        y_T_J = y_T_J + weights.bias13_E_J[expert].to(x_T_D.dtype)
+    h_T_F = activate(*split_gate_up(y_T_J, weights.order), activation)
+    y_T_D = row_blocked_matmul(h_T_F, w2_D_F.to(x_T_D.dtype))
+    if weights.bias2_E_D is not None:
+        y_T_D = y_T_D + weights.bias2_E_D[expert].to(x_T_D.dtype)
+    return y_T_D
+
+
+def split_gate_up(y_T_J: Tensor, order: str) -> tuple[Tensor, Tensor]:
+    """(gate, up) of rows in the order of w13's."""
+    if order == "interleaved":
+        return y_T_J[:, 0::2], y_T_J[:, 1::2]
+    first, second = y_T_J.chunk(2, dim=1)
+    return (first, second) if order == "gate_up" else (second, first)
+
+
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Of the element alone, bit for bit: exp is, torch's own sigmoid and gelu are not."""
+    if activation == "silu":
+        return silu(gate) * up
+    if activation == "gelu":
+        return 0.5 * gate * (1.0 + torch.erf(gate * math.sqrt(0.5))) * up
+    if activation == "gelu_tanh":
+        inner = math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate * gate * gate)
+        return gate / (1.0 + torch.exp(-2.0 * inner)) * up
+    assert activation == "swiglu_oai", activation
+    gate, up = gate.clamp(max=OAI_LIMIT), up.clamp(-OAI_LIMIT, OAI_LIMIT)
+    return (up + 1.0) * gate / (1.0 + torch.exp(-OAI_ALPHA * gate))

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tml_kernels.moe import (
+    Routing,
+    explain,
+    fused_moe,
+    moe_layer,
+    moe_route,
+    prepare_moe_weights,
+    warmup,
+    workspace_bytes,
+)
+from tml_kernels.ops.expert_mlp.cases import Case
+from tml_kernels.testing import assert_bitwise, assert_matches, randn
+
+ROUTE = {"scoring": "sink_sigmoid", "top_k": 2, "scale": 8.0}
+
+
+def test_layer_is_the_router_and_the_experts() -> None:
+    """The whole block in float64, written out."""
+    case = Case(11, 48, 24, 6, 2, num_shared=2)
+    inputs = case.make_inputs("cpu")
+    x, weights = inputs["x"], inputs["weights"]
+    gate, bias = randn(8, 48, scale=0.2), randn(6, scale=0.3)
+    out = moe_layer(x, gate, weights, bias_E=bias, **ROUTE)
+
+    logit = x.double() @ gate.double().T
+    chosen = (logit[:, :6].sigmoid() + bias).topk(2).indices
+    both = torch.cat([logit.gather(1, chosen), logit[:, 6:]], 1)
+    weight = F.logsigmoid(both).softmax(1) * 8.0
+    expected = torch.zeros(11, 48, dtype=torch.float64)
+    for t in range(11):
+        for k in range(4):
+            side, e = (weights, int(chosen[t, k])) if k < 2 else (weights.shared, k - 2)
+            w13, w2 = (w.double() for w in side.dequantize(e))
+            h = w13 @ x[t].double()
+            expected[t] += weight[t, k] * (w2 @ (F.silu(h[0::2]) * h[1::2]))
+    assert_matches(out, expected)
+
+
+def test_layer_allocates_nothing_of_its_own_when_given_buffers() -> None:
+    inputs = Case(5, 32, 16, 6, 2, num_shared=1).make_inputs("cpu")
+    x, weights, gate = inputs["x"], inputs["weights"], randn(7, 32)
+    routing = Routing.empty(5, 2, 1, 6, "cpu")
+    size = workspace_bytes(weights, 5, 2, torch.float32)
+    buffers = {"out": torch.empty(5, 32), "workspace": torch.empty(size, dtype=torch.uint8)}
+    out = moe_layer(x, gate, weights, routing=routing, **buffers, **ROUTE)
+    assert out is buffers["out"]
+    assert_bitwise(out, moe_layer(x, gate, weights, **ROUTE))
+    again = moe_route(x, gate, num_shared=1, **ROUTE)
+    assert_bitwise(routing.expert_T_K, again.expert_T_K)
+
+
+def test_layer_row_does_not_depend_on_neighbours() -> None:
+    inputs = Case(19, 64, 32, 6, 2, num_shared=1).make_inputs("cpu")
+    x, weights, gate = inputs["x"], inputs["weights"], randn(7, 64)
+    together = moe_layer(x, gate, weights, **ROUTE)
+    alone = [moe_layer(x[t : t + 1].clone(), gate, weights, **ROUTE) for t in range(19)]
+    assert_bitwise(together, torch.cat(alone))
+    order = torch.randperm(19)
+    assert_bitwise(moe_layer(x[order], gate, weights, **ROUTE), together[order])
+
+
+def test_warmup_runs_every_block_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = Case(1, 32, 16, 6, 2, num_shared=1).make_weights("cpu")
+    gate = randn(7, 32)
+    tokens = warmup(gate, weights, max_tokens=200, dtype=torch.float32, **ROUTE)
+    # Token-centric; then blocks that hold twice the mean load of T * 2 / 6.
+    assert tokens == [1, 5, 25, 49]
+    with pytest.raises(ValueError, match="max_tokens: expected at least 1, got 0"):
+        warmup(gate, weights, max_tokens=0, **ROUTE)
+
+
+@pytest.mark.gpu
+def test_gpu_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton.compiler.compiler as compiler
+
+    case = Case(1, 512, 256, 16, 4, 2, dtype=torch.bfloat16, precision="int4")
+    weights = case.make_weights("cuda")
+    gate = randn(18, 512, device="cuda", dtype=torch.bfloat16)
+    route = {"scoring": "sink_sigmoid", "top_k": 4}
+    warmup(gate, weights, max_tokens=300, **route)
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("compiled after warm-up")
+
+    monkeypatch.setattr(compiler, "compile", refuse)
+    monkeypatch.setattr("triton.runtime.jit.JITFunction._do_compile", refuse)
+    for num_tokens in (1, 2, 3, 7, 16, 17, 31, 64, 100, 256, 300):
+        x = randn(num_tokens, 512, device="cuda", dtype=torch.bfloat16)
+        moe_layer(x, gate, weights, **route)
+
+
+def test_explain_counts_what_must_move() -> None:
+    weights = Case(1, 256, 128, 16, 4, num_shared=2).make_weights("cpu")
+    one = explain(weights, num_tokens=1, top_k=4, dtype=torch.float32, bandwidth=4e12)
+    expert = 3 * 256 * 128 * 4
+    assert one.mode == "token-centric"
+    assert one.touched_experts == pytest.approx(4.0)
+    assert one.weight_bytes == 6 * expert
+    assert one.predicted_us == pytest.approx((6 * expert + one.activation_bytes) / 4e6)
+    many = explain(weights, num_tokens=64, top_k=4)
+    assert many.mode == "grouped"
+    assert 15.9 * expert < many.weight_bytes - 2 * expert <= 16 * expert
+    assert "gate-up: fp32 weights" in str(many)
+    with pytest.raises(ValueError, match=r"1\.\.16, got 1 and 17"):
+        explain(weights, num_tokens=1, top_k=17)
+
+
+def test_int4_experts_stay_near_their_float_weights() -> None:
+    """End to end: what int4 loses is what its quantiser reports, not more."""
+    case = Case(8, 256, 256, 4, 2)
+    inputs = case.make_inputs("cpu")
+    w13, w2 = (side.data.clone() for side in (inputs["weights"].w13, inputs["weights"].w2))
+    int4 = prepare_moe_weights(w13, w2, layout="interleaved", precision="int4", inplace=False)
+    assert int4.w13.error_E is not None
+    error = int4.w13.error_E.max().item()
+    assert 0.0 < error < 0.2
+    near = fused_moe(**inputs | {"weights": int4})
+    # Errors of three products, two of them multiplied, add up in squares.
+    assert_matches(near, fused_moe(**inputs), limit=2.0 * error)
