@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 
-from .paths import add_source_roots, benched_ops
+from .paths import add_source_roots, bench_names
 
 COMMANDS = {
     "compile": "compile every Triton kernel, no GPU needed; registers and spills against the table",
@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         module.add_arguments(commands.add_parser(name, help=text, description=module.__doc__))
     from . import op
 
-    for name in benched_ops():
+    for name in bench_names():
         text = f"check and time {name} beside its peers"
         op.add_arguments(commands.add_parser(name, help=text, description=op.__doc__))
     return parser

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -19,12 +20,13 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .table import Row
+from .table import Limit, Row
 
 if TYPE_CHECKING:
     from tml_kernels._aot import AotSpec
 
-READER = "1"  # of the rows below: a cached row of another reader is not taken
+LOOP_ARCH = 90  # whose loops are counted: compilers close them differently for each chip
+READER = "2"  # of the rows below: a cached row of another reader is not taken
 
 # Opcode at the start of a SASS instruction -> the name a row uses for it.
 MMA_OPCODES = {
@@ -37,7 +39,12 @@ MMA_OPCODES = {
     "UTCIMMA": "UTCMMA",
     "UTCOMMA": "UTCMMA",
 }
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M)
+# Address, predicate, opcode, the rest.
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)([^;\n]*)", re.M
+)
+_TARGET = re.compile(r"0x([0-9a-f]+)")
+_PREDICATE = re.compile(r"\bU?P\d")
 _RESOURCE = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 
@@ -50,13 +57,14 @@ class Job:
     arch: int
     key: str
     digest: str
+    limit: Limit | None = None
 
 
 def specs_of(op: str) -> list[AotSpec]:
     """The op's specs. TypeError when its kernels were imported for the interpreter."""
     from triton.runtime.jit import JITFunction
 
-    specs = importlib.import_module(f"tml_kernels.ops.{op}.kernel").aot_specs()
+    specs = importlib.import_module(_spec_module(op)).aot_specs()
     for spec in specs:
         if not isinstance(spec.kernel, JITFunction):
             kind = type(spec.kernel).__name__
@@ -64,11 +72,26 @@ def specs_of(op: str) -> list[AotSpec]:
     return specs
 
 
+def _spec_module(op: str) -> str:
+    """launch.py where the op has one, else kernel.py."""
+    package = f"tml_kernels.ops.{op}"
+    found = importlib.util.find_spec(f"{package}.launch") is not None
+    return f"{package}.launch" if found else f"{package}.kernel"
+
+
 def jobs_of(op: str, arch: int) -> list[Job]:
     """Every shipped configuration of an op. ValueError for two with one name."""
     jobs = [
-        Job(op, index, arch, f"{op}/{spec_name(spec)}/sm_{arch}", digest(spec, arch))
+        Job(
+            op=op,
+            index=index,
+            arch=arch,
+            key=f"{op}/{spec_name(spec)}/sm_{arch}",
+            digest=digest(spec, arch),
+            limit=Limit(spec.mma, spec.max_loop),
+        )
         for index, spec in enumerate(specs_of(op))
+        if arch >= spec.min_arch
     ]
     for key, count in Counter(job.key for job in jobs).items():
         if count > 1:
@@ -101,6 +124,7 @@ def digest(spec: AotSpec, arch: int) -> str:
         _aligned(spec),
         spec.num_warps,
         spec.num_stages,
+        spec.weights_per_step,
         arch,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -159,8 +183,11 @@ def compile_spec(spec: AotSpec, arch: int) -> Row:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         usage = read_usage(_cuobjdump("--dump-resource-usage", path))
-        code = read_code(_cuobjdump("--dump-sass", path))
-    return Row(**usage, shared_dynamic=compiled.metadata.shared, **code)
+        sass = _cuobjdump("--dump-sass", path)
+    loop = None
+    if spec.weights_per_step and arch == LOOP_ARCH:
+        loop = loop_cost(read_loops(sass), spec.weights_per_step, spec.num_warps)
+    return Row(**usage, shared_dynamic=compiled.metadata.shared, **read_code(sass), loop=loop)
 
 
 def read_usage(text: str) -> dict[str, int]:
@@ -179,7 +206,7 @@ def read_usage(text: str) -> dict[str, int]:
 
 def read_code(sass: str) -> dict[str, Any]:
     """Local memory instructions, and which matrix instructions there are."""
-    opcodes = Counter(_INSTRUCTION.findall(sass))
+    opcodes = Counter(opcode for _, _, opcode, _ in _INSTRUCTION.findall(sass))
     if not opcodes:
         raise ValueError(f"no instruction found in the disassembly:\n{sass[:1000]}")
     mma = {MMA_OPCODES[opcode] for opcode in opcodes if opcode in MMA_OPCODES}
@@ -188,6 +215,41 @@ def read_code(sass: str) -> dict[str, Any]:
         "spill_stores": opcodes["STL"],
         "mma": "+".join(sorted(mma)),
     }
+
+
+def read_loops(sass: str) -> list[int]:
+    """How many instructions each innermost loop with matrix instructions has, in program order.
+
+    A loop ends at a conditional branch back to its first instruction. Branches back without a
+    condition return from waits that the compiler has moved behind the code.
+    """
+    code = [(int(at, 16), p, opcode, rest) for at, p, opcode, rest in _INSTRUCTION.findall(sass)]
+    mma = [at for at, _, opcode, _ in code if opcode in MMA_OPCODES]
+    loops = set()
+    for end, predicate, opcode, rest in code:
+        target = _TARGET.search(rest)
+        if opcode != "BRA" or target is None or not (predicate or _PREDICATE.search(rest)):
+            continue
+        begin = int(target[1], 16)
+        if any(begin <= at <= end for at in mma):
+            loops.add((begin, end))
+    inner = [
+        (begin, end)
+        for begin, end in sorted(loops)
+        if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e in loops)
+    ]
+    return [sum(begin <= at <= end for at, *_ in code) for begin, end in inner]
+
+
+def loop_cost(loops: list[int], weights_per_step: tuple[int, ...], num_warps: int) -> float:
+    """Instructions per weight of the heaviest loop: all threads', over the weights of one step."""
+    if len(loops) != len(weights_per_step):
+        raise ValueError(
+            f"{len(loops)} loops have matrix instructions (of {loops} instructions), "
+            f"weights_per_step is of {len(weights_per_step)}: {weights_per_step}"
+        )
+    costs = [n * 32 * num_warps / w for n, w in zip(loops, weights_per_step, strict=True)]
+    return round(max(costs), 2)
 
 
 def _cuobjdump(flag: str, path: Path) -> str:

@@ -1,8 +1,9 @@
 """`python -m bench compile`: every Triton kernel x shipped configuration, without a GPU.
 
 Compiles for sm_90, and one configuration of each kernel for sm_80 and sm_100 (all with --full);
-reads registers, local and shared memory and the matrix instructions from the cubins, and compares
-them with bench/kernel_table.json. A row is cached under .cache/ by a digest of all that decides it.
+reads registers, local and shared memory, the matrix instructions and the main loops' instructions
+per weight from the cubins, and compares them with bench/kernel_table.json. A row is cached under
+.cache/ by a digest of all that decides it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ def main(args: argparse.Namespace) -> int:
     if args.update:
         update(table, jobs, outcome, args.op)
         table.save(args.table)
-    found = compare(outcome.rows, table, existing=existing_keys(table, jobs, outcome, args.op))
+    existing = existing_keys(table, jobs, outcome, args.op)
+    limits = {job.key: job.limit for job in jobs if job.limit is not None}
+    found = compare(outcome.rows, table, existing=existing, limits=limits)
     failures = [f"{key}: {text}" for key, text in outcome.errors.items()] + found.failures
     if not chosen:
         failures.append("nothing was compiled")
@@ -160,7 +163,8 @@ def run(jobs: list[Job], outcome: Outcome, num_workers: int) -> None:
         _write_cache(job, result["row"])
         print(
             f"{progress}: {row.registers} registers, {row.spilled} B local, "
-            f"{row.shared_static + row.shared_dynamic} B shared {row.mma}",
+            f"{row.shared_static + row.shared_dynamic} B shared {row.mma}"
+            + ("" if row.loop is None else f", {row.loop} instructions per weight"),
             flush=True,
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from tml_kernels.testing import Cost, relative_l2
 from .ceilings import Ceilings
 from .report import clip
 from .stats import Summary, noise
-from .timing import Call, Samples, Timer
+from .timing import GRAPH_CALLS, Call, Samples, Timer
 
 AGAIN = "ours again"  # timed beside "ours": what two times of the same code differ by
 # How far a variant may be from ours and still be the same function: two bf16 roundings of the
@@ -42,11 +43,13 @@ class Variant:
 
     prepare: makes the keywords of `run` from a case's inputs once, untimed: a peer's weight layout
     or dtype. check=False: the result has another layout or draws other numbers; not compared.
+    limit: relative L2 difference from ours that is still the same function.
     """
 
     run: Callable[..., Any]
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
     check: bool = True
+    limit: float = SAME_FUNCTION
 
 
 CaseT = TypeVar("CaseT", bound=Case)
@@ -58,6 +61,11 @@ class OpBench(Generic[CaseT]):
 
     check(case, device) raises where ours is not the oracle's function. variants: by name, "ours"
     among them. peers: by name, a function that imports the peer and returns its variant.
+
+    quick: what is timed where time is short, of cases that are slow to make or to compile; the
+    edge cases are then left to the tests. sets: how many input sets to rotate among even where one
+    alone exceeds the L2, memory allowing: layers of a model have weights of their own. graph_calls:
+    how many calls one graph has.
     """
 
     name: str
@@ -67,6 +75,12 @@ class OpBench(Generic[CaseT]):
     check: Callable[[CaseT, str], None]
     variants: Mapping[str, Variant]
     peers: Mapping[str, Callable[[], Variant]] = field(default_factory=dict)
+    quick: Sequence[CaseT] = ()
+    sets: int = 1
+    graph_calls: int = GRAPH_CALLS
+
+    def timed(self, *, quick: bool) -> Sequence[CaseT]:
+        return self.quick if quick and self.quick else self.bench
 
 
 def load(op: str) -> OpBench:
@@ -86,14 +100,16 @@ class Gate:
         return self.checked > 0 and not self.failures
 
 
-def gate(op: OpBench, device: str, *, smoke: bool = False) -> Gate:
+def gate(op: OpBench, device: str, *, smoke: bool = False, quick: bool = False) -> Gate:
     """Run the op's cases, and on a GPU its smallest timed case, against the oracle.
 
-    smoke: the edge cases alone.
+    smoke: the edge cases alone. quick: not the edge cases, of an op with quick cases.
     """
-    cases = list(op.edge) if smoke else [*op.edge, *op.model]
-    if device == "cuda" and op.bench:  # in the dtype that is timed
-        cases.append(min(op.bench, key=lambda case: case.cost().bytes))
+    cases = [] if quick and op.quick else list(op.edge)
+    cases += [] if smoke else op.model
+    timed = op.timed(quick=quick)
+    if device == "cuda" and timed:  # in the dtype that is timed
+        cases.append(min(timed, key=lambda case: case.cost().bytes))
     failures = {}
     for index, case in enumerate(cases):
         torch.manual_seed(0)
@@ -133,6 +149,8 @@ class CaseResult:
     cold_us: dict[str, Summary] = field(default_factory=dict)
     graph_us: dict[str, Summary] = field(default_factory=dict)
     graph_l2: str = "warm"
+    graph_sets: int = 0
+    graph_calls: int = 0
     noise: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -166,8 +184,13 @@ def time_case(
     l2_bytes: int,
     repeats: int = 60,
     device: str = "cuda",
+    sets: int = 1,
+    graph_calls: int = GRAPH_CALLS,
 ) -> CaseResult:
-    """Time every variant of one case; a variant that fails or differs from ours is left out."""
+    """Time every variant of one case; a variant that fails or differs from ours is left out.
+
+    sets, graph_calls: see `OpBench`.
+    """
     cost = case.cost()
     result = CaseResult(
         str(case), cost.bytes, cost.flops, ceilings.floor_us(cost.bytes, cost.flops)
@@ -179,20 +202,57 @@ def time_case(
         return result
     variants[AGAIN] = variants["ours"]
 
-    num_sets = count_sets(tensor_bytes(inputs), l2_bytes)
-    calls: dict[str, Sequence[Call]] = {}
-    for name, variant in variants.items():
-        # Ops with state write into their inputs: each variant has its own, unless they are large.
-        own = [inputs] if num_sets == 1 else [clone(inputs) for _ in range(num_sets)]
-        calls[name] = [_bind(variant, given) for given in own]
+    # A call may read only a part of its inputs, say some experts of many.
+    touched = min(tensor_bytes(inputs), cost.bytes)
+    num_sets = count_sets(touched, l2_bytes, least=sets)
+    calls = _bind_all(variants, inputs, num_sets, result, large=3 * l2_bytes, device=device)
     _fill(result, "cold_us", timer.events(calls, repeats))
-    _fill(result, "graph_us", timer.graph(calls, repeats))
-    result.graph_l2 = "cold" if num_sets * tensor_bytes(inputs) > 2 * l2_bytes else "warm"
+    _fill(result, "graph_us", timer.graph(calls, repeats, at_least=graph_calls))
+    result.graph_sets = len(calls["ours"])
+    result.graph_calls = -(-graph_calls // result.graph_sets) * result.graph_sets
+    result.graph_l2 = "cold" if result.graph_sets * touched > 2 * l2_bytes else "warm"
     again = result.cold_us.pop(AGAIN, None)
     result.graph_us.pop(AGAIN, None)
     if again is not None:
         result.noise = noise(result.cold_us["ours"], again)
     return result
+
+
+def _bind_all(
+    variants: Mapping[str, Variant],
+    inputs: dict[str, Any],
+    num_sets: int,
+    result: CaseResult,
+    *,
+    large: int,
+    device: str,
+) -> dict[str, Sequence[Call]]:
+    """A call for each variant and input set. Ops with state write into their inputs: each variant
+    has its own, unless they are `large`; of those there are as many as fit."""
+    num_bytes = tensor_bytes(inputs)
+    common = None
+    if num_bytes >= large:
+        # Half of the memory is for what variants make of their inputs.
+        num_sets = max(1, min(num_sets, free_bytes(device) // 2 // num_bytes))
+        common = [inputs, *(clone(inputs) for _ in range(num_sets - 1))]
+    calls: dict[str, Sequence[Call]] = {}
+    for name, variant in variants.items():
+        own = common or [clone(inputs) for _ in range(num_sets)]
+        try:
+            calls[name] = [_bind(variant, given) for given in own]
+        except Exception as error:  # a peer's own form of the weights did not fit
+            if name == "ours":
+                raise
+            result.skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return calls
+
+
+def free_bytes(device: str) -> int:
+    """That can be allocated there; without a limit on the CPU."""
+    if device != "cuda":
+        return sys.maxsize
+    unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + unused
 
 
 def _bind(variant: Variant, inputs: dict[str, Any]) -> Call:
@@ -220,7 +280,7 @@ def runnable_here(
             actual = tensors(variant.run(**variant.prepare(clone(inputs))))
             if name == "ours":
                 ours = actual
-            elif variant.check and (error := difference(actual, ours)) > SAME_FUNCTION:
+            elif variant.check and (error := difference(actual, ours)) > variant.limit:
                 result.skipped[name] = f"differs from ours: relative L2 {error:.1e}"
                 continue
         except Exception as error:
@@ -280,9 +340,9 @@ def tensor_bytes(value: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors(value))
 
 
-def count_sets(num_bytes: int, l2_bytes: int) -> int:
-    """Input sets to rotate among: together over three times the L2, 2 to 16 of them; one where a
-    single set is that large, since it cannot stay in the cache between two calls."""
+def count_sets(num_bytes: int, l2_bytes: int, *, least: int = 1) -> int:
+    """Input sets to rotate among: together over three times the L2, 2 to 16 of them; `least` where
+    a single set is that large, since it cannot stay in the cache between two calls."""
     if num_bytes >= 3 * l2_bytes:
-        return 1
-    return min(16, max(2, -(-3 * l2_bytes // max(1, num_bytes))))
+        return least
+    return min(16, max(2, least, -(-3 * l2_bytes // max(1, num_bytes))))

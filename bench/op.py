@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/<op>.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--smoke", action="store_true", help="fewest cases and repetitions")
+    parser.add_argument("--quick", action="store_true", help="fewer cases of ops with slow ones")
     parser.add_argument("--seconds", type=float, default=120.0, help="start no case after this")
     parser.add_argument("--ceilings", type=Path, metavar="FILE", help="measured just before")
 
@@ -50,7 +51,7 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     op = harness.load(args.command)
-    checked = harness.gate(op, device, smoke=args.smoke)
+    checked = harness.gate(op, device, smoke=args.smoke, quick=args.quick)
     result: dict[str, Any] = {
         "kind": "op",
         "op": op.name,
@@ -97,7 +98,8 @@ def _time(
     result["ceilings"] = asdict(known)
     result["clocks"] = {"before": clocks()}
     variants, result["missing"] = harness.resolve(op, "cuda")
-    for case in op.bench[:1] if args.smoke else op.bench:
+    cases = op.timed(quick=args.quick)
+    for case in cases[:1] if args.smoke else cases:
         elapsed = time.monotonic() - started
         if elapsed > args.seconds:
             result["out_of_time"].append(str(case))
@@ -108,7 +110,14 @@ def _time(
         torch._dynamo.reset()  # else torch.compile gives up, unsaid, after a few shapes
         torch.cuda.empty_cache()
         timed = harness.time_case(
-            variants, case, timer, known, l2_bytes=l2_bytes(), repeats=10 if args.smoke else 60
+            variants,
+            case,
+            timer,
+            known,
+            l2_bytes=l2_bytes(),
+            repeats=10 if args.smoke else 60,
+            sets=op.sets,
+            graph_calls=op.graph_calls,
         )
         result["results"].append(timed.to_json())
         result["clocks"]["after"] = clocks()
@@ -151,5 +160,8 @@ def show_case(case: dict[str, Any]) -> str:
         "moved", "computed", "of ceiling",
     )  # fmt: skip
     skipped = [f"  {name}: {why}" for name, why in case["skipped"].items()]
-    last = f"  floor {case['floor_us']:.2f} us; same code timed twice: {noise} apart"
+    last = (
+        f"  floor {case['floor_us']:.2f} us; same code timed twice: {noise} apart; "
+        f"graph of {case['graph_calls']} calls round {case['graph_sets']} input sets"
+    )
     return "\n".join(["", text_table(head, rows), last, *skipped])

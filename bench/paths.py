@@ -40,7 +40,12 @@ def op_names(*, with_kernel: bool = False) -> list[str]:
     return sorted(path.parent.name for path in OPS.glob(f"*/{needed}"))
 
 
-def benched_ops() -> list[str]:
-    """Ops that have a bench_<op>.py."""
+def bench_names() -> list[str]:
+    """Of every bench_<name>.py: the ops, and blocks that are made of several."""
     files = (ROOT / "bench").glob("bench_*.py")
     return sorted(path.stem.removeprefix("bench_") for path in files)
+
+
+def benched_ops() -> list[str]:
+    """Ops that have a bench_<op>.py."""
+    return [name for name in bench_names() if name in op_names()]

@@ -25,7 +25,8 @@ class Row:
 
     stack, local, shared_static, shared_dynamic: bytes (stack and local per thread). spill_loads,
     spill_stores: local memory instructions in the code. mma: the matrix instructions it has, of
-    HMMA (sm_80), HGMMA (sm_90), UTCMMA (sm_100), IMMA, QGMMA, joined by "+".
+    HMMA (sm_80), HGMMA (sm_90), UTCMMA (sm_100), IMMA, QGMMA, joined by "+". loop: instructions per
+    weight of the heaviest loop with matrix instructions; None where they are not counted.
     """
 
     registers: int
@@ -36,11 +37,20 @@ class Row:
     spill_loads: int
     spill_stores: int
     mma: str
+    loop: float | None = None
 
     @property
     def spilled(self) -> int:
         """Bytes of local memory a thread has, for spilled registers or indexed arrays."""
         return self.stack + self.local
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a kernel asks of its row on sm_90: its matrix instructions, and the largest `loop`."""
+
+    mma: str | None = None
+    max_loop: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,18 +113,26 @@ class Findings:
     changes: list[str] = field(default_factory=list)
 
 
-def compare(rows: Mapping[str, Row], table: Table, *, existing: Iterable[str]) -> Findings:
-    """Compare freshly compiled rows with the table.
+def compare(
+    rows: Mapping[str, Row],
+    table: Table,
+    *,
+    existing: Iterable[str],
+    limits: Mapping[str, Limit] | None = None,
+) -> Findings:
+    """Compare freshly compiled rows with the table and with their limits, by key.
 
     existing: the key of every kernel x configuration x architecture of the tree, compiled in this
     run or not: a row of the table outside it is stale.
     """
+    limits = limits or {}
     found = Findings()
     for pattern, allowance in _sorted(table.allowed):
         if not allowance.reason.strip():
             found.failures.append(f"allowed[{pattern!r}] gives no reason")
     for key, row in _sorted(rows):
         found.failures += _row_failures(key, row, table)
+        found.failures += _limit_failures(key, row, limits.get(key, Limit()))
         before = table.kernels.get(key)
         if before is None:
             found.failures.append(
@@ -147,6 +165,17 @@ def _row_failures(key: str, row: Row, table: Table) -> list[str]:
     before = table.kernels.get(key)
     if before is not None and before.mma and not row.mma:
         failures.append(f"{key}: had {before.mma} instructions and has no matrix instruction now")
+    return failures
+
+
+def _limit_failures(key: str, row: Row, limit: Limit) -> list[str]:
+    if arch_of(key) != 90:
+        return []
+    failures = []
+    if limit.mma is not None and row.mma != limit.mma:
+        failures.append(f"{key}: matrix instructions are {row.mma or 'none'}, not {limit.mma}")
+    if limit.max_loop is not None and (row.loop is None or row.loop > limit.max_loop):
+        failures.append(f"{key}: {row.loop} instructions per weight, at most {limit.max_loop}")
     return failures
 
 

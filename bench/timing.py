@@ -24,7 +24,7 @@ MAX_BACKLOG_S = 0.2
 MAX_EVENTS_S = 3.0  # of one case, all variants together; a slow one is timed less often
 MAX_GRAPH_S = 2.0
 MIN_REPEATS = 5
-GRAPH_CALLS = 24  # at least this many calls in one graph: its launch is then under 2 % of most
+GRAPH_CALLS = 24  # in one graph, unless an op says otherwise: its launch is under 2 % of most
 
 
 @dataclass
@@ -42,8 +42,11 @@ class Timer(Protocol):
         """Times each variant `repeats` times at most; its calls (one per input set) rotate."""
         ...
 
-    def graph(self, calls: Mapping[str, Sequence[Call]], repeats: int) -> Samples:
-        """The same by replaying one graph per variant; microseconds per call within it."""
+    def graph(
+        self, calls: Mapping[str, Sequence[Call]], repeats: int, *, at_least: int = GRAPH_CALLS
+    ) -> Samples:
+        """The same by replaying one graph per variant, of `at_least` calls; microseconds per call
+        within it."""
         ...
 
 
@@ -102,12 +105,14 @@ class CudaTimer:
         torch.cuda.synchronize()
         return _Queued(pairs, held, host_s)
 
-    def graph(self, calls: Mapping[str, Sequence[Call]], repeats: int) -> Samples:
+    def graph(
+        self, calls: Mapping[str, Sequence[Call]], repeats: int, *, at_least: int = GRAPH_CALLS
+    ) -> Samples:
         samples = Samples()
         graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
         for name, runs in calls.items():
             try:
-                graphs[name] = capture(runs)
+                graphs[name] = capture(runs, at_least)
                 samples.us[name] = []
             except Exception as error:
                 samples.flaws[name] = f"not captured: {type(error).__name__}: {error}"[:300]
@@ -152,9 +157,9 @@ def l2_bytes() -> int:
     return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or (64 << 20)
 
 
-def capture(runs: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
+def capture(runs: Sequence[Call], at_least: int) -> tuple[torch.cuda.CUDAGraph, int]:
     """A graph of all runs in turn, several times over, and how many calls it holds."""
-    rounds = -(-GRAPH_CALLS // len(runs))
+    rounds = -(-at_least // len(runs))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     # Capture needs a warm-up on a stream that is not the default. A call that waits for the GPU is

@@ -264,6 +264,16 @@ def test_limits_leave_room_for_the_ops() -> None:
     assert worst < 8 * 60 - 60
 
 
+def test_time_of_the_ops_is_shared_out() -> None:
+    plan = sections.plan(Path("x"), smoke=False, gpu=True)
+    ops = {phase[0].name: phase[0].command for phase in plan if phase[0].name.startswith("op ")}
+    seconds = {name: float(c[c.index("--seconds") + 1]) for name, c in ops.items()}
+    assert {"op expert_mlp", "op moe", "op rms_norm"} <= set(ops)
+    assert sum(seconds.values()) == pytest.approx(sections.OPS_SECONDS, abs=len(ops))
+    assert seconds["op expert_mlp"] > seconds["op moe"] > seconds["op rms_norm"]
+    assert all("--quick" in command for command in ops.values())
+
+
 @pytest.mark.slow
 def test_smoke_run_on_this_machine(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench", "accept", "--smoke", "--out", str(tmp_path)]

@@ -31,6 +31,17 @@ def product_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 @triton.jit
+def loop_kernel(x_ptr, y_ptr, D, M: tl.constexpr, N: tl.constexpr):
+    offs_m, offs_n = tl.arange(0, M), tl.arange(0, N)
+    acc = tl.zeros([M, N], tl.float32)
+    for d in range(0, D, 64):
+        offs_d = d + tl.arange(0, 64)
+        w = tl.load(x_ptr + offs_m[:, None] * D + offs_d[None, :])
+        acc += tl.dot(w, tl.load(x_ptr + offs_n[None, :] * D + offs_d[:, None]))
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc)
+
+
+@triton.jit
 def spilling_kernel(x_ptr, y_ptr, N: tl.constexpr):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     x = tl.load(x_ptr + offs)
@@ -39,7 +50,7 @@ def spilling_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 def spec(kernel, constexprs={}, **options):
     pointers = {"x_ptr": "*bf16", "y_ptr": "*fp32"}
-    sizes = {"D": "i32"} if kernel is copy_kernel else {}
+    sizes = {"D": "i32"} if "D" in kernel.arg_names else {}
     return AotSpec(kernel, "x", pointers | sizes, constexprs, **options)
 """
 
@@ -54,6 +65,11 @@ print(json.dumps({
     "product": asdict(aot.compile_spec(specs.spec(specs.product_kernel, {"N": 64}), 90)),
     "spilling": asdict(aot.compile_spec(
         specs.spec(specs.spilling_kernel, {"N": 128}, num_warps=2), 90)),
+    "loops": [asdict(aot.compile_spec(specs.spec(
+        specs.loop_kernel, {"M": m, "N": 16}, weights_per_step=(64 * m,)), arch))
+        for m, arch in [(64, 90), (128, 90), (64, 80)]],
+    "uncounted": aot.digest(specs.spec(specs.copy_kernel), 90) == aot.digest(
+        specs.spec(specs.copy_kernel, weights_per_step=(128,)), 90),
     "digests": [aot.digest(specs.spec(specs.copy_kernel, c, num_warps=w), a)
         for c, w, a in [
             ({}, 4, 90), ({}, 4, 90), ({}, 8, 90), ({"BLOCK": 64}, 4, 90), ({}, 4, 80)]],
@@ -92,10 +108,19 @@ def test_spills_are_seen(compiled: dict) -> None:
     assert row["spill_loads"] > 0
 
 
+def test_main_loop_is_counted(compiled: dict) -> None:
+    """A bf16 weight takes one instruction or so: fewer with more rows for the same tokens."""
+    assert compiled["product"]["loop"] is None
+    narrow, wide, elsewhere = (row["loop"] for row in compiled["loops"])
+    assert 0.5 < wide < narrow < 5.0
+    assert elsewhere is None  # counted on sm_90 alone
+
+
 def test_digest_is_of_all_that_decides_the_code(compiled: dict) -> None:
     first, same, *others = compiled["digests"]
     assert first == same
     assert len({first, *others}) == 4
+    assert not compiled["uncounted"]  # the row holds the count
 
 
 def bench_compile(*options: str) -> subprocess.CompletedProcess:

@@ -8,7 +8,7 @@ import torch
 
 from bench.__main__ import COMMANDS, main
 from bench.harness import load
-from bench.paths import benched_ops, op_names
+from bench.paths import bench_names, benched_ops, op_names
 from bench.tick import histogram
 
 
@@ -17,11 +17,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
-    for name in (*COMMANDS, *benched_ops()):
+    for name in (*COMMANDS, *bench_names()):
         assert name in text
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *benched_ops()])
+@pytest.mark.parametrize("command", [*COMMANDS, *bench_names()])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])
@@ -31,9 +31,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 def test_every_op_is_benched() -> None:
     assert benched_ops() == op_names()
+    assert set(bench_names()) - set(op_names()) == {"moe"}  # a block of several ops
 
 
-@pytest.mark.parametrize("name", benched_ops())
+@pytest.mark.parametrize("name", bench_names())
 def test_bench_of_an_op_is_complete(name: str) -> None:
     op = load(name)
     assert op.name == name
@@ -43,6 +44,7 @@ def test_bench_of_an_op_is_complete(name: str) -> None:
     assert "ours" in op.variants
     assert len(op.variants) > 1, "nothing to compare with"
     assert len({str(case) for case in op.bench}) == len(op.bench), "two cases have one name"
+    assert set(op.quick) <= set(op.bench)
     for case in op.bench:
         assert case.cost().bytes > 0
         assert case.cost().flops > 0

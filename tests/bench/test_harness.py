@@ -45,6 +45,7 @@ class FakeTimer:
     def __init__(self, **base_us: float) -> None:
         self.base_us = base_us
         self.order: list[str] = []
+        self.graph_calls = 0
 
     def events(self, calls: Mapping[str, Sequence[Call]], repeats: int) -> Samples:
         samples = Samples(us={name: [] for name in calls})
@@ -55,7 +56,10 @@ class FakeTimer:
                 samples.us[name].append(self.base_us[name.replace(" ", "_")] + k)
         return samples
 
-    def graph(self, calls: Mapping[str, Sequence[Call]], repeats: int) -> Samples:
+    def graph(
+        self, calls: Mapping[str, Sequence[Call]], repeats: int, *, at_least: int = 24
+    ) -> Samples:
+        self.graph_calls = at_least
         us = {name: [self.base_us[name.replace(" ", "_")] / 2] * repeats for name in calls}
         us.pop("slow", None)
         return Samples(us, {"slow": "not captured"} if "slow" in calls else {})
@@ -127,6 +131,15 @@ def test_variant_with_another_result_is_not_timed() -> None:
     assert result.skipped["raising"] == "RuntimeError: unsupported width"
 
 
+def test_limit_of_a_variant_is_its_own() -> None:
+    near = Variant(lambda x, offset: 1.05 * (x + offset))
+    timer = FakeTimer(ours=1.0, rounded=1.0, ours_again=1.0)
+    variants = {"ours": Variant(add), "near": near, "rounded": replace(near, limit=8e-2)}
+    result = timed(variants, timer)
+    assert set(result.cold_us) == {"ours", "rounded"}
+    assert "5.0e-02" in result.skipped["near"]
+
+
 def test_nothing_is_timed_when_ours_fails() -> None:
     def raising(**_: Any) -> Tensor:
         raise RuntimeError("illegal address")
@@ -179,6 +192,75 @@ def test_preparation_is_not_timed() -> None:
 )
 def test_number_of_input_sets(num_bytes: int, sets: int) -> None:
     assert harness.count_sets(num_bytes, L2) == sets
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "sets"), [(1, 16), (60 << 20, 4), (150 << 20, 4), (1 << 40, 4)]
+)
+def test_layers_have_weights_of_their_own(num_bytes: int, sets: int) -> None:
+    assert harness.count_sets(num_bytes, L2, least=4) == sets
+
+
+def test_large_inputs_are_shared_and_as_many_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10,000 numbers, 40 kB, of an L2 of 1 kB: four sets, or half of what is free."""
+    seen: dict[str, set[int]] = {"ours": set(), "other": set()}
+    held: list[Tensor] = []  # no address is used twice
+
+    def variant(name: str) -> Variant:
+        def run(x: Tensor, offset: float) -> Tensor:
+            held.append(x)
+            seen[name].add(x.data_ptr())
+            return x + offset
+
+        return Variant(run)
+
+    def run(free: int) -> harness.CaseResult:
+        monkeypatch.setattr(harness, "free_bytes", lambda device: free)
+        timer = FakeTimer(ours=1.0, other=1.0, ours_again=1.0)
+        variants = {name: variant(name) for name in seen}
+        for addresses in seen.values():
+            addresses.clear()
+        return harness.time_case(
+            variants, AddCase(10_000), timer, CEILINGS, l2_bytes=1000, repeats=8, device="cpu",
+            sets=4, graph_calls=40,
+        )  # fmt: skip
+
+    result = run(1 << 30)
+    assert (result.graph_sets, result.graph_calls, result.graph_l2) == (4, 40, "cold")
+    assert len(seen["ours"] & seen["other"]) == 4  # beside the copies of the comparison
+    assert run(260_000).graph_sets == 3
+    assert run(0).graph_sets == 1
+
+
+def test_peer_whose_weights_do_not_fit_is_named() -> None:
+    calls = []
+
+    def prepare(inputs: dict[str, Any]) -> dict[str, Any]:
+        calls.append(1)
+        if len(calls) > 3:
+            raise MemoryError("no room")
+        return inputs
+
+    timer = FakeTimer(ours=1.0, ours_again=1.0)
+    result = timed({"ours": Variant(add), "peer": Variant(add, prepare)}, timer)
+    assert result.skipped["peer"] == "MemoryError: no room"
+    assert set(result.cold_us) == {"ours"}
+
+
+def test_part_that_a_call_reads_decides_the_cache() -> None:
+    """A tenth of a large input is read: two sets of it would stay in the L2."""
+
+    @dataclass(frozen=True)
+    class Sparse(AddCase):
+        def cost(self) -> Cost:
+            return Cost(bytes=4 * self.size // 10, flops=1)
+
+    timer = FakeTimer(ours=1.0, ours_again=1.0)
+    result = harness.time_case(
+        {"ours": Variant(add)}, Sparse(10_000), timer, CEILINGS, l2_bytes=10_000, device="cpu"
+    )
+    assert result.graph_sets == 8  # of 4,000 bytes each: over three times the L2
+    assert timer.graph_calls == 24
 
 
 class Pair(NamedTuple):
@@ -245,6 +327,25 @@ def test_gate_keeps_the_error_of_a_crashing_case() -> None:
     assert "RuntimeError: launch failed on cpu" in checked.failures["add-1"]
     assert "Traceback" in checked.failures["add-1"]
     assert harness.gate(op, "cpu", smoke=True).checked == 1
+
+
+def test_quick_gate_leaves_out_edge_cases_of_slow_ops() -> None:
+    seen: list[str] = []
+
+    def record(case: AddCase, device: str) -> None:
+        seen.append(str(case))
+
+    lists = ([AddCase(1)], [AddCase(2)], [AddCase(3), AddCase(4)])
+    op = OpBench("add", *lists, record, {"ours": Variant(add)})
+    assert harness.gate(op, "cpu", quick=True).checked == 2
+    assert op.timed(quick=True) == op.bench
+    slow = replace(op, quick=[AddCase(4)])
+    seen.clear()
+    assert harness.gate(slow, "cuda", quick=True).green
+    assert seen == ["add-2", "add-4"]
+    assert slow.timed(quick=True) == [AddCase(4)]
+    assert harness.gate(slow, "cuda").checked == 3
+    assert slow.timed(quick=False) == op.bench
 
 
 def test_gate_without_cases_is_red() -> None:

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench.aot import Job, read_code, read_usage
+from bench import aot
+from bench.aot import Job, loop_cost, read_code, read_loops, read_usage, specs_of
 from bench.compile import Outcome, select, update
 from bench.paths import TABLE
-from bench.table import Allowance, Row, Table, arch_of, compare
+from bench.table import Allowance, Limit, Row, Table, arch_of, compare
 
 CLEAN = Row(
     registers=40, stack=0, local=0, shared_static=0, shared_dynamic=1024,
@@ -21,9 +23,12 @@ def changed(**fields) -> Row:
     return dataclasses.replace(CLEAN, **fields)
 
 
-def check(row: Row, table: Table | None = None) -> tuple[list[str], list[str]]:
+def check(
+    row: Row, table: Table | None = None, limit: Limit | None = None
+) -> tuple[list[str], list[str]]:
     table = table or Table("3.6.0", {KEY: CLEAN})
-    found = compare({KEY: row}, table, existing=[KEY])
+    limits = {KEY: limit} if limit is not None else None
+    found = compare({KEY: row}, table, existing=[KEY], limits=limits)
     return found.failures, found.changes
 
 
@@ -82,6 +87,33 @@ def test_more_shared_memory_than_the_chip_has_fails() -> None:
     row = changed(shared_dynamic=163 * 1024 + 1)
     found = compare({key: row}, Table("3.6.0", {key: row}), existing=[key])
     assert "the chip has 166912" in found.failures[0]
+
+
+def test_other_matrix_instructions_than_asked_for_fail_on_sm90() -> None:
+    assert check(CLEAN, limit=Limit(mma="HGMMA"))[0] == []
+    assert "are HGMMA, not QGMMA" in check(CLEAN, limit=Limit(mma="QGMMA"))[0][0]
+    failures, _ = check(changed(mma=""), Table("3.6.0", {KEY: changed(mma="")}), Limit("HGMMA"))
+    assert failures == [f"{KEY}: matrix instructions are none, not HGMMA"]
+    key = KEY.replace("sm_90", "sm_80")
+    rows = {key: changed(mma="HMMA", loop=9.0)}
+    found = compare(rows, Table("3.6.0", rows), existing=[key], limits={key: Limit("HGMMA", 4.0)})
+    assert found.failures == []  # the limits are those of sm_90
+
+
+def test_slow_main_loop_fails() -> None:
+    limit = Limit(max_loop=4.0)
+    assert check(changed(loop=4.0), limit=limit)[0] == []
+    failures, _ = check(changed(loop=4.01), limit=limit)
+    assert failures == [f"{KEY}: 4.01 instructions per weight, at most 4.0"]
+    assert len(check(changed(loop=None), limit=limit)[0]) == 1  # it was not counted
+    assert check(changed(loop=9.0))[0] == []
+
+
+def test_rows_without_a_loop_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    Table("3.6.0", {KEY: CLEAN}).save(path)
+    path.write_text(path.read_text().replace(', "loop": null', ""))
+    assert Table.load(path).kernels == {KEY: CLEAN}
 
 
 def test_table_survives_a_round_trip(tmp_path: Path) -> None:
@@ -156,3 +188,54 @@ def test_machine_code_is_read() -> None:
     assert read_code(sass) == {"spill_loads": 1, "spill_stores": 2, "mma": "HGMMA+UTCMMA"}
     with pytest.raises(ValueError, match="no instruction"):
         read_code("nothing to see")
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*0020*/               @P0 BRA 0x10 ;
+        /*0030*/                   LDS R4, [R2] ;
+        /*0040*/                   HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR4], R24 ;
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R5 ;
+        /*0060*/              @!P1 BRA 0xe0 ;
+        /*0070*/                   ISETP.NE.AND P0, PT, R2, RZ, PT ;
+        /*0080*/              @!P0 BRA 0x30 ;
+        /*0090*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*00a0*/                   IADD3 R2, R2, 0x1, RZ ;
+        /*00b0*/                   BRA.U UP2, 0x90 ;
+        /*00c0*/               @P3 BRA 0x30 ;
+        /*00d0*/                   EXIT ;
+        /*00e0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R5 ;
+        /*00f0*/              @!P1 BRA 0xe0 ;
+        /*0100*/                   BRA 0x70 ;
+        /*0110*/                   BRA 0x110 ;
+"""
+
+
+def test_innermost_loops_with_matrix_instructions_are_found() -> None:
+    """Not a loop without one (0x10), a loop around two (0x30 from 0xc0), the return from a wait
+    (0x70 from 0x100)."""
+    assert read_loops(SASS) == [6, 3]
+    assert read_loops(SASS.replace("BRA 0x70 ;", "BRA 0x30 ;")) == [6, 3]
+    assert read_loops(SASS.replace("HMMA", "FFMA")) == [6]
+    assert read_loops("nothing to see") == []
+
+
+def test_cost_of_a_loop_is_that_of_the_heaviest() -> None:
+    assert loop_cost([600], (128 * 256,), 4) == 2.34
+    assert loop_cost([423, 600], (128 * 128, 128 * 256), 4) == 3.3
+    assert loop_cost([423, 600], (128 * 128, 128 * 256), 8) == 6.61
+    with pytest.raises(ValueError, match="2 loops have matrix instructions"):
+        loop_cost([423, 600], (128 * 256,), 4)
+
+
+def test_specs_come_from_launch_where_an_op_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def module(name: str) -> SimpleNamespace:
+        seen.append(name)
+        return SimpleNamespace(aot_specs=list)
+
+    monkeypatch.setattr(aot.importlib, "import_module", module)
+    assert specs_of("expert_mlp") == specs_of("rms_norm") == []
+    assert seen == ["tml_kernels.ops.expert_mlp.launch", "tml_kernels.ops.rms_norm.kernel"]

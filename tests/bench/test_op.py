@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,9 @@ KNOWN = ceilings.Ceilings(
 
 
 class FakeTimer:
-    def events(self, calls: Mapping[str, Sequence[Call]], repeats: int) -> Samples:
+    def events(
+        self, calls: Mapping[str, Sequence[Call]], repeats: int, *, at_least: int = 0
+    ) -> Samples:
         return Samples({name: [3.0] * repeats for name in calls})
 
     graph = events
@@ -67,6 +70,17 @@ def test_every_case_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_smoke_is_one_case(tmp_path: Path) -> None:
     assert len(run(tmp_path, "--smoke")[1]["results"]) == 1
+
+
+def test_quick_takes_the_quick_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = harness.load("rms_norm")
+    slow = dataclasses.replace(known, quick=known.bench[1:2], sets=3, graph_calls=30)
+    monkeypatch.setattr(harness, "load", lambda name: slow)
+    _, result = run(tmp_path, "--quick")
+    assert [case["case"] for case in result["results"]] == [str(known.bench[1])]
+    assert result["gate"]["checked"] == len(known.model)
+    (case,) = result["results"]
+    assert case["graph_sets"] >= 3 and case["graph_calls"] >= 30
 
 
 def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
