@@ -65,12 +65,13 @@ def test_layer_row_does_not_depend_on_neighbours() -> None:
     assert_bitwise(moe_layer(x[order], gate, weights, **ROUTE), together[order])
 
 
-def test_warmup_runs_every_block_size_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warmup_runs_every_kernel_once() -> None:
     weights = Case(1, 32, 16, 6, 2, num_shared=1).make_weights("cpu")
     gate = randn(7, 32)
     tokens = warmup(gate, weights, max_tokens=200, dtype=torch.float32, **ROUTE)
-    # Token-centric; then blocks that hold twice the mean load of T * 2 / 6.
-    assert tokens == [1, 5, 25, 49]
+    # Token-centric to 4; the router's tiles change at 9, 17 and 65; blocks hold twice the mean
+    # load of T * 2 / 6 tokens.
+    assert tokens == [1, 5, 9, 17, 25, 49, 65]
     with pytest.raises(ValueError, match="max_tokens: expected at least 1, got 0"):
         warmup(gate, weights, max_tokens=0, **ROUTE)
 

@@ -18,6 +18,7 @@ from .moe_weights import prepare_moe_weights as prepare_moe_weights
 from .ops.expert_mlp import fused_moe as fused_moe
 from .ops.expert_mlp import workspace_bytes as workspace_bytes
 from .ops.expert_mlp.configs import BLOCK_M, Problem, choose_config, kind_of
+from .ops.route import configs as route_configs
 from .ops.route import moe_route as moe_route
 from .quant import PackedExperts
 
@@ -34,12 +35,12 @@ def moe_layer(
     routing: Routing | None = None,
     **route: Any,
 ) -> Tensor:
-    """`moe_route`, then `fused_moe`: [T, D] to [T, D] in at most three launches on CUDA.
+    """`moe_route`, then `fused_moe`: [T, D] to [T, D] in three launches on CUDA.
 
     x: [T, D]; w_gate: [A, D]. route: keywords of `moe_route` (top_k, scoring, ...); the number of
     shared experts is that of the weights. routing: a buffer of `Routing.empty`, overwritten; with
-    it, `out` and `workspace` nothing is allocated. Row t depends on row t alone, bit for bit.
-    Raises TypeError or ValueError naming the argument.
+    it, `out` and `workspace` nothing is allocated, and without it its counters are cleared first.
+    Row t depends on row t alone, bit for bit. Raises TypeError or ValueError naming the argument.
     """
     routing = moe_route(x, w_gate, num_shared=weights.num_shared, out=routing, **route)
     return fused_moe(
@@ -73,9 +74,12 @@ def warmup(
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     tokens, seen = [], set()
     for num_tokens in range(1, max_tokens + 1):
-        blocking = choose_blocking(num_tokens, route["top_k"], weights.num_experts)
-        if blocking not in seen:
-            seen.add(blocking)
+        kernels = (
+            choose_blocking(num_tokens, route["top_k"], weights.num_experts),
+            route_configs.choose_config(route_configs.Problem(num_tokens, weights.num_experts)),
+        )
+        if kernels not in seen:
+            seen.add(kernels)
             tokens.append(num_tokens)
     for num_tokens in tokens:
         x = torch.zeros(num_tokens, weights.width, dtype=dtype, device=weights.device)

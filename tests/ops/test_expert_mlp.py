@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -344,15 +346,68 @@ def test_opcheck(case: Case) -> None:
     torch.library.opcheck(torch.ops.tml_kernels.expert_mlp.default, args)
 
 
-def test_offsets_of_an_expert_past_two_billion_elements() -> None:
-    """Expert 300 of 4096 x 4096 starts at 5.0 G elements: the plain path reads a view of as much
-    address space, and the kernel's problem check bounds what is 32-bit within an expert."""
-    assert 300 * 4096 * 4096 > 2**31
-    huge = PackedExperts(FORMATS["bf16"], torch.empty(0, 0, 0), None, None, None, 65536, 65536)
-    assert "4294967296" in str(65536 * 65536)
+def test_experts_past_two_billion_elements(tmp_path: Path, device: str) -> None:
+    """Expert 262,144 of 128 x 64 begins at element 2^31. A sparse file holds the pages in use."""
+    if device == "cuda":
+        pytest.skip("`test_gpu_experts_past_two_billion_elements` has as much memory as it takes")
+    case = Case(1, 64, 64, 2, 2)
+    inputs, num_experts = case.make_inputs("cpu"), 2**18 + 1
+    small, routing = inputs["weights"], inputs["routing"]
+    huge = []
+    for name, side in (("w13", small.w13), ("w2", small.w2)):
+        shape = (num_experts, *side.data.shape[1:])
+        file = np.memmap(tmp_path / name, np.float32, "w+", shape=shape)
+        data = torch.from_numpy(file)
+        data[0], data[-1] = side.data[0], side.data[1]
+        huge.append(data)
+    assert huge[0].stride(0) * (num_experts - 1) == 2**31
+    ids = torch.where(routing.expert_T_K == 0, 0, num_experts - 1).to(torch.int32)
+    far = inputs | {
+        "weights": prepare_moe_weights(*huge, layout="interleaved", precision="fp32"),
+        "routing": replace(routing, expert_T_K=ids, num_experts=num_experts),
+    }
+    assert_bitwise(launch(far), launch(inputs))
+    assert_bitwise(fused_moe(**far), fused_moe(**inputs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_gpu_experts_past_two_billion_elements(precision: str) -> None:
+    """256 experts of 4096 x 4096 are 4.3 G elements: the last ones against themselves alone."""
+    case = Case(3, 4096, 2048, 256, 2, dtype=torch.bfloat16, precision=precision)
+    inputs = case.make_inputs("cuda")
+    inputs["routing"].expert_T_K.add_(254).clamp_(max=255)
+    assert_matches(fused_moe(**inputs), expected(inputs), dtype=torch.bfloat16)
+
+
+def test_an_expert_too_large_for_32_bit_offsets_is_refused() -> None:
+    empty = torch.empty(0, 0, 0)
+    huge = PackedExperts(FORMATS["bf16"], empty, None, None, None, 65536, 65536)
     assert str(MAX_ELEMENTS) in str(kernel_why_not(torch.bfloat16, huge))
-    fits = PackedExperts(FORMATS["bf16"], torch.empty(0, 0, 0), None, None, None, 32768, 65535)
+    fits = PackedExperts(FORMATS["bf16"], empty, None, None, None, 32768, 65535)
     assert kernel_why_not(torch.bfloat16, fits) is None
+    packed = PackedExperts(FORMATS["int4"], empty, None, None, None, 256, 256)
+    assert "float16" in str(kernel_why_not(torch.float16, packed))
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k"),
+    [(1, 1), (8, 2), (60, 4), (128, 8), (256, 6), (384, 7), (512, 10), (10, 9), (6, 3), (7, 5)],
+)
+def test_any_number_of_experts(num_experts: int, top_k: int, device: str) -> None:
+    inputs = Case(6, 24, 8, num_experts, top_k, num_shared=1).make_inputs(device)
+    assert_matches(fused_moe(**inputs), expected(inputs))
+    assert_matches(launch(scheduled(inputs)), expected(inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "int4", "mxfp4"])
+def test_odd_model_widths(precision: str, device: str) -> None:
+    """gpt-oss's hidden 2880 and an expert width of 704: no multiple of a step of any format."""
+    case = Case(1, 2880, 704, 2, 1, order="gate_up", precision=precision)
+    inputs = case.make_inputs(device)
+    assert_matches(fused_moe(**inputs), expected(inputs))
+    assert_matches(launch(inputs), expected(inputs))
 
 
 def test_workspace_sizes_are_64_bit_and_grow() -> None:

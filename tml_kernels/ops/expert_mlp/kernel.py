@@ -24,33 +24,6 @@ from .products import either_tile, expert_tile
 
 
 @triton.jit
-def _block_tokens(
-    block, order_ptr, begin_ptr, num_blocks_ptr, T,
-    K: tl.constexpr, S: tl.constexpr, SHARED_BLOCKS, BLOCKS_PER_SHARED,
-    SCHEDULED: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """(slot_n, mask_n): the token-slots t * S + slot of a block. Shared blocks come first."""
-    offs_n = tl.arange(0, BLOCK_N)
-    if block < SHARED_BLOCKS:
-        t_n = block % BLOCKS_PER_SHARED * BLOCK_N + offs_n
-        slot_n = t_n * S + K + block // BLOCKS_PER_SHARED
-        mask_n = t_n < T
-    elif SCHEDULED:
-        routed = block - SHARED_BLOCKS
-        live = routed < tl.load(num_blocks_ptr)
-        begin = tl.load(begin_ptr + routed, mask=live, other=0)
-        end = tl.load(begin_ptr + routed + 1, mask=live, other=0)
-        mask_n = begin + offs_n < end
-        a_n = tl.load(order_ptr + begin + offs_n, mask=mask_n, other=0)
-        slot_n = a_n // K * S + a_n % K
-    else:
-        a = block - SHARED_BLOCKS + tl.zeros_like(offs_n)
-        slot_n = a // K * S + a % K
-        mask_n = offs_n == 0
-    return slot_n, mask_n
-
-
-@triton.jit
 def _local_expert(id, E, map_ptr, mask):
     """The row of the weights that an id names, -1 when it is skipped. Scalar or vector."""
     inside = mask & (id >= 0) & (id < E)
@@ -62,20 +35,42 @@ def _local_expert(id, E, map_ptr, mask):
 
 
 @triton.jit
-def _block_expert(
-    block, expert_ptr, block_expert_ptr, num_blocks_ptr, map_ptr, E,
-    SHARED_BLOCKS, BLOCKS_PER_SHARED, SCHEDULED: tl.constexpr,
+def _find_block(
+    block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
+    shared_blocks, blocks_per_shared, SCHEDULED: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The expert of a block, -1 when there is nothing to do."""
-    routed = block - SHARED_BLOCKS
+    """(expert, begin, end): whose weights, -1 for no work, and which of its list of tokens. Shared
+    blocks come first. All tables are read at once: past the last block they hold anything."""
+    is_shared = block < shared_blocks
+    routed = tl.maximum(block - shared_blocks, 0)
     if SCHEDULED:
-        live = (routed >= 0) & (routed < tl.load(num_blocks_ptr))
-        id = tl.load(block_expert_ptr + routed, mask=live, other=-1)
+        num_blocks = tl.load(num_blocks_ptr)
+        id = tl.load(block_expert_ptr + routed, mask=~is_shared, other=-1)
+        begin = tl.load(begin_ptr + routed, mask=~is_shared, other=0)
+        end = tl.load(begin_ptr + routed + 1, mask=~is_shared, other=0)
+        id = tl.where(routed < num_blocks, id, -1)
     else:
-        live = routed >= 0
-        id = tl.load(expert_ptr + routed, mask=live, other=-1)
-    expert = _local_expert(id, E, map_ptr, live)
-    return tl.where(block < SHARED_BLOCKS, block // BLOCKS_PER_SHARED, expert)
+        id = tl.load(expert_ptr + routed, mask=~is_shared, other=-1)
+        begin, end = routed, routed + 1
+    expert = _local_expert(id, E, map_ptr, ~is_shared)
+    expert = tl.where(is_shared, block // blocks_per_shared, expert)
+    begin = tl.where(is_shared, block % blocks_per_shared * BLOCK_N, begin)
+    return expert, begin, tl.where(is_shared, T, end)
+
+
+@triton.jit
+def _slots_of(
+    begin, end, expert, is_shared, order_ptr,
+    K: tl.constexpr, S: tl.constexpr, SCHEDULED: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(slot_n, mask_n): the rows t * S + slot of a block's tokens."""
+    offs_n = begin + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < end
+    a_n = offs_n
+    if SCHEDULED:
+        a_n = tl.load(order_ptr + offs_n, mask=mask_n & ~is_shared, other=0)
+    slot_n = tl.where(is_shared, offs_n * S + K + expert, a_n // K * S + a_n % K)
+    return tl.where(mask_n, slot_n, 0), mask_n
 
 
 @triton.jit
@@ -179,12 +174,13 @@ def gate_up_kernel(
     is_shared = routed < 0
     block = tl.where(is_shared, program // shared_tiles, shared_blocks + routed // tiles)
     tile = tl.where(is_shared, program % shared_tiles, routed % tiles)
-    expert = _block_expert(block, expert_ptr, block_expert_ptr, num_blocks_ptr, map_ptr, E,
-                           shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
+    expert, begin, end = _find_block(
+        block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
+        shared_blocks, blocks_per_shared, SCHEDULED, BLOCK_N,
+    )  # fmt: skip
     if expert >= 0:
-        slot_n, mask_n = _block_tokens(block, order_ptr, begin_ptr, num_blocks_ptr, T, K, S,
-                                       shared_blocks, blocks_per_shared, SCHEDULED,
-                                       BLOCK_N)  # fmt: skip
+        slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
+                                   K, S, SCHEDULED, BLOCK_N)  # fmt: skip
         x_row_n = (slot_n // S).to(tl.int64) * D
         offs_m = tl.arange(0, BLOCK_M)
         f_m = tile * HALF + offs_m % HALF
@@ -233,16 +229,17 @@ def down_kernel(
     tiles = tl.cdiv(D, BLOCK_M)
     block = program // tiles
     tile = program % tiles
-    expert = _block_expert(block, expert_ptr, block_expert_ptr, num_blocks_ptr, map_ptr, E,
-                           shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
+    is_shared = block < shared_blocks
+    expert, begin, end = _find_block(
+        block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
+        shared_blocks, blocks_per_shared, SCHEDULED, BLOCK_N,
+    )  # fmt: skip
     if expert >= 0:
-        slot_n, mask_n = _block_tokens(block, order_ptr, begin_ptr, num_blocks_ptr, T, K, S,
-                                       shared_blocks, blocks_per_shared, SCHEDULED,
-                                       BLOCK_N)  # fmt: skip
+        slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
+                                   K, S, SCHEDULED, BLOCK_N)  # fmt: skip
         t_n = slot_n // S
         h_row_n = slot_n.to(tl.int64) * H
         row_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        is_shared = block < shared_blocks
         if Z > 0 and not ALIKE and is_shared:
             acc_m_n = expert_tile(
                 h_ptr, h_row_n, mask_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,

@@ -131,10 +131,8 @@ def route_kernel(
     num_tiles = tl.cdiv(T, BLOCK_T)
     if gate_ptr is not None:
         ROW_TILES: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
-        tile, part = (
-            tl.program_id(0) // (ROW_TILES * SPLITS),
-            tl.program_id(0) % (ROW_TILES * SPLITS),
-        )
+        tile = tl.program_id(0) // (ROW_TILES * SPLITS)
+        part = tl.program_id(0) % (ROW_TILES * SPLITS)
         store_partial(
             x_ptr, gate_ptr, partial_ptr, tile, part % ROW_TILES, part // ROW_TILES, T, D,
             A, PITCH, SPLIT_D, BLOCK_A, BLOCK_T, BLOCK_D,
