@@ -79,7 +79,8 @@ def _plain(
     assert weights is not None
     result = fused_moe_ref(
         x, weights, expert, weight, shared_weight,
-        activation=activation, expert_map_G=expert_map, dtype=torch.float32,
+        activation=activation, quantize_x=quantize_x, expert_map_G=expert_map,
+        dtype=torch.float32,
     )  # fmt: skip
     out.copy_(result)
 

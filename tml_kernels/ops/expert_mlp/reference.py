@@ -25,6 +25,7 @@ def fused_moe_ref(
     shared_weight_T_Z: Tensor | None = None,
     *,
     activation: str = "silu",
+    quantize_x: bool = False,
     expert_map_G: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
@@ -48,7 +49,7 @@ def fused_moe_ref(
     for expert, count in enumerate(counts):
         if count > 0:
             rows = slice(begin, begin + count)
-            y_A_D[order_A[rows]] = _mlp(x_A_D[rows], weights, expert, activation)
+            y_A_D[order_A[rows]] = _mlp(x_A_D[rows], weights, expert, activation, quantize_x)
             begin += count
 
     # A skipped assignment adds an exact zero, even when its weight is NaN.
@@ -58,7 +59,7 @@ def fused_moe_ref(
         out_T_D += y_T_K_D[:, k]
     for z in range(weights.num_shared):
         assert weights.shared is not None and shared_weight_T_Z is not None
-        y_T_D = _mlp(x_T_D, weights.shared, z, activation)
+        y_T_D = _mlp(x_T_D, weights.shared, z, activation, quantize_x)
         out_T_D += y_T_D * shared_weight_T_Z[:, z : z + 1].to(dtype)
     return out_T_D
 
@@ -75,16 +76,29 @@ def local_experts(expert_A: Tensor, num_experts: int, expert_map_G: Tensor | Non
     return expert_A.masked_fill(outside_A, num_experts)
 
 
-def _mlp(x_T_D: Tensor, weights: MoEWeights, expert: int, activation: str) -> Tensor:
+def _mlp(
+    x_T_D: Tensor, weights: MoEWeights, expert: int, activation: str, quantize_x: bool
+) -> Tensor:
     w13_J_D, w2_D_F = weights.dequantize(expert)
+    x_T_D = round_to_fp8(x_T_D) if quantize_x else x_T_D
     y_T_J = row_blocked_matmul(x_T_D, w13_J_D.to(x_T_D.dtype))
     if weights.bias13_E_J is not None:
         y_T_J = y_T_J + weights.bias13_E_J[expert].to(x_T_D.dtype)
     h_T_F = activate(*split_gate_up(y_T_J, weights.order), activation)
+    h_T_F = round_to_fp8(h_T_F) if quantize_x else h_T_F
     y_T_D = row_blocked_matmul(h_T_F, w2_D_F.to(x_T_D.dtype))
     if weights.bias2_E_D is not None:
         y_T_D = y_T_D + weights.bias2_E_D[expert].to(x_T_D.dtype)
     return y_T_D
+
+
+def round_to_fp8(x_T_D: Tensor) -> Tensor:
+    """To e4m3 and back, with the scale amax / 448 of every token and 128 columns."""
+    num_tokens, width = x_T_D.shape
+    x_T_B_128 = torch.nn.functional.pad(x_T_D, (0, -width % 128)).view(num_tokens, -1, 128)
+    scale_T_B_1 = x_T_B_128.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448.0
+    rounded = (x_T_B_128 / scale_T_B_1).float().to(torch.float8_e4m3fn).to(x_T_D.dtype)
+    return (rounded * scale_T_B_1).view(num_tokens, -1)[:, :width].contiguous()
 
 
 def split_gate_up(y_T_J: Tensor, order: str) -> tuple[Tensor, Tensor]:
