@@ -90,7 +90,7 @@ class Dims(Mapping[str, int]):
                 continue
             expected = extra
             if letters:
-                expected += math.prod(bound[letter] for letter in letters)
+                expected += math.prod([bound[letter] for letter in letters])
             if size != expected:
                 axis = _spell(letters, extra)
                 raise ValueError(

@@ -148,7 +148,8 @@ def prepare_moe_weights(
     line on stderr for every 8 experts.
 
     Raises TypeError or ValueError naming the argument: another rank, dtype or device, sizes that do
-    not fit, a group size the format does not have, NaN or Inf in weights or scales.
+    not fit, a group size the format does not have, NaN or Inf in scales or in weights that are
+    rounded.
     """
     fmt = _check_names(layout, precision)
     order, kn = layout.removesuffix("_kn"), layout.endswith("_kn")
