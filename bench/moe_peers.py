@@ -1,7 +1,7 @@
 """Other people's expert kernels, as bench_expert_mlp times them: weights [gate; up], valid ids.
 
-Written against transformers 5.17, flag-gems 5.0.2, humming-kernels 0.1.10 and vllm 0.26. A peer
-that is not installed, or that changed, is named with the reason and left out.
+Written against transformers 5.17 and 5.23, flag-gems 5.0.2, humming-kernels 0.1.10 and vllm 0.26.
+A peer that is not installed, or that changed, is named with the reason and left out.
 """
 
 # Dimension key: T tokens, D model width, E experts, F expert width, J = 2 F gate and up rows,
@@ -70,6 +70,8 @@ class _Experts:
     has_gate: bool = True
     has_bias: bool = False
     is_transposed: bool = False
+    has_post_expert_norm: bool = False  # this and the next: 5.23 asks
+    _is_expert_parallel: bool = False
 
     def _apply_gate(self, y: Tensor) -> Tensor:
         return swiglu(y)

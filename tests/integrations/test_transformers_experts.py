@@ -107,6 +107,14 @@ def test_experts_without_a_gate_are_refused() -> None:
         run(randomise(NemotronHExperts(config)), "tml", call_of(4))
 
 
+def test_norm_behind_an_expert_is_refused() -> None:
+    """transformers 5.23 has experts whose outputs are normalised before they are weighed."""
+    module = mixtral()
+    module.has_post_expert_norm = True
+    with pytest.raises(NotImplementedError, match="MixtralExperts: normalises each expert's"):
+        run(module, "tml", call_of())
+
+
 def test_other_dtype_is_refused() -> None:
     module = mixtral().double()
     with pytest.raises(NotImplementedError, match=r"gate_up_proj: has dtype torch.float64"):

@@ -315,8 +315,12 @@ def test_is_the_router_of_inkling() -> None:
             x, router.weight, top_k=3, num_shared=2, bias_E=router.e_score_correction_bias,
             global_scale_1=router.global_scale, rule=rule, **given,
         )  # fmt: skip
+    close = {
+        "rtol": 2e-6,
+        "atol": 2e-6,
+    }  # transformers 5.23 weighs in float32, whatever it is given
     for ours, theirs in zip(
         by_id(result.expert_T_K, result.weight_T_K), by_id(index, weight), strict=True
     ):
-        torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(result.shared_weight_T_Z, shared)
+        torch.testing.assert_close(ours, theirs, **close)
+    torch.testing.assert_close(result.shared_weight_T_Z, shared, **close)

@@ -114,6 +114,10 @@ def _prepared(module: Any) -> _Prepared:
         )
     names = ["gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"]
     names += ["gate_up_proj_scale_inv", "down_proj_scale_inv"]
+    if getattr(module, "has_post_expert_norm", False):
+        raise NotImplementedError(
+            f"{type(module).__name__}: normalises each expert's output; {_INSTEAD}"
+        )
     sources = {name: getattr(module, name, None) for name in names}
     sources = {name: tensor for name, tensor in sources.items() if tensor is not None}
     stamps = tuple(_stamp(tensor) for tensor in sources.values())
