@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,71 +57,67 @@ def unflatten(
     )
 
 
-def _plain(
-    x: Tensor,
-    routed: Flat,
-    names: list[str],
-    sizes: list[int],
-    shared: Flat,
-    shared_names: list[str],
-    shared_sizes: list[int],
-    expert: Tensor,
-    weight: Tensor,
-    shared_weight: Tensor,
-    schedule: Tensor | None,
-    block_size: int,
-    num_routed: int,
-    expert_map: Tensor | None,
-    activation: str,
-    quantize_x: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
-    weights = unflatten(routed, names, sizes, unflatten(shared, shared_names, shared_sizes))
-    assert weights is not None
+class Call(NamedTuple):
+    """The arguments of the registered op, in its schema's order."""
+
+    x: Tensor
+    routed: Flat
+    names: list[str]
+    sizes: list[int]
+    shared: Flat
+    shared_names: list[str]
+    shared_sizes: list[int]
+    expert: Tensor
+    weight: Tensor
+    shared_weight: Tensor
+    schedule: Tensor | None
+    block_size: int
+    num_routed: int
+    expert_map: Tensor | None
+    activation: str
+    quantize_x: bool
+    out: Tensor
+    workspace: Tensor | None
+
+    def weights(self) -> MoEWeights:
+        shared = unflatten(self.shared, self.shared_names, self.shared_sizes)
+        weights = unflatten(self.routed, self.names, self.sizes, shared)
+        assert weights is not None
+        return weights
+
+    def routing(self) -> Routing:
+        schedule = None
+        if self.schedule is not None:
+            blocking = Blocking(self.block_size, scheduled=True)
+            num_tokens, top_k = self.expert.shape
+            max_blocks = blocking.max_blocks(num_tokens, top_k, self.num_routed)
+            schedule = Schedule(self.schedule, blocking, max_blocks)
+        return Routing(self.expert, self.weight, self.shared_weight, self.num_routed, schedule)
+
+
+def _plain(*args: Any) -> None:
+    call = Call(*args)
     result = fused_moe_ref(
-        x, weights, expert, weight, shared_weight,
-        activation=activation, quantize_x=quantize_x, expert_map_G=expert_map,
+        call.x, call.weights(), call.expert, call.weight, call.shared_weight,
+        activation=call.activation, quantize_x=call.quantize_x, expert_map_G=call.expert_map,
         dtype=torch.float32,
     )  # fmt: skip
-    out.copy_(result)
+    call.out.copy_(result)
 
 
-def _kernel(
-    x: Tensor,
-    routed: Flat,
-    names: list[str],
-    sizes: list[int],
-    shared: Flat,
-    shared_names: list[str],
-    shared_sizes: list[int],
-    expert: Tensor,
-    weight: Tensor,
-    shared_weight: Tensor,
-    schedule: Tensor | None,
-    block_size: int,
-    num_routed: int,
-    expert_map: Tensor | None,
-    activation: str,
-    quantize_x: bool,
-    out: Tensor,
-    workspace: Tensor | None,
-) -> None:
+def _kernel(*args: Any) -> None:
     from .launch import launch_expert_mlp
 
-    weights = unflatten(routed, names, sizes, unflatten(shared, shared_names, shared_sizes))
-    assert weights is not None
-    table = None
-    if schedule is not None:
-        blocking = Blocking(block_size, scheduled=True)
-        num_tokens, top_k = expert.shape
-        max_blocks = blocking.max_blocks(num_tokens, top_k, num_routed)
-        table = Schedule(schedule, blocking, max_blocks)
+    call = Call(*args)
+    weights, workspace = call.weights(), call.workspace
     if workspace is None:
-        size = workspace_bytes(weights, x.shape[0], expert.shape[1], x.dtype)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-    routing = Routing(expert, weight, shared_weight, num_routed, table)
-    launch_expert_mlp(x, weights, routing, expert_map, activation, quantize_x, out, workspace)
+        num_tokens, top_k = call.expert.shape
+        size = workspace_bytes(weights, num_tokens, top_k, call.x.dtype)
+        workspace = torch.empty(size, dtype=torch.uint8, device=call.x.device)
+    launch_expert_mlp(
+        call.x, weights, call.routing(), call.expert_map, call.activation, call.quantize_x,
+        call.out, workspace,
+    )  # fmt: skip
 
 
 _op = register_op(
