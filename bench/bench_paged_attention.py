@@ -35,6 +35,8 @@ def torch_attention(
     rel_table_B_X: Tensor,
     tau_floor: float | None,
     softcap: float | None,
+    k_scale_P_G_R: Tensor | None = None,
+    v_scale_P_G_R: Tensor | None = None,
 ) -> Tensor:
     """Gather the pages, write bias and visibility into a mask, call torch's attention; for rows
     of one number of queries."""
@@ -44,7 +46,10 @@ def torch_attention(
     q = q_T_H_C.unflatten(0, (num_sessions, -1)).transpose(1, 2)  # [S, H, I, C]
     rel = rel_T_H_B.unflatten(0, (num_sessions, -1)).transpose(1, 2)
     page_S_M = page_table_S_M.clamp(min=0)
-    k, v = (p[page_S_M].transpose(1, 2).flatten(2, 3) for p in (k_pages_P_G_R_C, v_pages_P_G_R_C))
+    k, v = (
+        _gather(pages, scale, page_S_M, q.dtype)
+        for pages, scale in ((k_pages_P_G_R_C, k_scale_P_G_R), (v_pages_P_G_R_C, v_scale_P_G_R))
+    )
     row_R = torch.arange(k_pages_P_G_R_C.shape[2], device=q.device)
     pk_S_L = (page_base_S_M[..., None] + row_R).flatten(1)
     used_S_L = (page_table_S_M >= 0).repeat_interleave(len(row_R), dim=1)
@@ -63,6 +68,16 @@ def torch_attention(
     mask = bias.masked_fill(~visible[:, None], float("-inf"))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _gather(
+    pages_P_G_R_C: Tensor, scale_P_G_R: Tensor | None, page_S_M: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """[S, G, L, C]"""
+    x_S_M_G_R_C = pages_P_G_R_C[page_S_M].to(dtype)
+    if scale_P_G_R is not None:
+        x_S_M_G_R_C *= scale_P_G_R[page_S_M][..., None].to(dtype)
+    return x_S_M_G_R_C.transpose(1, 2).flatten(2, 3)
 
 
 OP = OpBench(

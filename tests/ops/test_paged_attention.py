@@ -284,7 +284,8 @@ def test_writes_into_out() -> None:
 def test_opcheck(case: Case) -> None:
     inputs = case.make_inputs("cpu")
     *tensors, tau_floor, softcap = inputs.values()
-    args = (*tensors, tau_floor, 0.1, softcap, torch.empty_like(inputs["q_T_H_C"]))
+    out = torch.empty_like(inputs["q_T_H_C"])
+    args = (*tensors, tau_floor, 0.1, softcap, None, None, out, None)
     torch.library.opcheck(torch.ops.tml_kernels.paged_attention.default, args)
 
 
@@ -295,6 +296,9 @@ def test_cost_counts_visible_keys() -> None:
     assert one.bytes == 2 * 2 * 1024 * 1024 + 2 * 2 * 4096 + 2 * 512 + 4 * 16 * 1024 + 12 * 16
     assert Case((Row(3, 100),), window=10).cost().flops == 4 * 4 * 32 * 30
     assert Case((Row(3, 3),)).cost().flops == 4 * 4 * 32 * 6
+
+
+FP8 = torch.zeros(5, 2, 4, 8).to(torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
@@ -333,6 +337,20 @@ def test_cost_counts_visible_keys() -> None:
             ValueError,
             "rel_table_B_X: .*got 0",
         ),
+        ({"k_scale_P_G_R": torch.ones(5, 2, 4)}, ValueError, "k_scale_P_G_R.*None.*got a tensor"),
+        ({"k_pages_P_G_R_C": FP8, "v_pages_P_G_R_C": FP8}, ValueError, "k_scale.*a tensor.*None"),
+        (
+            {
+                "k_pages_P_G_R_C": FP8,
+                "v_pages_P_G_R_C": FP8,
+                "k_scale_P_G_R": torch.ones(5, 2, 4),
+                "v_scale_P_G_R": torch.ones(5, 2, 3),
+            },
+            ValueError,
+            "v_scale_P_G_R: R=3, but R=4",
+        ),
+        ({"scratch_B": torch.zeros(8)}, TypeError, "scratch_B.*float32"),
+        ({"scratch_B": torch.zeros(9, dtype=torch.uint8)[1:]}, ValueError, "scratch_B.*256"),
         ({"out_T_H_C": torch.zeros(3, 4, 8).bfloat16()}, TypeError, "out_T_H_C.*bfloat16"),
         ({"q_T_H_C": torch.zeros(3, 4, 8, requires_grad=True)}, RuntimeError, "no backward"),
     ],

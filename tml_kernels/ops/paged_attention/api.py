@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..._dims import Dims
 from ..._ragged import check_below, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
+from .configs import kernel_why_not, problem_of, scratch_bytes
 from .reference import paged_attention_ref
 
 
@@ -32,7 +34,10 @@ def _plain(
     tau_floor: float | None,
     tau_alpha: float,
     softcap: float | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     out: Tensor,
+    scratch: Tensor | None,
 ) -> None:
     check_start(start, q.shape[0])
     check_below(k_pages.shape[0], page_table_S_M=page_table)
@@ -51,16 +56,40 @@ def _plain(
         tau_floor=tau_floor,
         tau_alpha=tau_alpha,
         softcap=softcap,
+        k_scale_P_G_R=k_scale,
+        v_scale_P_G_R=v_scale,
         dtype=torch.float32,
     )
     out.copy_(result)
 
 
+def _kernel(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_table: Tensor,
+    page_base: Tensor,
+    start: Tensor,
+    length: Tensor,
+    scale: float,
+    window: int | None,
+    rel: Tensor | None,
+    *rest: Any,
+) -> None:
+    from .launch import launch_paged_attention
+
+    why = kernel_why_not(problem_of(q, k_pages, page_table, window, rel))
+    run = _plain if why else launch_paged_attention
+    run(q, k_pages, v_pages, page_table, page_base, start, length, scale, window, rel, *rest)
+
+
 _op = register_op(
     "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, "
     "Tensor page_base, Tensor start, Tensor length, float scale, int? window, Tensor? rel, "
-    "Tensor? rel_table, float? tau_floor, float tau_alpha, float? softcap, Tensor(a!) out) -> ()",
+    "Tensor? rel_table, float? tau_floor, float tau_alpha, float? softcap, Tensor? k_scale, "
+    "Tensor? v_scale, Tensor(a!) out, Tensor(b!)? scratch) -> ()",
     plain=_plain,
+    kernel=_kernel,
 )
 
 
@@ -80,7 +109,10 @@ def paged_attention(
     tau_floor: float | None = None,
     tau_alpha: float = 0.1,
     softcap: float | None = None,
+    k_scale_P_G_R: Tensor | None = None,
+    v_scale_P_G_R: Tensor | None = None,
     out_T_H_C: Tensor | None = None,
+    scratch_B: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each session row's new tokens over the keys in its pages.
 
@@ -99,11 +131,17 @@ def paged_attention(
     sees no key gives zeros, NaN or not: that is how a row is idle (length 0, or no pages). Tokens
     outside every row give zeros.
 
-    q, out: [T, H, C], float32, bfloat16 or float16; the pages of one dtype, any of the three; rel
-    of q's dtype, any strides; rel_table float32 or q's dtype; page_table, start int32; page_base,
-    length int64. Accumulates in float32, rounds once. Deterministic; a session row's bits do not
-    depend on the other rows. Raises TypeError or ValueError naming the argument; on the plain path
-    also for page ids and starts out of range.
+    q, out: [T, H, C], float32, bfloat16 or float16; the pages of one dtype, any of the three, or
+    float8_e4m3fn with float32 scales k_scale and v_scale for every row and KV head, value = fp8 *
+    scale; rel of q's dtype, any strides; rel_table float32 or q's dtype; page_table, start int32;
+    page_base, length int64. Accumulates in float32, rounds once. Deterministic; a session row's
+    bits do not depend on the other rows. Raises TypeError or ValueError naming the argument; on the
+    plain path also for page ids and starts out of range.
+
+    On CUDA the weights of values are rounded to q's dtype, and so are their sums; a table of
+    float32 counts as two terms of it. Shapes and dtypes for which `configs.kernel_why_not` has a
+    reason take the plain path there. scratch: uint8, `configs.scratch_bytes(problem)` of them with
+    `configs.problem_of(...)`, with any content, aligned to 256; allocated when it is None.
 
     Source: `InklingAttention`, `InklingRelativeLogits` and `eager_attention_forward` of
     transformers 5.17.
@@ -111,7 +149,8 @@ def paged_attention(
     dims = Dims()
     dims.check(q_T_H_C=q_T_H_C, dtype=ACTIVATIONS)
     dtype, device = q_T_H_C.dtype, q_T_H_C.device
-    dims.check(k_pages_P_G_R_C=k_pages_P_G_R_C, dtype=ACTIVATIONS, device=device)
+    page_dtypes = (*ACTIVATIONS, torch.float8_e4m3fn)
+    dims.check(k_pages_P_G_R_C=k_pages_P_G_R_C, dtype=page_dtypes, device=device)
     dims.check(v_pages_P_G_R_C=v_pages_P_G_R_C, dtype=k_pages_P_G_R_C.dtype, device=device)
     dims.check(page_table_S_M=page_table_S_M, start_S1=start_S1, dtype=torch.int32, device=device)
     dims.check(page_base_S_M=page_base_S_M, length_S=length_S, dtype=torch.int64, device=device)
@@ -120,19 +159,48 @@ def paged_attention(
     if rel_T_H_B is not None and rel_table_B_X is not None:
         dims.check(rel_T_H_B=rel_T_H_B, dtype=dtype, device=device, contiguous=False)
         dims.check(rel_table_B_X=rel_table_B_X, dtype=(torch.float32, dtype), device=device)
+    _check_scales(dims, k_pages_P_G_R_C, k_scale_P_G_R, v_scale_P_G_R)
     _check_options(dims, scale, window, tau_floor, tau_alpha, softcap)
     if out_T_H_C is None:
         out_T_H_C = torch.empty_like(q_T_H_C)
     else:
         dims.check(out_T_H_C=out_T_H_C, dtype=dtype, device=device)
+    if scratch_B is not None:
+        problem = problem_of(q_T_H_C, k_pages_P_G_R_C, page_table_S_M, window, rel_T_H_B)
+        _check_scratch(scratch_B, scratch_bytes(problem), device)
     refuse_grad(q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, rel_T_H_B, rel_table_B_X)
     if dims["T"] > 0:
         _op(
             q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, page_table_S_M, page_base_S_M,
             start_S1, length_S, scale, window, rel_T_H_B, rel_table_B_X,
-            tau_floor, tau_alpha, softcap, out_T_H_C,
+            tau_floor, tau_alpha, softcap, k_scale_P_G_R, v_scale_P_G_R, out_T_H_C, scratch_B,
         )  # fmt: skip
     return out_T_H_C
+
+
+def _check_scales(
+    dims: Dims, k_pages: Tensor, k_scale_P_G_R: Tensor | None, v_scale_P_G_R: Tensor | None
+) -> None:
+    is_fp8 = k_pages.dtype == torch.float8_e4m3fn
+    for name, scale in (("k_scale_P_G_R", k_scale_P_G_R), ("v_scale_P_G_R", v_scale_P_G_R)):
+        if (scale is not None) != is_fp8:
+            wanted = "a tensor" if is_fp8 else "None"
+            got = "None" if scale is None else "a tensor"
+            raise ValueError(f"{name}: expected {wanted} for pages of {k_pages.dtype}, got {got}")
+        if scale is not None:
+            named = {name: scale}
+            dims.check(dtype=torch.float32, device=k_pages.device, contiguous=True, **named)
+
+
+def _check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
+    Dims().check(scratch_B=scratch, dtype=torch.uint8, device=device)
+    if scratch.numel() < needed:
+        raise ValueError(f"scratch_B: {needed} bytes are needed, got B={scratch.numel()}")
+    if scratch.storage_offset() % 256:
+        raise ValueError(
+            f"scratch_B: starts {scratch.storage_offset()} bytes into its storage, "
+            "which is not a multiple of 256"
+        )
 
 
 def _check_options(

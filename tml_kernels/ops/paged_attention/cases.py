@@ -20,6 +20,13 @@ class Row(NamedTuple):
     kept: int | None = None
 
 
+def quantize(pages_P_G_R_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages of fp8 and the scale of every row: its largest magnitude goes to 448."""
+    scale_P_G_R = pages_P_G_R_C.abs().amax(-1) / 448
+    scale_P_G_R = torch.where(scale_P_G_R == 0, 1.0, scale_P_G_R)
+    return (pages_P_G_R_C / scale_P_G_R[..., None]).to(torch.float8_e4m3fn), scale_P_G_R
+
+
 @dataclass(frozen=True)
 class Case:
     """Every pool row that no query sees holds NaN when `poison`; so do padding queries."""
@@ -49,6 +56,7 @@ class Case:
         return (
             f"{rows}-H{self.num_heads}-G{self.num_kv_heads}-C{self.head_width}{named}"
             f"-R{self.page_rows}-pad{self.padding}-{str(self.dtype).removeprefix('torch.')}"
+            f"{'-fp8' if self.page_dtype == torch.float8_e4m3fn else ''}"
         )
 
     @property
@@ -77,8 +85,8 @@ class Case:
         pool = (num_pages, self.num_kv_heads, size, width)
         page_dtype = self.page_dtype or self.dtype
         # Drawn on the device: a long context has 0.3 G values.
-        k_pages = torch.randn(pool, device=device).to(page_dtype)
-        v_pages = torch.randn(pool, device=device).to(page_dtype)
+        k_pages = torch.randn(pool, device=device)
+        v_pages = torch.randn(pool, device=device)
         hidden = torch.ones(num_pages, size, dtype=torch.bool)
         for s, row_bases in enumerate(bases):
             columns = torch.randperm(num_columns)[: len(row_bases)].tolist()
@@ -91,10 +99,14 @@ class Case:
             for pages in (k_pages, v_pages):
                 pages.masked_fill_(hidden.to(device)[:, None, :, None], float("nan"))
             q[sum(row.new for row in self.rows) :] = float("nan")
+        scales = {}
+        if page_dtype == torch.float8_e4m3fn:
+            k_pages, scales["k_scale_P_G_R"] = quantize(k_pages)
+            v_pages, scales["v_scale_P_G_R"] = quantize(v_pages)
         return {
             "q_T_H_C": q,
-            "k_pages_P_G_R_C": k_pages,
-            "v_pages_P_G_R_C": v_pages,
+            "k_pages_P_G_R_C": k_pages.to(page_dtype),
+            "v_pages_P_G_R_C": v_pages.to(page_dtype),
             "page_table_S_M": page_table.to(device),
             "page_base_S_M": page_base.to(device),
             "start_S1": torch.tensor([0, *(row.new for row in self.rows)])
@@ -108,6 +120,7 @@ class Case:
             **self._make_bias(device),
             "tau_floor": self.tau_floor,
             "softcap": self.softcap,
+            **scales,
         }
 
     def _make_bias(self, device: str) -> dict[str, Tensor | None]:
@@ -130,7 +143,8 @@ class Case:
             for i in range(row.new)
         )
         moved = 2 * size * self.num_tokens * self.num_heads * self.head_width
-        moved += 2 * page_size * keys * self.num_kv_heads * self.head_width
+        key_size = page_size * self.head_width + (4 if page_size == 1 else 0)
+        moved += 2 * keys * self.num_kv_heads * key_size
         if self.extent is not None:
             moved += size * self.num_tokens * self.num_heads * self.num_features
             moved += 4 * self.num_features * self.extent
@@ -165,6 +179,8 @@ EDGE = [
     Case((Row(2, 40),), 8, 2),
     Case((Row(2, 40),), 8, 1, extent=30),  # eight query heads on one KV head
     Case((Row(2, 40),), 6, 2, extent=30),  # a group of three
+    Case((Row(5, 600), Row(1, 70)), extent=40, page_dtype=torch.float8_e4m3fn),
+    Case((Row(5, 600),), window=90, extent=40, page_dtype=torch.float8_e4m3fn),
 ]
 MODEL = [
     Case((Row(23, 400),), extent=512, num_features=16, tau_floor=128000.0),  # tiny, global
@@ -174,7 +190,13 @@ MODEL = [
 ]
 
 
-def _bench(sessions: int, new: int, context: int, window: int | None = None) -> Case:
+def _bench(
+    sessions: int,
+    new: int,
+    context: int,
+    window: int | None = None,
+    page_dtype: torch.dtype | None = None,
+) -> Case:
     return Case(
         (Row(new, context),) * sessions,
         32,
@@ -186,6 +208,7 @@ def _bench(sessions: int, new: int, context: int, window: int | None = None) -> 
         tau_floor=None if window else 128000.0,
         poison=False,
         dtype=torch.bfloat16,
+        page_dtype=page_dtype,
     )
 
 
@@ -196,4 +219,5 @@ BENCH = [
     _bench(32, 1, 4 * K, window=512),
     *(_bench(1, new, 16 * K) for new in (16, 64, 500)),
     _bench(8, 64, 16 * K),
+    *(_bench(1, 1, context, page_dtype=torch.float8_e4m3fn) for context in (4 * K, 16 * K)),
 ]

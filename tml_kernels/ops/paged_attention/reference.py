@@ -27,6 +27,8 @@ def paged_attention_ref(
     tau_floor: float | None = None,
     tau_alpha: float = 0.1,
     softcap: float | None = None,
+    k_scale_P_G_R: Tensor | None = None,
+    v_scale_P_G_R: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """out_T_H_C in `dtype`: softmax(logit) v over the visible keys; zero where there is none.
@@ -61,8 +63,8 @@ def paged_attention_ref(
             bias_H_I_L = _bias(rel_I_H_B, rel_table_B_X.to(dtype), distance_I_L)
         out_T_H_C[rows] = _attend(
             q_T_H_C[rows].to(dtype) * scale,
-            k_pages_P_G_R_C[page_L, :, row_L].to(dtype),
-            v_pages_P_G_R_C[page_L, :, row_L].to(dtype),
+            _gather(k_pages_P_G_R_C, k_scale_P_G_R, page_L, row_L, dtype),
+            _gather(v_pages_P_G_R_C, v_scale_P_G_R, page_L, row_L, dtype),
             hidden_I_L,
             bias_H_I_L,
             tau_I,
@@ -88,6 +90,20 @@ def _visible_rows(
         seen_M_R &= pk_M_R >= oldest
     column_L, row_L = seen_M_R.nonzero(as_tuple=True)
     return page_M[column_L], row_L, base_M[column_L] + row_L
+
+
+def _gather(
+    pages_P_G_R_C: Tensor,
+    scale_P_G_R: Tensor | None,
+    page_L: Tensor,
+    row_L: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x_L_G_C of the visible keys or values; those of fp8 times their scales."""
+    x_L_G_C = pages_P_G_R_C[page_L, :, row_L].to(dtype)
+    if scale_P_G_R is not None:
+        x_L_G_C *= scale_P_G_R[page_L, :, row_L].to(dtype)[:, :, None]
+    return x_L_G_C
 
 
 def _tau(pq_I: Tensor, floor: float, alpha: float, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,181 @@
+"""How paged_attention is cut, which problems its kernels take, and where its partial sums lie."""
+
+# Dimension key: T tokens, S session rows, N = S + 1 rows with the padding as the last, H query
+# heads, G KV heads, C head width, R rows in a page, M page-list columns, Q query tiles, K splits.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._configs import chooser
+
+SPLIT_KEYS = 512  # keys of a split: fixed, because a query's bits depend on where splits begin
+MAX_PROGRAMS = 528  # a program takes every MAX_PROGRAMS-th item: four for each SM of an H200
+MAX_WINDOW = 1 << 20
+MAX_SCRATCH = 2 << 30
+BLOCK_M = 16  # rows of a plan's program
+
+
+@dataclass(frozen=True)
+class Problem:
+    num_tokens: int  # T
+    num_rows: int  # S
+    num_columns: int  # M
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_width: int  # C
+    page_rows: int  # R
+    window: int | None
+    num_features: int  # B; 0 without a relative bias
+    dtype: torch.dtype
+    page_dtype: torch.dtype
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def split_pages(self) -> int:
+        return max(1, SPLIT_KEYS // self.page_rows)
+
+    @property
+    def block_r(self) -> int:
+        return tile_of(self.page_rows)
+
+    @property
+    def block_c(self) -> int:
+        return tile_of(self.head_width)
+
+    @property
+    def max_splits(self) -> int:
+        """Splits lie at fixed places of the page list, with a window at fixed positions."""
+        if self.window is None:
+            return max(1, -(-self.num_columns // self.split_pages))
+        span = self.split_pages * self.page_rows
+        return (self.window + self.num_tokens + span - 2) // span + 1
+
+
+def problem_of(
+    q: Tensor, k_pages: Tensor, page_table: Tensor, window: int | None, rel: Tensor | None
+) -> Problem:
+    return Problem(
+        num_tokens=q.shape[0],
+        num_rows=page_table.shape[0],
+        num_columns=page_table.shape[1],
+        num_heads=q.shape[1],
+        num_kv_heads=k_pages.shape[1],
+        head_width=q.shape[2],
+        page_rows=k_pages.shape[2],
+        window=window,
+        num_features=0 if rel is None else rel.shape[2],
+        dtype=q.dtype,
+        page_dtype=k_pages.dtype,
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of `block_q` rows, each one query head of one token. When `whole`, one program
+    takes all splits of its tile."""
+
+    block_q: int
+    whole: bool
+    num_warps: int
+    num_stages: int
+
+    def tile_tokens(self, p: Problem) -> int:
+        return self.block_q // p.group
+
+    def max_tiles(self, p: Problem) -> int:
+        """Tiles of all session rows and of the padding."""
+        rows = min(p.num_rows + 1, p.num_tokens)
+        return p.num_tokens // self.tile_tokens(p) + rows
+
+
+# Low tiles, every split its own program. The taller tiles, and those that keep all their splits and
+# so need little scratch, give the same results but use local memory on sm_90: not chosen.
+SMALL = Config(block_q=16, whole=False, num_warps=8, num_stages=5)
+LARGE = Config(block_q=32, whole=False, num_warps=8, num_stages=3)
+WHOLE = Config(block_q=32, whole=True, num_warps=8, num_stages=3)
+
+
+@chooser
+def choose_config(p: Problem) -> Config:
+    """Pure: same problem, same config; no device, no clock."""
+    return SMALL
+
+
+def kernel_why_not(p: Problem) -> str | None:
+    """Why CUDA tensors take the plain path; None when the kernels take them."""
+    if p.dtype == torch.float32:
+        return "the kernels' products take 16-bit operands"
+    reason = shape_why_not(p)
+    if reason is None and (size := scratch_buffers(p, choose_config(p))[-1].end) > MAX_SCRATCH:
+        reason = f"T={p.num_tokens}, M={p.num_columns}: partial results take {size} bytes"
+    return reason
+
+
+def shape_why_not(p: Problem) -> str | None:
+    """What stands against the kernels in the interpreter too."""
+    if p.page_dtype not in (p.dtype, torch.float8_e4m3fn):
+        return f"queries of {p.dtype} with pages of {p.page_dtype}"
+    if p.head_width > 256:
+        return f"C={p.head_width}: at most 256"
+    if p.page_rows > 64:
+        return f"R={p.page_rows}: at most 64"
+    if p.group > 16:
+        return f"H={p.num_heads}, G={p.num_kv_heads}: at most 16 query heads of one KV head"
+    if p.num_features > 64:
+        return f"B={p.num_features}: at most 64"
+    if p.window is not None and p.window > MAX_WINDOW:
+        return f"window={p.window}: at most {MAX_WINDOW}"
+    return None
+
+
+def tile_of(size: int) -> int:
+    """The least tile of a dot that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A piece of the scratch: `shape` of `dtype` at byte `offset`."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def end(self) -> int:
+        return self.offset + math.prod(self.shape) * self.dtype.itemsize
+
+
+def scratch_buffers(p: Problem, config: Config) -> tuple[Buffer, ...]:
+    """Sorted page ids and bases [N, M], their number [N]; the counters of the tiles, by first token
+    [T, G]; maximum and sum of every partial result [T, H, K, 2] and weighted values [T, H, K, C],
+    of one K when tiles are whole."""
+    rows, splits = p.num_rows + 1, 1 if config.whole else p.max_splits
+    partial = (p.num_tokens, p.num_heads, splits)
+    buffers, end = [], 0
+    for shape, dtype in (
+        ((rows, p.num_columns), torch.int32),
+        ((rows, p.num_columns), torch.int64),
+        ((rows,), torch.int32),
+        ((p.num_tokens, p.num_kv_heads), torch.int32),
+        ((*partial, 2), torch.float32),
+        ((*partial, p.block_c), torch.float32),
+    ):
+        buffers.append(Buffer(math.ceil(end / 256) * 256, shape, dtype))
+        end = buffers[-1].end
+    return tuple(buffers)
+
+
+def scratch_bytes(p: Problem) -> int:
+    """Bytes that `paged_attention` needs on CUDA; 0 where it takes the plain path."""
+    if kernel_why_not(p) is not None:
+        return 0
+    return scratch_buffers(p, choose_config(p))[-1].end
