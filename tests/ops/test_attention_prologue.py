@@ -2,67 +2,55 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from kernel_attention_prologue import (
+    PATHS,
+    assert_same_writes,
+    check,
+    clone,
+    op_args,
+    pool_rows,
+    run_kernel,
+    run_public,
+    tokens_of,
+)
 from torch.nn import functional
 
 from tml_kernels.ops.attention_prologue import attention_prologue
-from tml_kernels.ops.attention_prologue.cases import BENCH, EDGE, MODEL, Case
-from tml_kernels.ops.attention_prologue.reference import attention_prologue_ref
+from tml_kernels.ops.attention_prologue.cases import (
+    BENCH,
+    CONV,
+    EDGE,
+    MODEL,
+    NORMS,
+    POOLS,
+    SCALES,
+    Case,
+)
+from tml_kernels.ops.attention_prologue.configs import SHIPPED, Problem, choose_config
+from tml_kernels.ops.attention_prologue.reference import FP8
 from tml_kernels.testing import assert_bitwise, assert_matches, randn
-
-POOLS = ("k_pages_P_G_R_C", "v_pages_P_G_R_C")
-MUTATED = ("conv_state_N_2_3_GC", *POOLS)
-
-
-def clone(inputs: dict) -> dict:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
-
-
-def pool_rows(pages_P_G_R_C: Tensor) -> Tensor:
-    """The pool as rows [P * R, G, C], in the order kv_row counts them."""
-    return pages_P_G_R_C.transpose(1, 2).flatten(0, 1)
-
-
-def check(case: Case, device: str) -> None:
-    inputs = case.make_inputs(device)
-    before = clone(inputs)
-    expected = attention_prologue_ref(
-        **{k: v for k, v in inputs.items() if k not in (*POOLS, "kv_row_T")}
-    )
-    q = attention_prologue(**inputs)
-    assert_matches(q, expected.q_T_H_C, dtype=case.dtype)
-    assert (q[~expected.live_T] == 0).all()
-
-    written = expected.live_T & (inputs["kv_row_T"] >= 0)
-    kv_row = inputs["kv_row_T"][written]
-    for name, value in zip(POOLS, (expected.k_T_G_C, expected.v_T_G_C), strict=True):
-        rows, rows_before = pool_rows(inputs[name]), pool_rows(before[name])
-        assert_matches(rows[kv_row], value[written], dtype=rows.dtype)
-        untouched = torch.ones(rows.shape[0], dtype=torch.bool, device=rows.device)
-        untouched[kv_row] = False
-        assert_bitwise(rows[untouched], rows_before[untouched])
-
-    state = before["conv_state_N_2_3_GC"].clone()
-    active = inputs["slot_S"] >= 0
-    state[inputs["slot_S"][active].long()] = expected.state_S_2_3_GC[active].to(state.dtype)
-    assert_bitwise(inputs["conv_state_N_2_3_GC"], state)
 
 
 @pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
 def test_public(case: Case) -> None:
-    check(case, "cpu")
+    check(case, run_public, "cpu")
+
+
+@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+def test_kernel(case: Case, device: str) -> None:
+    check(case, run_kernel, device)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+@pytest.mark.parametrize("case", EDGE + MODEL + BENCH, ids=str)
 def test_gpu(case: Case) -> None:
-    check(case, "cuda")
+    check(case, run_public, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes(dtype: torch.dtype) -> None:
-    check(Case((4, 1), 4, 2, 32, dtype=dtype), "cpu")
-    check(Case((4, 1), 4, 2, 32, dtype=torch.float32, page_dtype=dtype), "cpu")
+    check(Case((4, 1), 4, 2, 32, dtype=dtype), run_public, "cpu")
+    check(Case((4, 1), 4, 2, 32, dtype=torch.float32, page_dtype=dtype), run_public, "cpu")
 
 
 def test_reference_is_the_convolution_of_the_whole_sequence() -> None:
@@ -93,47 +81,50 @@ def test_reference_is_the_convolution_of_the_whole_sequence() -> None:
         assert_matches(pool_rows(inputs[pages])[60:71], expected[name])
 
 
-def test_any_split_of_an_append_is_bitwise_the_same() -> None:
-    whole = Case((13,), 4, 2, 32).make_inputs("cpu")
-    whole["qkvr_T_J"].nan_to_num_(0.0)
+EVERY_STEP = {"rope": True, "page_dtype": FP8}
+
+
+@pytest.mark.parametrize(("run", "place"), PATHS)
+@pytest.mark.parametrize("steps", [{}, EVERY_STEP], ids=["conv-norm", "all"])
+def test_any_split_of_an_append_is_bitwise_the_same(run, place, steps: dict, device: str) -> None:
+    whole = Case((13,), 4, 2, 32, **steps).make_inputs(place or device)
+    first = clone(whole)
+    q = run(first)
     for sizes in ((1,) * 13, (2, 11), (5, 1, 3, 4), (12, 0, 1)):
-        first, pieces = clone(whole), clone(whole)
-        q = attention_prologue(**first)
-        start, parts = 0, []
+        pieces, parts, start = clone(whole), [], 0
         for size in sizes:
-            piece = pieces | {
-                name: pieces[name][start : start + size].clone()
-                for name in ("qkvr_T_J", "kv_row_T")
-            }
-            piece["start_S1"] = torch.tensor([0, size], dtype=torch.int32)
-            parts.append(attention_prologue(**piece))
+            parts.append(run(tokens_of(pieces, start, start + size)))
             start += size
         assert_bitwise(torch.cat(parts), q)
-        for name in MUTATED:
-            assert_bitwise(pieces[name], first[name])
+        assert_same_writes(pieces, first)
 
 
-def test_session_does_not_depend_on_the_other_rows() -> None:
-    inputs = Case((4, 1, 7, 2), 4, 2, 32, idle=(1,), padding=2).make_inputs("cpu")
+@pytest.mark.parametrize(("run", "place"), PATHS)
+@pytest.mark.parametrize("steps", [{}, EVERY_STEP], ids=["conv-norm", "all"])
+def test_session_does_not_depend_on_the_other_rows(run, place, steps: dict, device: str) -> None:
+    case = Case((4, 1, 7, 2), 4, 2, 32, idle=(1,), padding=2, **steps)
+    inputs = case.make_inputs(place or device)
     together, apart = clone(inputs), clone(inputs)
-    q = attention_prologue(**together)
+    q = run(together)
     start = inputs["start_S1"].tolist()
     for s in range(4):
-        tokens = slice(start[s], start[s + 1])
-        alone = apart | {name: apart[name][tokens].clone() for name in ("qkvr_T_J", "kv_row_T")}
-        alone["start_S1"] = torch.tensor([0, start[s + 1] - start[s]], dtype=torch.int32)
-        alone["slot_S"] = inputs["slot_S"][s : s + 1].clone()
-        assert_bitwise(attention_prologue(**alone), q[tokens])
-    for name in MUTATED:
-        assert_bitwise(apart[name], together[name])
+        alone = tokens_of(apart, start[s], start[s + 1], s)
+        assert_bitwise(run(alone), q[start[s] : start[s + 1]])
+    assert_same_writes(apart, together)
 
 
-def test_nan_token_stays_in_its_session() -> None:
-    inputs = Case((3, 4, 2), 2, 1, 32).make_inputs("cpu")
+@pytest.mark.parametrize(("run", "place"), PATHS)
+def test_more_rows_than_one_block_of_session_ends(run, place, device: str) -> None:
+    check(Case((1, 0) * 65 + (3,), 1, 1, 4, idle=(2,)), run, place or device)
+
+
+@pytest.mark.parametrize(("run", "place"), PATHS)
+def test_nan_token_stays_in_its_session(run, place, device: str) -> None:
+    inputs = Case((3, 4, 2), 2, 1, 32).make_inputs(place or device)
     clean = clone(inputs)
-    expected = attention_prologue(**clean)
+    expected = run(clean)
     inputs["qkvr_T_J"][4] = float("nan")
-    q = attention_prologue(**inputs)
+    q = run(inputs)
     others = [0, 1, 2, 3, 5, 6, 7, 8]
     assert q[4].isnan().all()
     assert_bitwise(q[others], expected[others])
@@ -142,6 +133,45 @@ def test_nan_token_stays_in_its_session() -> None:
     kv_row = inputs["kv_row_T"][[0, 1, 7, 8]]
     for name in POOLS:
         assert_bitwise(pool_rows(inputs[name])[kv_row], pool_rows(clean[name])[kv_row])
+
+
+def test_the_kernel_takes_what_is_out_of_range_as_idle(device: str) -> None:
+    """A slot beyond the state writes no state and no page, a row beyond the pool no page."""
+    inputs = Case((1, 1, 1), 2, 1, 32, poison=False).make_inputs(device)
+    inputs["slot_S"][0], inputs["slot_S"][1] = 5, -7
+    inputs["kv_row_T"][2] = inputs["k_pages_P_G_R_C"].shape[0] * 64
+    before = clone(inputs)
+    q = run_kernel(inputs)
+    assert (q[:2] == 0).all()
+    assert (q[2] != 0).any()
+    for name in POOLS:
+        assert_bitwise(inputs[name], before[name])
+    slot = int(inputs["slot_S"][2])
+    expected = before["conv_state_N_2_3_GC"].roll(-1, 2)
+    expected[slot, :, 2] = inputs["qkvr_T_J"][2, 64:128].view(2, 32)
+    state = before["conv_state_N_2_3_GC"].clone()
+    state[slot] = expected[slot]
+    assert_bitwise(inputs["conv_state_N_2_3_GC"], state)
+
+
+@pytest.mark.parametrize("leave", ["conv", "norm", "both"])
+def test_steps_left_out_are_identities(leave: str, device: str) -> None:
+    """No taps is a convolution with zero weights; no norms leave q alone."""
+    given = Case((3, 2), 2, 1, 32, poison=False).make_inputs(device)
+    for name in ("k_conv_GC_4", "v_conv_GC_4"):
+        given[name] = torch.zeros_like(given[name])
+    without = clone(given)
+    if leave != "norm":
+        without |= dict.fromkeys(CONV)
+    if leave != "conv":
+        without |= dict.fromkeys(NORMS)
+    q, expected = run_kernel(without), run_kernel(given)
+    if leave == "conv":
+        assert_bitwise(q, expected)
+        assert_bitwise(without["k_pages_P_G_R_C"], given["k_pages_P_G_R_C"])
+    else:
+        assert_bitwise(q, given["qkvr_T_J"][:, :64].view(5, 2, 32))
+    assert_bitwise(without["v_pages_P_G_R_C"], given["v_pages_P_G_R_C"])
 
 
 def test_relative_columns_are_not_read() -> None:
@@ -158,10 +188,21 @@ def test_writes_into_out() -> None:
     assert_bitwise(out, attention_prologue(**inputs))
 
 
-def test_opcheck() -> None:
-    inputs = Case((3, 2), 2, 1, 8, idle=(1,), poison=False).make_inputs("cpu")
-    args = (*inputs.values(), 1e-6, torch.empty(5, 2, 8))
+@pytest.mark.parametrize("steps", [{}, {"rope": True}, {"conv": False, "norm": False}], ids=str)
+def test_opcheck(steps: dict) -> None:
+    inputs = Case((3, 2), 2, 1, 8, idle=(1,), poison=False, **steps).make_inputs("cpu")
+    if "rope" in steps:  # opcheck cannot compare fp8 pages: scales are declared for any
+        inputs |= {name: torch.zeros_like(inputs[POOLS[0]][..., 0]) for name in SCALES}
+    args = op_args(inputs, torch.zeros(5, 2, 8))
     torch.library.opcheck(torch.ops.tml_kernels.attention_prologue.default, args)
+
+
+def test_every_width_has_a_config() -> None:
+    for width in [1, 32, 33, 64, 96, 128, 256, 512, 1024]:
+        assert choose_config(Problem(width)).why_not(Problem(width)) is None
+    assert SHIPPED[0].why_not(Problem(33)) is not None
+    with pytest.raises(ValueError, match="1025"):
+        choose_config(Problem(1025))
 
 
 def test_cost_counts_every_row_once() -> None:
@@ -169,10 +210,15 @@ def test_cost_counts_every_row_once() -> None:
     assert cost.bytes == 2 * (2 * 4096 + 2048 + 12 * 1024 + 2048) + 4 * (8192 + 256) + 8
 
 
+ROPE = {"rope_phase_B": torch.arange(4), "position_T": torch.arange(5)}
+SCALE = {"k_scale_P_G_R": torch.zeros(2, 1, 4), "v_scale_P_G_R": torch.zeros(2, 1, 4)}
+FP8_POOLS = dict.fromkeys(POOLS, torch.zeros(2, 1, 4, 8).to(FP8))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"qkvr_T_J": torch.zeros(5, 39)}, ValueError, r"qkvr_T_J: .*32 \+ 2 B.*J=39"),
+        ({"qkvr_T_J": torch.zeros(5, 39)}, ValueError, r"qkvr_T_J: .*32 \+ 2 n.*J=39"),
         ({"qkvr_T_J": torch.zeros(5, 30)}, ValueError, "J=30"),
         ({"qkvr_T_J": torch.zeros(5, 40).double()}, TypeError, "qkvr_T_J.*float64"),
         ({"num_heads": 0}, ValueError, "num_heads.*got 0"),
@@ -197,6 +243,21 @@ def test_cost_counts_every_row_once() -> None:
         ({"slot_S": torch.tensor([1, 1]).int()}, ValueError, "slot_S: .*named twice"),
         ({"out_T_H_C": torch.zeros(5, 3, 8)}, ValueError, "out_T_H_C: H=3, but H=2"),
         ({"qkvr_T_J": torch.zeros(5, 40, requires_grad=True)}, RuntimeError, "no backward"),
+        ({"k_conv_GC_4": None}, ValueError, "k_conv_GC_4: None, but v_conv_GC_4 is not"),
+        ({"q_norm_C": None}, ValueError, "q_norm_C: None, but k_norm_C is not"),
+        ({"conv_state_N_2_3_GC": None}, ValueError, "conv_state_N_2_3_GC: .*None"),
+        ({"position_T": torch.arange(5)}, ValueError, "rope_phase_B: None, but position_T"),
+        (ROPE | {"position_T": torch.arange(4)}, ValueError, "position_T: T=4, but T=5"),
+        (ROPE | {"position_T": torch.arange(5).int()}, TypeError, "position_T.*int32"),
+        (ROPE | {"rope_phase_B": torch.arange(8)}, ValueError, "rope_phase_B: .*C=8, got B=8"),
+        (SCALE, ValueError, "k_scale_P_G_R: .*float32 pages with scales"),
+        (FP8_POOLS, ValueError, "k_scale_P_G_R: .*float8_e4m3fn pages without scales"),
+        (
+            FP8_POOLS | SCALE | {"v_scale_P_G_R": torch.zeros(2, 1, 4).half()},
+            TypeError,
+            "v_scale_P_G_R.*float16",
+        ),
+        (FP8_POOLS | {"k_scale_P_G_R": torch.zeros(2, 1, 4)}, ValueError, "v_scale_P_G_R: None"),
     ],
 )
 def test_bad_input_changes_nothing(change: dict, error: type, words: str) -> None:
@@ -217,5 +278,10 @@ def test_bad_input_changes_nothing(change: dict, error: type, words: str) -> Non
     before = clone(inputs)
     with pytest.raises(error, match=words):
         attention_prologue(**inputs)
-    for name in MUTATED:
-        assert_bitwise(inputs[name], before[name])
+    assert_same_writes(inputs, before)
+
+
+def test_too_wide() -> None:
+    inputs = Case((1,), 1, 1, 1025, 0, conv=False, norm=False).make_inputs("cpu")
+    with pytest.raises(ValueError, match=r"k_pages_P_G_R_C: C=1025 is not in 1\.\.1024"):
+        attention_prologue(**inputs)

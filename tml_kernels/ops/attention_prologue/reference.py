@@ -1,16 +1,19 @@
 """The oracle of attention_prologue, and its plain path: the same lines in two precisions."""
 
 # Dimension key: T tokens, S session rows, N state slots, H query heads, G KV heads, C head width,
-# W = 2 * G * C columns of K and V together, J columns of qkvr.
+# B = C / 2 rotary frequencies, W = 2 * G * C columns of K and V together, J columns of qkvr.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 TAPS_BEFORE = 3  # the convolution sees the token and the three before it
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 class Prologue(NamedTuple):
@@ -20,55 +23,85 @@ class Prologue(NamedTuple):
     q_T_H_C: Tensor
     k_T_G_C: Tensor
     v_T_G_C: Tensor
-    state_S_2_3_GC: Tensor
+    state_S_2_3_GC: Tensor | None
     live_T: Tensor
 
 
 def attention_prologue_ref(
     qkvr_T_J: Tensor,
-    k_conv_GC_4: Tensor,
-    v_conv_GC_4: Tensor,
-    q_norm_C: Tensor,
-    k_norm_C: Tensor,
-    conv_state_N_2_3_GC: Tensor,
+    k_conv_GC_4: Tensor | None,
+    v_conv_GC_4: Tensor | None,
+    q_norm_C: Tensor | None,
+    k_norm_C: Tensor | None,
+    conv_state_N_2_3_GC: Tensor | None,
     start_S1: Tensor,
     slot_S: Tensor,
     *,
     num_heads: int,
+    num_kv_heads: int,
+    head_width: int,
     eps: float = 1e-6,
+    rope_phase_B: Tensor | None = None,
+    position_T: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Prologue:
-    """q = rms(q); k = rms(k + conv(k)); v = v + conv(v); the state is each session's last 3 inputs.
+    """q = rope(rms(q)); k = rope(rms(k + conv(k))); v = v + conv(v); the state is each session's
+    last 3 inputs. Steps without weights, or without frequencies, are left out.
 
     conv(x)[t] = sum over j = 0..3 of weight[:, j] x[t - 3 + j]; the inputs before the session's
     first token of this call are its state, oldest first.
     """
-    num_tokens, width, head_width = qkvr_T_J.shape[0], k_conv_GC_4.shape[0], q_norm_C.shape[0]
-    q_end = num_heads * head_width
+    q_end, width = num_heads * head_width, num_kv_heads * head_width
     q_T_H_C = qkvr_T_J[:, :q_end].to(dtype).unflatten(1, (num_heads, head_width))
     kv_T_W = qkvr_T_J[:, q_end : q_end + 2 * width].to(dtype)
-    state_S_2_3_GC = conv_state_N_2_3_GC[slot_S.clamp(min=0).long()].to(dtype)
-    live_T, tap_T_3, tail_S_3 = _plan(start_S1, slot_S, num_tokens)
+    live_T, tap_T_3, tail_S_3 = _plan(start_S1, slot_S, qkvr_T_J.shape[0])
 
-    state_rows = state_S_2_3_GC.transpose(1, 2).reshape(-1, 2 * width)
-    source = torch.cat([state_rows, kv_T_W])
-    conv_W_4 = torch.cat([k_conv_GC_4, v_conv_GC_4]).to(dtype)
-    mixed_T_W = kv_T_W * conv_W_4[:, TAPS_BEFORE]
-    before_T_3_W = source[tap_T_3]
+    new_state = None
+    if conv_state_N_2_3_GC is not None and k_conv_GC_4 is not None and v_conv_GC_4 is not None:
+        state_S_2_3_GC = conv_state_N_2_3_GC[slot_S.clamp(min=0).long()].to(dtype)
+        source = torch.cat([state_S_2_3_GC.transpose(1, 2).reshape(-1, 2 * width), kv_T_W])
+        new_state = source[tail_S_3].unflatten(2, (2, width)).transpose(1, 2)
+        kv_T_W = _conv(kv_T_W, source[tap_T_3], torch.cat([k_conv_GC_4, v_conv_GC_4]).to(dtype))
+
+    k_T_G_C = kv_T_W[:, :width].unflatten(1, (num_kv_heads, head_width))
+    v_T_G_C = kv_T_W[:, width:].unflatten(1, (num_kv_heads, head_width))
+    if q_norm_C is not None and k_norm_C is not None:
+        q_T_H_C, k_T_G_C = _rms(q_T_H_C, q_norm_C, eps), _rms(k_T_G_C, k_norm_C, eps)
+    if rope_phase_B is not None and position_T is not None:
+        q_T_H_C = _rotate(q_T_H_C, rope_phase_B, position_T)
+        k_T_G_C = _rotate(k_T_G_C, rope_phase_B, position_T)
+    q_T_H_C = q_T_H_C.masked_fill(~live_T[:, None, None], 0.0)
+    return Prologue(q_T_H_C, k_T_G_C, v_T_G_C, new_state, live_T)
+
+
+def quantize_ref(x_T_G_C: Tensor) -> tuple[Tensor, Tensor]:
+    """(fp8 values [T, G, C], scale [T, G]): x is about value * scale, and the largest value of a
+    head is 448. The scale is amax / 448, 1 where that is zero."""
+    scale_T_G = x_T_G_C.abs().amax(-1) / FP8_MAX
+    scale_T_G = torch.where(scale_T_G == 0, 1.0, scale_T_G)
+    return (x_T_G_C / scale_T_G[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale_T_G
+
+
+def _conv(x_T_W: Tensor, before_T_3_W: Tensor, weight_W_4: Tensor) -> Tensor:
+    mixed_T_W = x_T_W * weight_W_4[:, TAPS_BEFORE]
     for j in range(TAPS_BEFORE):
-        mixed_T_W += before_T_3_W[:, j] * conv_W_4[:, j]
-    mixed_T_W += kv_T_W
-    new_state = source[tail_S_3].unflatten(2, (2, width)).transpose(1, 2)
-
-    k_T_G_C = mixed_T_W[:, :width].unflatten(1, (-1, head_width))
-    v_T_G_C = mixed_T_W[:, width:].unflatten(1, (-1, head_width))
-    q_T_H_C = _rms(q_T_H_C, q_norm_C, eps).masked_fill(~live_T[:, None, None], 0.0)
-    return Prologue(q_T_H_C, _rms(k_T_G_C, k_norm_C, eps), v_T_G_C, new_state, live_T)
+        mixed_T_W += before_T_3_W[:, j] * weight_W_4[:, j]
+    return mixed_T_W + x_T_W
 
 
 def _rms(x_T_H_C: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     scale_T_H_1 = torch.rsqrt(x_T_H_C.square().mean(-1, keepdim=True) + eps)
     return x_T_H_C * scale_T_H_1 * weight_C.to(x_T_H_C.dtype)
+
+
+def _rotate(x_T_H_C: Tensor, phase_B: Tensor, position_T: Tensor) -> Tensor:
+    """Column b and column b + C / 2 turn by position * phase[b] / 2^64 of a full turn."""
+    turns_T_1_B = (position_T[:, None, None] * phase_B).double() * 2.0**-64  # the product wraps
+    angle_T_1_B = 2 * math.pi * turns_T_1_B
+    cos, sin = angle_T_1_B.cos().to(x_T_H_C.dtype), angle_T_1_B.sin().to(x_T_H_C.dtype)
+    low_T_H_B, high_T_H_B = x_T_H_C.chunk(2, -1)
+    turned = (low_T_H_B * cos - high_T_H_B * sin, high_T_H_B * cos + low_T_H_B * sin)
+    return torch.cat(turned, -1)
 
 
 def _plan(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
