@@ -177,7 +177,13 @@ def quoted(text: str) -> str:
 
 setup(
     ext_modules=[
-        extension(CORE, "csrc/bind_core.cpp"),
+        extension(
+            CORE,
+            "csrc/bind_core.cpp",
+            "csrc/kv/page_stats.cpp",
+            "csrc/kv/page_table.cpp",
+            "csrc/kv/page_transaction.cpp",
+        ),
         extension(TICK, "csrc/bind_tick.cpp", "csrc/tick/tick_thread.cpp"),
         extension(
             CUDA, "csrc/bind_cuda.cpp", "csrc/common/stream_read.cu", "csrc/tick/graph_launch.cpp"

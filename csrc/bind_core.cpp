@@ -1,5 +1,14 @@
 // tml_kernels._core: host code. Always built.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <initializer_list>
+#include <map>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "kv/page_table.h"
 
 namespace py = pybind11;
 
@@ -23,9 +32,266 @@ py::dict build_info() {
   return info;
 }
 
+using Fields = std::initializer_list<std::pair<const char*, int64_t>>;
+
+void raise(const char* type_name, const std::exception& error, Fields fields) {
+  const py::object type = py::module_::import("tml_kernels._core").attr(type_name);
+  const py::object value = type(error.what());
+  for (const auto& [name, field] : fields) value.attr(name) = field;
+  PyErr_SetObject(type.ptr(), value.ptr());
+}
+
+void translate(std::exception_ptr thrown) {
+  try {
+    if (thrown) std::rethrow_exception(thrown);
+  } catch (const tml::UnknownSession& e) {
+    raise("UnknownSession", e, {{"slot", e.slot}, {"epoch", e.epoch}});
+  } catch (const tml::OutOfSessions& e) {
+    raise("OutOfSessions", e, {{"max_sessions", e.max_sessions}});
+  } catch (const tml::OutOfPages& e) {
+    raise("OutOfPages", e,
+          {{"group", e.group}, {"needed", e.needed}, {"free", e.free}, {"evictable", e.evictable}});
+  } catch (const tml::BudgetExceeded& e) {
+    raise("BudgetExceeded", e, {{"needed", e.needed}, {"limit", e.limit}});
+  } catch (const tml::ReservationExceeded& e) {
+    raise("ReservationExceeded", e, {{"tokens", e.tokens}, {"left", e.left}});
+  } catch (const tml::WindowPassed& e) {
+    raise("WindowPassed", e, {{"group", e.group}, {"position", e.position}, {"oldest", e.oldest}});
+  }
+}
+
+void bind_errors(py::module_& m) {
+  const auto define = [&m](const char* name, py::handle base) {
+    const std::string full_name = std::string("tml_kernels._core.") + name;
+    PyObject* type = PyErr_NewException(full_name.c_str(), base.ptr(), nullptr);
+    if (type == nullptr) throw py::error_already_set();
+    m.attr(name) = py::reinterpret_steal<py::object>(type);
+  };
+  define("CacheError", PyExc_RuntimeError);
+  for (const char* name : {"UnknownSession", "OutOfSessions", "OutOfPages", "BudgetExceeded",
+                           "ReservationExceeded", "WindowPassed"}) {
+    define(name, m.attr("CacheError"));
+  }
+  py::register_local_exception_translator(&translate);
+}
+
+// A tuple subclass, so that results unpack and print.
+class NamedTuple {
+ public:
+  NamedTuple(py::module_& m, const char* name, const char* fields)
+      : type_(py::module_::import("collections")
+                  .attr("namedtuple")(name, fields, py::arg("module") = m.attr("__name__"))) {
+    m.attr(name) = type_;
+  }
+
+  template <typename... Values>
+  py::object operator()(Values&&... values) const {
+    return type_(std::forward<Values>(values)...);
+  }
+
+ private:
+  py::object type_;
+};
+
+struct Tuples {
+  explicit Tuples(py::module_& m)
+      : session(m, "Session", "slot epoch"),
+        span(m, "Span", "group row count"),
+        copy(m, "CopyCommand", "group source target rows"),
+        page(m, "PageRef", "group page base used page_class"),
+        group_stats(m, "GroupStats", "pages free waiting reserved held shared"),
+        session_stats(m, "SessionStats", "length priority in_transaction suspended pages") {}
+
+  py::list copies(const std::vector<tml::CopyCommand>& commands) const {
+    py::list list;
+    for (const auto& c : commands) list.append(copy(c.group, c.from, c.to, c.rows));
+    return list;
+  }
+  py::list pages(const std::vector<tml::PageRef>& refs) const {
+    py::list list;
+    for (const auto& r : refs) list.append(page(r.group, r.page, r.base, r.used, r.cls));
+    return list;
+  }
+
+  NamedTuple session, span, copy, page, group_stats, session_stats;
+};
+
+tml::Session session_of(const py::tuple& handle) {
+  TML_CHECK(handle.size() == 2, "session=", py::repr(handle).cast<std::string>());
+  return {handle[0].cast<int64_t>(), handle[1].cast<int64_t>()};
+}
+
+// Everything that takes a session goes through this.
+template <typename Result, typename Self, typename... Args>
+auto on_session(Result (Self::*verb)(tml::Session, Args...)) {
+  return [verb](tml::PageTable& self, const py::tuple& session, Args... args) {
+    return (self.*verb)(session_of(session), std::forward<Args>(args)...);
+  };
+}
+
+tml::Budgets budgets_of(const std::map<tml::PageClass, int64_t>& budgets) {
+  TML_CHECK(budgets.size() == tml::kNumClasses, "budgets: expected one of each class, got ",
+            budgets.size());
+  tml::Budgets array{};
+  for (const auto& [cls, pages] : budgets) {
+    TML_CHECK(static_cast<int>(cls) < tml::kNumClasses, "class=", static_cast<int>(cls));
+    array[static_cast<int>(cls)] = pages;
+  }
+  return array;
+}
+
+int64_t take_deltas(tml::PageTable& table, const py::buffer& out) {
+  const py::buffer_info info = out.request(true);
+  const int64_t num_deltas = table.num_deltas();
+  TML_CHECK(info.item_type_is_equivalent_to<int64_t>(), "out: expected int64, got ", info.format);
+  TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, "out is not contiguous");
+  TML_CHECK(info.size >= num_deltas * tml::PageTable::kDeltaWords, "out: size=", info.size,
+            " num_deltas=", num_deltas);
+  table.take_deltas(static_cast<int64_t*>(info.ptr));
+  return num_deltas;
+}
+
+void bind_kv_types(py::module_& m) {
+  py::enum_<tml::PageClass>(m, "PageClass")
+      .value("ANCHOR", tml::PageClass::kAnchor)
+      .value("TEXT", tml::PageClass::kText)
+      .value("AUDIO", tml::PageClass::kAudio)
+      .value("VIDEO", tml::PageClass::kVideo)
+      .value("REPLY", tml::PageClass::kReply);
+  py::class_<tml::GroupSpec>(m, "LayerGroup")
+      .def(py::init([](int64_t pages, int64_t columns, int64_t page_rows,
+                       std::optional<int64_t> window, int64_t history) {
+             TML_CHECK(!window || *window > 0, "window=", *window);
+             return tml::GroupSpec{pages, columns, page_rows, window.value_or(0), history};
+           }),
+           py::kw_only(), py::arg("pages"), py::arg("columns"), py::arg("page_rows") = 64,
+           py::arg("window") = py::none(), py::arg("history") = 0)
+      .def_readonly("pages", &tml::GroupSpec::pages)
+      .def_readonly("columns", &tml::GroupSpec::columns)
+      .def_readonly("page_rows", &tml::GroupSpec::page_rows)
+      .def_property_readonly("window",
+                             [](const tml::GroupSpec& spec) {
+                               return spec.window > 0 ? std::optional(spec.window) : std::nullopt;
+                             })
+      .def_readonly("history", &tml::GroupSpec::history);
+}
+
+using PyPageTable = py::class_<tml::PageTable>;
+
+void bind_transactions(PyPageTable& table, const Tuples& make) {
+  table.def("reserve", on_session(&tml::PageTable::reserve), py::arg("session"), py::arg("runs"))
+      .def(
+          "append",
+          [make](tml::PageTable& self, const py::tuple& session, tml::PageClass cls,
+                 int64_t tokens) {
+            const auto appended = self.append(session_of(session), cls, tokens);
+            py::list spans;
+            for (const auto& s : appended.spans) spans.append(make.span(s.group, s.row, s.count));
+            return py::make_tuple(appended.position, spans);
+          },
+          py::arg("session"), py::arg("page_class"), py::arg("tokens"))
+      .def("commit", on_session(&tml::PageTable::commit), py::arg("session"))
+      .def("roll_back", on_session(&tml::PageTable::roll_back), py::arg("session"))
+      .def("tick", &tml::PageTable::tick, py::arg("n"))
+      .def("take_deltas", &take_deltas, py::arg("out"))
+      .def_property_readonly("num_deltas", &tml::PageTable::num_deltas);
+}
+
+void bind_sessions(PyPageTable& table, const Tuples& make) {
+  table
+      .def(
+          "open",
+          [make](tml::PageTable& self, const std::map<tml::PageClass, int64_t>& budgets,
+                 int64_t priority) {
+            const auto session = self.open(budgets_of(budgets), priority);
+            return make.session(session.slot, session.epoch);
+          },
+          py::arg("budgets"), py::kw_only(), py::arg("priority") = 0)
+      .def("close", on_session(&tml::PageTable::close), py::arg("session"))
+      .def("roll", on_session(&tml::PageTable::roll), py::arg("session"), py::arg("group"),
+           py::arg("pages"))
+      .def("mark", on_session(&tml::PageTable::mark), py::arg("session"))
+      .def(
+          "rewind",
+          [make](tml::PageTable& self, const py::tuple& handle, std::optional<int64_t> position) {
+            const auto session = session_of(handle);
+            return make.copies(position ? self.rewind(session, *position)
+                                        : self.rewind_to_mark(session));
+          },
+          py::arg("session"), py::arg("position") = py::none())
+      .def(
+          "fork",
+          [make](tml::PageTable& self, const py::tuple& session, int64_t priority) {
+            const auto [child, commands] = self.fork(session_of(session), priority);
+            return py::make_tuple(make.session(child.slot, child.epoch), make.copies(commands));
+          },
+          py::arg("session"), py::kw_only(), py::arg("priority") = 0)
+      .def(
+          "suspend",
+          [make](tml::PageTable& self, const py::tuple& session) {
+            return make.pages(self.suspend(session_of(session)));
+          },
+          py::arg("session"))
+      .def(
+          "resume",
+          [make](tml::PageTable& self, const py::tuple& session) {
+            return make.pages(self.resume(session_of(session)));
+          },
+          py::arg("session"))
+      .def(
+          "victim",
+          [make](const tml::PageTable& self, const py::tuple& session) {
+            const auto victim = self.victim(session_of(session));
+            return make.session(victim.slot, victim.epoch);
+          },
+          py::arg("session"));
+}
+
+void bind_stats(PyPageTable& table, const Tuples& make) {
+  table
+      .def(
+          "pages",
+          [make](const tml::PageTable& self, const py::tuple& session, int64_t group) {
+            return make.pages(self.pages(session_of(session), group));
+          },
+          py::arg("session"), py::arg("group"))
+      .def(
+          "session_stats",
+          [make](const tml::PageTable& self, const py::tuple& session) {
+            const auto s = self.stats(session_of(session));
+            return make.session_stats(s.length, s.priority, s.in_transaction, s.suspended, s.pages);
+          },
+          py::arg("session"))
+      .def("stats",
+           [make](const tml::PageTable& self) {
+             py::list list;
+             for (const auto& s : self.stats()) {
+               list.append(
+                   make.group_stats(s.pages, s.free, s.waiting, s.reserved, s.held, s.shared));
+             }
+             return list;
+           })
+      .def_property_readonly("num_sessions", &tml::PageTable::num_sessions)
+      .def_property_readonly("work", &tml::PageTable::work)
+      .def("check_invariants", &tml::PageTable::check_invariants);
+}
+
+void bind_page_table(py::module_& m) {
+  bind_errors(m);
+  bind_kv_types(m);
+  const Tuples make(m);
+  PyPageTable table(m, "PageTable");
+  table.def(py::init<std::vector<tml::GroupSpec>, int64_t, int64_t>(), py::arg("groups"),
+            py::kw_only(), py::arg("max_sessions"), py::arg("lag"));
+  bind_sessions(table, make);
+  bind_transactions(table, make);
+  bind_stats(table, make);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Host code of tml_kernels.";
   m.def("build_info", &build_info, "How this build was made: compiler, flags, CUDA architectures.");
+  bind_page_table(m);
 }

@@ -1,6 +1,9 @@
-"""Host code of tml_kernels."""
+"""Host code of tml_kernels: how it was built, and the page table of the rolling cache."""
 
-from typing import TypedDict
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple, TypedDict
+
+from typing_extensions import Buffer
 
 class BuildInfo(TypedDict):
     compiler: str  # the first line of its --version
@@ -10,3 +13,242 @@ class BuildInfo(TypedDict):
     cuda_archs: list[str] | None  # what _cuda was built for in the same build, such as ["90a"]
 
 def build_info() -> BuildInfo: ...
+
+class CacheError(RuntimeError):
+    """What a page table refuses; it has changed nothing then."""
+
+class UnknownSession(CacheError):
+    """The handle's session is closed, or never was."""
+
+    slot: int
+    epoch: int
+
+class OutOfSessions(CacheError):
+    max_sessions: int
+
+class OutOfPages(CacheError):
+    """`evictable` pages could be freed by roll(), and be used when the fence has passed."""
+
+    group: int
+    needed: int
+    free: int
+    evictable: int
+
+class BudgetExceeded(CacheError):
+    """More anchors than their budget, which no eviction enforces, or more pages than columns."""
+
+    needed: int
+    limit: int
+
+class ReservationExceeded(CacheError):
+    """`left` is the most tokens of this class that may still be appended."""
+
+    tokens: int
+    left: int
+
+class WindowPassed(CacheError):
+    """A rewind that needs keys which have left the window; to `oldest` it would be possible."""
+
+    group: int
+    position: int
+    oldest: int
+
+class PageClass:
+    """What a page's tokens are; pages are evicted as video, audio, reply, text; anchors never."""
+
+    ANCHOR: ClassVar[PageClass]
+    TEXT: ClassVar[PageClass]
+    AUDIO: ClassVar[PageClass]
+    VIDEO: ClassVar[PageClass]
+    REPLY: ClassVar[PageClass]
+    def __init__(self, value: int) -> None: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
+class LayerGroup:
+    """The layers with one window and head shape: one page id serves all of them.
+
+    pages: all of them, with the zero page 0; columns: the most pages of one session. With a window
+    the pages are filled whatever the class and leave when the window has passed, but `history`
+    positions later, so that a rewind can go back that far at least.
+    """
+
+    def __init__(
+        self,
+        *,
+        pages: int,
+        columns: int,
+        page_rows: int = 64,
+        window: int | None = None,
+        history: int = 0,
+    ) -> None: ...
+    @property
+    def pages(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def page_rows(self) -> int: ...
+    @property
+    def window(self) -> int | None: ...
+    @property
+    def history(self) -> int: ...
+
+class Session(NamedTuple):
+    slot: int  # row of the device tables
+    epoch: int  # how often the slot has been opened
+
+class Span(NamedTuple):
+    """Rows row..row + count of the group's pages laid end to end (row / page_rows is the page)."""
+
+    group: int
+    row: int
+    count: int
+
+class CopyCommand(NamedTuple):
+    """Copy the first `rows` rows before the target is written to, or the source page reused."""
+
+    group: int
+    source: int
+    target: int
+    rows: int
+
+class PageRef(NamedTuple):
+    group: int
+    page: int  # -1 while the session is suspended
+    base: int
+    used: int
+    page_class: PageClass  # in a group with a window always TEXT
+
+class GroupStats(NamedTuple):
+    pages: int  # = 1 + free + waiting + reserved + held
+    free: int
+    waiting: int  # behind the tick fence
+    reserved: int
+    held: int
+    shared: int  # of those held: by several sessions
+
+class SessionStats(NamedTuple):
+    length: int
+    priority: int
+    in_transaction: bool
+    suspended: bool
+    pages: list[list[int]]  # [group][page class]
+
+class PageTable:
+    """Which page holds which tokens of which session: the host's side of the rolling cache.
+
+    Bookkeeping only: the caller writes, copies and saves the pages' contents. Deterministic; for
+    one thread. In a group without a window pages do not mix classes: where the class of the tokens
+    changes, the page is closed with fewer rows used and positions go on in the next page. So with
+    page_rows 64, 70 text tokens and 3 of audio make pages of (base, used) = (0, 64), (64, 6),
+    (70, 3), and with a window (0, 64), (64, 9).
+
+    Every verb raises UnknownSession for a stale handle, RuntimeError when the session is not in the
+    phase that the verb is for (at rest unless it says otherwise), and ValueError for a bad value;
+    whatever raises has changed nothing. A page freed in tick n is used again from n + lag on.
+    """
+
+    def __init__(self, groups: Sequence[LayerGroup], *, max_sessions: int, lag: int) -> None: ...
+    def open(self, budgets: dict[PageClass, int], *, priority: int = 0) -> Session:
+        """budgets: pages per class, all five of at least 1, in each group without a window.
+
+        Raises OutOfSessions.
+        """
+
+    def close(self, session: Session) -> None:
+        """In any phase."""
+
+    def reserve(self, session: Session, runs: Sequence[tuple[PageClass, int]]) -> list[int]:
+        """Begins a transaction: at most these tokens, in runs of one class, in their order.
+
+        Returns the pages held ready per group: exactly what the full runs take. Raises OutOfPages
+        or BudgetExceeded.
+        """
+
+    def append(
+        self, session: Session, page_class: PageClass, tokens: int
+    ) -> tuple[int, list[Span]]:
+        """In a transaction: the first token's position, and per group where the tokens go.
+
+        Taken from the first run, not before the last one used, that has as many tokens left; the
+        runs before it are given up. Raises ReservationExceeded.
+        """
+
+    def commit(self, session: Session) -> None:
+        """Ends a transaction: rolls windows, evicts each class's oldest pages over its budget."""
+
+    def roll_back(self, session: Session) -> None:
+        """Ends a transaction: the session's pages and length are those before reserve()."""
+
+    def roll(self, session: Session, group: int, pages: int) -> int:
+        """Frees up to `pages` pages, by class and age; returns how many.
+
+        Not anchors, not the newest page, none that another session shares. ValueError for a group
+        with a window.
+        """
+
+    def mark(self, session: Session) -> int:
+        """The length, for rewind(); replaces the mark before. A rewind below it drops it."""
+
+    def rewind(self, session: Session, position: int | None = None) -> list[CopyCommand]:
+        """Drops the tokens from `position` on, or from the mark.
+
+        A page that would be written to next is copied where it is shared. Raises WindowPassed,
+        OutOfPages, or RuntimeError when there is no mark.
+        """
+
+    def fork(self, session: Session, *, priority: int = 0) -> tuple[Session, list[CopyCommand]]:
+        """A session with the same tokens and budgets: shares full pages, copies the open ones.
+
+        Raises OutOfSessions or OutOfPages.
+        """
+
+    def suspend(self, session: Session) -> list[PageRef]:
+        """Frees the session's pages; save these before the fence lets them be reused."""
+
+    def resume(self, session: Session) -> list[PageRef]:
+        """When suspended: where to restore the saved pages, in suspend()'s order.
+
+        Pages that were shared are its own then. Raises OutOfPages.
+        """
+
+    def victim(self, session: Session) -> Session:
+        """Who gives pages for `session`, in any phase; itself when there is no other.
+
+        Of the sessions at rest with at most its priority the one of the lowest, then the one that
+        committed last the longest ago.
+        """
+
+    def tick(self, n: int) -> None:
+        """Begins tick n, greater than the last; pages whose fence has passed are free."""
+
+    def take_deltas(self, out: Buffer) -> int:
+        """Writes what changed in the device tables since the last call; returns how many entries.
+
+        out: int64, contiguous, of at least 6 * num_deltas: rows of (group, slot, index, page, base,
+        rows), each (group, slot, index) once, page -1 where the entry is unused. Of the page only
+        its first `rows` rows are positions; all of them while it is being filled, where causality
+        alone hides the rest.
+        """
+
+    @property
+    def num_deltas(self) -> int: ...
+    def pages(self, session: Session, group: int) -> list[PageRef]:
+        """As the device's table has them: without order."""
+
+    def session_stats(self, session: Session) -> SessionStats: ...
+    def stats(self) -> list[GroupStats]:
+        """Per group. Counts every page: not for every tick."""
+
+    @property
+    def num_sessions(self) -> int:
+        """Those open, suspended ones too."""
+
+    @property
+    def work(self) -> int:
+        """Elementary changes since the beginning: what a tick costs, without a clock."""
+
+    def check_invariants(self) -> None:
+        """Raises RuntimeError if the table contradicts itself. Looks at everything."""
