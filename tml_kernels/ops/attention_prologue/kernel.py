@@ -20,22 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.ragged import session_of
 from .configs import ANY_SLOT, SHIPPED, Config, Problem, choose_config
 from .tile import convolve, heads, load_heads, normalize, rotate, to_e4m3, write_state
 
 BLOCK_S = 128  # session ends compared at a time
 SIZES = ["T", "S", "N", "P"]  # change from tick to tick: one compiled kernel serves all
-
-
-@triton.jit
-def _session_of(start_ptr, t, S, BLOCK_S: tl.constexpr):
-    """How many sessions end at or before token t: its session row, or S for padding."""
-    session = 0
-    for s in range(0, S, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        end_s = tl.load(start_ptr + 1 + offs_s, mask=offs_s < S, other=2147483647)
-        session += tl.sum((end_s <= t).to(tl.int32), axis=0)
-    return session
 
 
 @triton.jit
@@ -115,7 +105,7 @@ def attention_prologue_kernel(
     Q_PARTS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     KV_PARTS: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
     t, part = tl.program_id(0), tl.program_id(1)
-    session = _session_of(start_ptr, t, S, BLOCK_S)
+    session = session_of(start_ptr, t, S, BLOCK_S)
     slot = tl.load(slot_ptr + session, mask=session < S, other=-1).to(tl.int64)
     first = tl.load(start_ptr + session).to(tl.int64)
     end = tl.load(start_ptr + session + 1, mask=session < S, other=0).to(tl.int64)

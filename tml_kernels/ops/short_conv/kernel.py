@@ -16,21 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.ragged import session_of
 from .configs import SHIPPED, Config, Problem, choose_config
 
 BLOCK_S = 128  # session ends compared at a time
 SIZES = ["T", "S", "N"]  # change from tick to tick: one compiled kernel serves all
-
-
-@triton.jit
-def _session_of(start_ptr, t, S, BLOCK_S: tl.constexpr):
-    """How many sessions end at or before token t: its session row, or S for padding."""
-    session = 0
-    for s in range(0, S, BLOCK_S):
-        offs_s = s + tl.arange(0, BLOCK_S)
-        end_s = tl.load(start_ptr + 1 + offs_s, mask=offs_s < S, other=2147483647)
-        session += tl.sum((end_s <= t).to(tl.int32), axis=0)
-    return session
 
 
 @triton.jit
@@ -130,7 +120,7 @@ def short_conv_kernel(
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
-    session = _session_of(start_ptr, t, S, BLOCK_S)
+    session = session_of(start_ptr, t, S, BLOCK_S)
     slot = tl.load(slot_ptr + session, mask=session < S, other=-1).to(tl.int64)
     first = tl.load(start_ptr + session).to(tl.int64)
     end = tl.load(start_ptr + session + 1, mask=session < S, other=0).to(tl.int64)
