@@ -26,7 +26,6 @@ class Problem:
     format: str
     shared_format: str
     block_n: int
-    quantize_x: bool = False
 
 
 @dataclass(frozen=True)
