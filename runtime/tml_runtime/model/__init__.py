@@ -3,9 +3,9 @@
 from .config import ModelConfig as ModelConfig
 from .frontend import TickInput as TickInput
 from .layout import TurnLayout as TurnLayout
+from .load import CheckpointError as CheckpointError
 from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput
 from .scale import scale_frames as scale_frames
 from .state import ModelState as ModelState
-from .tensor_file import CheckpointError as CheckpointError

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
+from tml_kernels._tensor_file import TensorFile, TensorFileError, write_tensor_file
+
+from ..errors import TmlRuntimeError
 from .config import ModelConfig
-from .tensor_file import CheckpointError, TensorFile, write_tensor_file
 from .weights import (
     FLOW_PREFIX,
     ModelWeights,
@@ -21,9 +23,14 @@ from .weights import (
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+FLOATS = ("F32", "BF16", "F16")
 IGNORED_PREFIX = "model.mtp."  # multi-token-prediction layers: they draft, the model runs without
 
 _log = logging.getLogger(__name__)
+
+
+class CheckpointError(TmlRuntimeError, TensorFileError):
+    """A checkpoint that cannot be used: which `file`, which `tensor` ("" for the file), why."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +114,7 @@ def _open(path: Path) -> dict[str, TensorFile]:
         if (path / INDEX).is_file():
             return _open_shards(path / INDEX)
         path = path / SINGLE
-    file = TensorFile(path)
+    file = TensorFile(path, CheckpointError)
     return dict.fromkeys(file.entries, file)
 
 
@@ -122,7 +129,7 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
         if shard.parent != index.parent:
             raise CheckpointError(index, name, f"its shard {shard} is not beside the index")
         if shard not in opened:
-            opened[shard] = TensorFile(shard)
+            opened[shard] = TensorFile(shard, CheckpointError)
         if name not in opened[shard].entries:
             raise CheckpointError(shard, name, "missing, though the index says it is here")
     for shard, file in opened.items():
@@ -148,8 +155,9 @@ def _check(
             raise CheckpointError(
                 files[name].path, name, f"has shape {files[name].shape(name)}, expected {shape}"
             )
-        else:
-            files[name].tensor(name)  # its dtype can be read
+        elif (dtype := files[name].entries[name].dtype) not in FLOATS:
+            reason = f"dtype {dtype} is not one of {', '.join(FLOATS)}"
+            raise CheckpointError(files[name].path, name, reason)
     num_flow = sum(name.startswith(FLOW_PREFIX) for name in wanted)
     if 0 < len(random) < num_flow:
         raise CheckpointError(path, random[0], "missing, while other parts of the head are there")

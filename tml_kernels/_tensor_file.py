@@ -11,21 +11,27 @@ import json
 import mmap
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import TmlRuntimeError
-
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
 MAX_HEADER = 100_000_000  # bytes, the specification's own limit
 
 
-class CheckpointError(TmlRuntimeError, ValueError):
-    """A checkpoint that cannot be used: which `file`, which `tensor` ("" for the file), why."""
+class TensorFileError(ValueError):
+    """A file that cannot be used: which `file`, which `tensor` ("" for the file), why."""
 
     def __init__(self, file: Path, tensor: str, reason: str) -> None:
         super().__init__(f"{file}: {tensor + ': ' if tensor else ''}{reason}")
@@ -42,15 +48,22 @@ class Entry(NamedTuple):
 
 
 class TensorFile:
-    """One mapped safetensors file. Its header is checked in full before a tensor is handed out."""
+    """One mapped safetensors file. Its header is checked in full before a tensor is handed out.
 
-    def __init__(self, path: Path) -> None:
+    error: made from (file, tensor, reason) and raised for whatever is wrong with the file.
+    """
+
+    def __init__(
+        self, path: Path, error: Callable[[Path, str, str], Exception] = TensorFileError
+    ) -> None:
         self.path = path
+        self._make_error = error
         try:
             with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-            raise CheckpointError(path, "", f"cannot be read: {error}") from None
+                self.bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as caught:  # ValueError: an empty file cannot be mapped
+            raise self._error("", f"cannot be read: {caught}") from None
+        self.metadata: dict[str, str] = {}
         self.entries = self._read_header()
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -60,38 +73,39 @@ class TensorFile:
         """A read-only view of the file, valid while this object lives."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise CheckpointError(
-                self.path, name, f"dtype {entry.dtype} is not one of {', '.join(DTYPES)}"
-            )
+            raise self._error(name, f"dtype {entry.dtype} is not one of {', '.join(DTYPES)}")
         if entry.begin == entry.end:
             return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         with warnings.catch_warnings():
             # torch warns that writing to a read-only mapping is undefined; nothing here writes.
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             flat = torch.frombuffer(
-                self._bytes,
+                self.bytes,
                 dtype=torch.uint8,
                 count=entry.end - entry.begin,
                 offset=entry.begin,
             )
         return flat.view(DTYPES[entry.dtype]).view(entry.shape)
 
+    def _error(self, tensor: str, reason: str) -> Exception:
+        return self._make_error(self.path, tensor, reason)
+
     def _read_header(self) -> dict[str, Entry]:
-        size = len(self._bytes)
+        size = len(self.bytes)
         if size < 8:
-            raise CheckpointError(self.path, "", f"{size} bytes are too few for a header")
-        (length,) = struct.unpack_from("<Q", self._bytes)
+            raise self._error("", f"{size} bytes are too few for a header")
+        (length,) = struct.unpack_from("<Q", self.bytes)
         if length > min(MAX_HEADER, size - 8):
-            raise CheckpointError(
-                self.path, "", f"truncated: the header has {length} bytes, the file {size}"
-            )
+            raise self._error("", f"truncated: the header has {length} bytes, the file {size}")
         try:
-            header = json.loads(self._bytes[8 : 8 + length])
+            header = json.loads(self.bytes[8 : 8 + length])
         except ValueError as error:
-            raise CheckpointError(self.path, "", f"the header is not JSON: {error}") from None
+            raise self._error("", f"the header is not JSON: {error}") from None
         if not isinstance(header, dict):
-            raise CheckpointError(self.path, "", "the header is not a table of tensors")
-        header.pop("__metadata__", None)
+            raise self._error("", "the header is not a table of tensors")
+        metadata = header.pop("__metadata__", None)
+        if isinstance(metadata, dict):
+            self.metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
         return {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}
 
     def _entry(self, name: str, fields: object, base: int) -> Entry:
@@ -103,28 +117,27 @@ class TensorFile:
             numbers = (*shape, begin, end)
             assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
         except (AssertionError, KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                self.path, name, f"its header entry is malformed: {fields!r:.100}"
-            ) from None
-        if base + end > len(self._bytes):
-            raise CheckpointError(
-                self.path,
+            raise self._error(name, f"its header entry is malformed: {fields!r:.100}") from None
+        if base + end > len(self.bytes):
+            raise self._error(
                 name,
-                f"truncated: its data end at byte {base + end}, the file at {len(self._bytes)}",
+                f"truncated: its data end at byte {base + end}, the file at {len(self.bytes)}",
             )
         if dtype in DTYPES:
             needed = torch.Size(shape).numel() * DTYPES[dtype].itemsize
             if end - begin != needed:
-                raise CheckpointError(
-                    self.path, name, f"{dtype} {shape} takes {needed} bytes, it has {end - begin}"
+                raise self._error(
+                    name, f"{dtype} {shape} takes {needed} bytes, it has {end - begin}"
                 )
         return Entry(dtype, shape, base + begin, base + end)
 
 
-def write_tensor_file(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Write float32, bfloat16 or float16 tensors, one after the other, in the order given."""
+def write_tensor_file(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors of `DTYPES`, one after the other, in the order given."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, dict] = {}
+    header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     tensors, offset = list(tensors), 0
     for name, tensor in tensors:
         end = offset + tensor.numel() * tensor.itemsize
