@@ -180,6 +180,7 @@ setup(
         extension(
             CORE,
             "csrc/bind_core.cpp",
+            "csrc/kv/page_image.cpp",
             "csrc/kv/page_stats.cpp",
             "csrc/kv/page_table.cpp",
             "csrc/kv/page_transaction.cpp",

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <map>
 #include <optional>
@@ -13,6 +14,8 @@
 namespace py = pybind11;
 
 namespace {
+
+constexpr int64_t kDefaultSpan = 2048;
 
 py::dict build_info() {
   py::dict info;
@@ -96,9 +99,10 @@ class NamedTuple {
 struct Tuples {
   explicit Tuples(py::module_& m)
       : session(m, "Session", "slot epoch"),
-        span(m, "Span", "group row count"),
         copy(m, "CopyCommand", "group source target rows"),
         page(m, "PageRef", "group page base used page_class"),
+        page_image(m, "PageImage", "group base used page_class positions"),
+        session_image(m, "SessionImage", "length mark priority budgets rolled_to pages"),
         group_stats(m, "GroupStats", "pages free waiting reserved held shared"),
         session_stats(m, "SessionStats", "length priority in_transaction suspended pages") {}
 
@@ -112,8 +116,16 @@ struct Tuples {
     for (const auto& r : refs) list.append(page(r.group, r.page, r.base, r.used, r.cls));
     return list;
   }
+  py::object image(const tml::SessionImage& image) const {
+    py::list pages;
+    for (const auto& p : image.pages) {
+      pages.append(page_image(p.group, p.base, p.used, static_cast<int>(p.cls), p.positions));
+    }
+    const auto mark = image.mark < 0 ? std::nullopt : std::optional(image.mark);
+    return session_image(image.length, mark, image.priority, image.budgets, image.rolled_to, pages);
+  }
 
-  NamedTuple session, span, copy, page, group_stats, session_stats;
+  NamedTuple session, copy, page, page_image, session_image, group_stats, session_stats;
 };
 
 tml::Session session_of(const py::tuple& handle) {
@@ -129,6 +141,13 @@ auto on_session(Result (Self::*verb)(tml::Session, Args...)) {
   };
 }
 
+template <typename Result, typename... Args>
+auto on_session(Result (tml::PageTable::*verb)(tml::Session, Args...) const) {
+  return [verb](const tml::PageTable& self, const py::tuple& session, Args... args) {
+    return (self.*verb)(session_of(session), std::forward<Args>(args)...);
+  };
+}
+
 tml::Budgets budgets_of(const std::map<tml::PageClass, int64_t>& budgets) {
   TML_CHECK(budgets.size() == tml::kNumClasses, "budgets: expected one of each class, got ",
             budgets.size());
@@ -138,6 +157,71 @@ tml::Budgets budgets_of(const std::map<tml::PageClass, int64_t>& budgets) {
     array[static_cast<int>(cls)] = pages;
   }
   return array;
+}
+
+// Images come from files: whatever is in there instead is a ValueError.
+int64_t int_of(const py::handle& value, const char* name) {
+  TML_CHECK(PyLong_CheckExact(value.ptr()), name, ": expected an int, got ",
+            Py_TYPE(value.ptr())->tp_name);
+  int overflow = 0;
+  const int64_t number = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  TML_CHECK(overflow == 0, name, " does not fit into int64");
+  return number;
+}
+
+py::sequence items_of(const py::handle& value, const char* name) {
+  TML_CHECK(PyTuple_Check(value.ptr()) || PyList_Check(value.ptr()), name,
+            ": expected a list or a tuple, got ", Py_TYPE(value.ptr())->tp_name);
+  return py::reinterpret_borrow<py::sequence>(value);
+}
+
+py::sequence fields_of(const py::handle& value, const char* name, size_t count) {
+  const py::sequence fields = items_of(value, name);
+  TML_CHECK(fields.size() == count, name, ": expected ", count, " values, got ", fields.size());
+  return fields;
+}
+
+std::vector<int64_t> ints_of(const py::handle& value, const char* name) {
+  std::vector<int64_t> ints;
+  for (const py::handle& item : items_of(value, name)) ints.push_back(int_of(item, name));
+  return ints;
+}
+
+tml::SessionImage image_of(const py::handle& value) {
+  const py::sequence fields = fields_of(value, "image", 6);
+  tml::SessionImage image{
+      int_of(fields[0], "length"), -1, int_of(fields[2], "priority"), {}, {}, {}};
+  if (!fields[1].is_none()) {
+    image.mark = int_of(fields[1], "mark");
+    TML_CHECK(image.mark >= 0, "mark=", image.mark);
+  }
+  const auto budgets = ints_of(fields_of(fields[3], "budgets", tml::kNumClasses), "budgets");
+  std::copy(budgets.begin(), budgets.end(), image.budgets.begin());
+  image.rolled_to = ints_of(fields[4], "rolled_to");
+  for (const py::handle& item : items_of(fields[5], "pages")) {
+    const py::sequence page = fields_of(item, "page", 5);
+    const int64_t cls = int_of(page[3], "page_class");
+    TML_CHECK(cls >= 0 && cls < tml::kNumClasses, "page_class=", cls);
+    image.pages.push_back({int_of(page[0], "group"), int_of(page[1], "base"),
+                           int_of(page[2], "used"), static_cast<tml::PageClass>(cls),
+                           ints_of(page[4], "positions")});
+  }
+  return image;
+}
+
+int64_t append(tml::PageTable& table, const py::tuple& session, tml::PageClass cls, int64_t tokens,
+               const py::buffer& rows, int64_t column) {
+  const py::buffer_info info = rows.request(true);
+  TML_CHECK(info.item_type_is_equivalent_to<int64_t>(), "rows: expected int64, got ", info.format);
+  TML_CHECK(info.ndim == 2, "rows: expected [groups, T], got ndim=", info.ndim);
+  TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, "rows is not contiguous");
+  TML_CHECK(info.shape[0] == table.num_groups(), "rows: groups=", info.shape[0], ", not ",
+            table.num_groups());
+  const int64_t width = info.shape[1];
+  TML_CHECK(column >= 0 && column <= width, "column=", column, " rows: T=", width);
+  TML_CHECK(tokens <= width - column, "tokens=", tokens, " column=", column, " rows: T=", width);
+  return table.append(session_of(session), cls, tokens, static_cast<int64_t*>(info.ptr) + column,
+                      width);
 }
 
 int64_t take_deltas(tml::PageTable& table, const py::buffer& out) {
@@ -159,13 +243,17 @@ void bind_kv_types(py::module_& m) {
       .value("VIDEO", tml::PageClass::kVideo)
       .value("REPLY", tml::PageClass::kReply);
   py::class_<tml::GroupSpec>(m, "LayerGroup")
-      .def(py::init([](int64_t pages, int64_t columns, int64_t page_rows,
-                       std::optional<int64_t> window, int64_t history) {
-             TML_CHECK(!window || *window > 0, "window=", *window);
-             return tml::GroupSpec{pages, columns, page_rows, window.value_or(0), history};
-           }),
-           py::kw_only(), py::arg("pages"), py::arg("columns"), py::arg("page_rows") = 64,
-           py::arg("window") = py::none(), py::arg("history") = 0)
+      .def(
+          py::init([](int64_t pages, int64_t columns, int64_t page_rows,
+                      std::optional<int64_t> window, int64_t history, std::optional<int64_t> span) {
+            TML_CHECK(!window || *window > 0, "window=", *window);
+            TML_CHECK(!window || !span, "span=", *span, " window=", *window);
+            return tml::GroupSpec{pages,     columns,
+                                  page_rows, window.value_or(0),
+                                  history,   span.value_or(window ? 0 : kDefaultSpan)};
+          }),
+          py::kw_only(), py::arg("pages"), py::arg("columns"), py::arg("page_rows") = 64,
+          py::arg("window") = py::none(), py::arg("history") = 0, py::arg("span") = py::none())
       .def_readonly("pages", &tml::GroupSpec::pages)
       .def_readonly("columns", &tml::GroupSpec::columns)
       .def_readonly("page_rows", &tml::GroupSpec::page_rows)
@@ -173,27 +261,24 @@ void bind_kv_types(py::module_& m) {
                              [](const tml::GroupSpec& spec) {
                                return spec.window > 0 ? std::optional(spec.window) : std::nullopt;
                              })
-      .def_readonly("history", &tml::GroupSpec::history);
+      .def_readonly("history", &tml::GroupSpec::history)
+      .def_property_readonly("span", [](const tml::GroupSpec& spec) {
+        return spec.window > 0 ? std::nullopt : std::optional(spec.span);
+      });
 }
 
 using PyPageTable = py::class_<tml::PageTable>;
 
-void bind_transactions(PyPageTable& table, const Tuples& make) {
+void bind_transactions(PyPageTable& table) {
   table.def("reserve", on_session(&tml::PageTable::reserve), py::arg("session"), py::arg("runs"))
-      .def(
-          "append",
-          [make](tml::PageTable& self, const py::tuple& session, tml::PageClass cls,
-                 int64_t tokens) {
-            const auto appended = self.append(session_of(session), cls, tokens);
-            py::list spans;
-            for (const auto& s : appended.spans) spans.append(make.span(s.group, s.row, s.count));
-            return py::make_tuple(appended.position, spans);
-          },
-          py::arg("session"), py::arg("page_class"), py::arg("tokens"))
+      .def("append", &append, py::arg("session"), py::arg("page_class"), py::arg("tokens"),
+           py::arg("rows"), py::arg("column") = 0)
       .def("commit", on_session(&tml::PageTable::commit), py::arg("session"))
       .def("roll_back", on_session(&tml::PageTable::roll_back), py::arg("session"))
       .def("tick", &tml::PageTable::tick, py::arg("n"))
       .def("take_deltas", &take_deltas, py::arg("out"))
+      .def("first_key", &tml::PageTable::first_key, py::arg("group"))
+      .def_property_readonly("num_keys", &tml::PageTable::num_keys)
       .def_property_readonly("num_deltas", &tml::PageTable::num_deltas);
 }
 
@@ -227,24 +312,35 @@ void bind_sessions(PyPageTable& table, const Tuples& make) {
           },
           py::arg("session"), py::kw_only(), py::arg("priority") = 0)
       .def(
-          "suspend",
-          [make](tml::PageTable& self, const py::tuple& session) {
-            return make.pages(self.suspend(session_of(session)));
-          },
-          py::arg("session"))
-      .def(
-          "resume",
-          [make](tml::PageTable& self, const py::tuple& session) {
-            return make.pages(self.resume(session_of(session)));
-          },
-          py::arg("session"))
-      .def(
           "victim",
           [make](const tml::PageTable& self, const py::tuple& session) {
             const auto victim = self.victim(session_of(session));
             return make.session(victim.slot, victim.epoch);
           },
           py::arg("session"));
+}
+
+void bind_images(PyPageTable& table, const Tuples& make) {
+  const auto pages_of = [make](std::vector<tml::PageRef> (tml::PageTable::*verb)(tml::Session)) {
+    return [make, verb](tml::PageTable& self, const py::tuple& session) {
+      return make.pages((self.*verb)(session_of(session)));
+    };
+  };
+  table.def("suspend", pages_of(&tml::PageTable::suspend), py::arg("session"))
+      .def("resume", pages_of(&tml::PageTable::resume), py::arg("session"))
+      .def(
+          "image",
+          [make](const tml::PageTable& self, const py::tuple& session) {
+            return make.image(self.image(session_of(session)));
+          },
+          py::arg("session"))
+      .def(
+          "restore",
+          [make](tml::PageTable& self, const py::object& image) {
+            const auto session = self.restore(image_of(image));
+            return make.session(session.slot, session.epoch);
+          },
+          py::arg("image"));
 }
 
 void bind_stats(PyPageTable& table, const Tuples& make) {
@@ -255,6 +351,8 @@ void bind_stats(PyPageTable& table, const Tuples& make) {
             return make.pages(self.pages(session_of(session), group));
           },
           py::arg("session"), py::arg("group"))
+      .def("positions", on_session(&tml::PageTable::positions), py::arg("session"),
+           py::arg("group"))
       .def(
           "session_stats",
           [make](const tml::PageTable& self, const py::tuple& session) {
@@ -284,7 +382,8 @@ void bind_page_table(py::module_& m) {
   table.def(py::init<std::vector<tml::GroupSpec>, int64_t, int64_t>(), py::arg("groups"),
             py::kw_only(), py::arg("max_sessions"), py::arg("lag"));
   bind_sessions(table, make);
-  bind_transactions(table, make);
+  bind_transactions(table);
+  bind_images(table, make);
   bind_stats(table, make);
 }
 

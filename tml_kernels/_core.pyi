@@ -70,9 +70,10 @@ class PageClass:
 class LayerGroup:
     """The layers with one window and head shape: one page id serves all of them.
 
-    pages: all of them, with the zero page 0; columns: the most pages of one session. With a window
-    the pages are filled whatever the class and leave when the window has passed, but `history`
-    positions later, so that a rewind can go back that far at least.
+    pages: all of them, with the zero page 0; columns: the most pages of one session. Without a
+    window a page's positions lie in base..base + span; span is 2048 unless given, and at least
+    page_rows. With a window the pages are filled whatever the class and leave when the window has
+    passed, but `history` positions later, so that a rewind can go back that far at least.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class LayerGroup:
         page_rows: int = 64,
         window: int | None = None,
         history: int = 0,
+        span: int | None = None,
     ) -> None: ...
     @property
     def pages(self) -> int: ...
@@ -94,17 +96,13 @@ class LayerGroup:
     def window(self) -> int | None: ...
     @property
     def history(self) -> int: ...
+    @property
+    def span(self) -> int | None:
+        """None with a window."""
 
 class Session(NamedTuple):
     slot: int  # row of the device tables
     epoch: int  # how often the slot has been opened
-
-class Span(NamedTuple):
-    """Rows row..row + count of the group's pages laid end to end (row / page_rows is the page)."""
-
-    group: int
-    row: int
-    count: int
 
 class CopyCommand(NamedTuple):
     """Copy the first `rows` rows before the target is written to, or the source page reused."""
@@ -120,6 +118,23 @@ class PageRef(NamedTuple):
     base: int
     used: int
     page_class: PageClass  # in a group with a window always TEXT
+
+class PageImage(NamedTuple):
+    group: int
+    base: int
+    used: int
+    page_class: int  # PageClass.value
+    positions: list[int]  # of the `used` rows
+
+class SessionImage(NamedTuple):
+    """A session without its pages' contents, in plain values that can be written to a file."""
+
+    length: int
+    mark: int | None
+    priority: int
+    budgets: list[int]  # [page class]
+    rolled_to: list[int]  # [group]: positions below have left the window
+    pages: list[PageImage]  # group by group, in the order of suspend() and resume()
 
 class GroupStats(NamedTuple):
     pages: int  # = 1 + free + waiting + reserved + held
@@ -140,14 +155,17 @@ class PageTable:
     """Which page holds which tokens of which session: the host's side of the rolling cache.
 
     Bookkeeping only: the caller writes, copies and saves the pages' contents. Deterministic; for
-    one thread. In a group without a window pages do not mix classes: where the class of the tokens
-    changes, the page is closed with fewer rows used and positions go on in the next page. So with
-    page_rows 64, 70 text tokens and 3 of audio make pages of (base, used) = (0, 64), (64, 6),
-    (70, 3), and with a window (0, 64), (64, 9).
+    one thread. In a group without a window pages do not mix classes: every class has an open page,
+    its newest while used < page_rows and length - base < span, which its next token goes to. A
+    page's rows hold ascending positions, with gaps where the other classes' tokens are. With
+    page_rows 4 and span 8, four ticks of 2 audio tokens and 1 of reply make pages of positions
+    (0, 1, 3, 4), (6, 7, 9, 10) for audio and (2, 5, 8), (11) for reply: 11 lies at 2 + span. With a
+    window they make (0..3), (4..7), (8..11).
 
     Every verb raises UnknownSession for a stale handle, RuntimeError when the session is not in the
     phase that the verb is for (at rest unless it says otherwise), and ValueError for a bad value;
-    whatever raises has changed nothing. A page freed in tick n is used again from n + lag on.
+    whatever raises has changed nothing. A page freed in tick n is used again from n + lag on, with
+    lag 0 at once.
     """
 
     def __init__(self, groups: Sequence[LayerGroup], *, max_sessions: int, lag: int) -> None: ...
@@ -163,14 +181,18 @@ class PageTable:
     def reserve(self, session: Session, runs: Sequence[tuple[PageClass, int]]) -> list[int]:
         """Begins a transaction: at most these tokens, in runs of one class, in their order.
 
-        Returns the pages held ready per group: exactly what the full runs take. Raises OutOfPages
-        or BudgetExceeded.
+        Returns the pages held ready per group: exactly what the full runs take, and fewer tokens
+        never take more. Raises OutOfPages or BudgetExceeded.
         """
 
     def append(
-        self, session: Session, page_class: PageClass, tokens: int
-    ) -> tuple[int, list[Span]]:
-        """In a transaction: the first token's position, and per group where the tokens go.
+        self, session: Session, page_class: PageClass, tokens: int, rows: Buffer, column: int = 0
+    ) -> int:
+        """In a transaction: where the tokens go; returns the first one's position.
+
+        rows: int64, contiguous, [groups, T] with T >= column + tokens. Token i goes to row
+        rows[g, column + i] of group g's pages laid end to end: page * page_rows + row in the page.
+        The other columns are left as they are.
 
         Taken from the first run, not before the last one used, that has as many tokens left; the
         runs before it are given up. Raises ReservationExceeded.
@@ -185,7 +207,7 @@ class PageTable:
     def roll(self, session: Session, group: int, pages: int) -> int:
         """Frees up to `pages` pages, by class and age; returns how many.
 
-        Not anchors, not the newest page, none that another session shares. ValueError for a group
+        Not anchors, no class's open page, none that another session shares. ValueError for a group
         with a window.
         """
 
@@ -195,12 +217,12 @@ class PageTable:
     def rewind(self, session: Session, position: int | None = None) -> list[CopyCommand]:
         """Drops the tokens from `position` on, or from the mark.
 
-        A page that would be written to next is copied where it is shared. Raises WindowPassed,
-        OutOfPages, or RuntimeError when there is no mark.
+        Pages that are open then are copied where they are shared. Raises WindowPassed, OutOfPages,
+        or RuntimeError when there is no mark.
         """
 
     def fork(self, session: Session, *, priority: int = 0) -> tuple[Session, list[CopyCommand]]:
-        """A session with the same tokens and budgets: shares full pages, copies the open ones.
+        """A session with the same tokens and budgets: shares its pages, copies the open ones.
 
         Raises OutOfSessions or OutOfPages.
         """
@@ -212,6 +234,16 @@ class PageTable:
         """When suspended: where to restore the saved pages, in suspend()'s order.
 
         Pages that were shared are its own then. Raises OutOfPages.
+        """
+
+    def image(self, session: Session) -> SessionImage:
+        """At rest or suspended: what restore() needs. image(restore(x)) equals x."""
+
+    def restore(self, image: SessionImage) -> Session:
+        """A new, suspended session with these pages; resume() tells where their contents go.
+
+        The image may come from anywhere, also as lists: everything is checked. Raises ValueError,
+        or OutOfSessions.
         """
 
     def victim(self, session: Session) -> Session:
@@ -227,16 +259,25 @@ class PageTable:
     def take_deltas(self, out: Buffer) -> int:
         """Writes what changed in the device tables since the last call; returns how many entries.
 
-        out: int64, contiguous, of at least 6 * num_deltas: rows of (group, slot, index, page, base,
-        rows), each (group, slot, index) once, page -1 where the entry is unused. Of the page only
-        its first `rows` rows are positions; all of them while it is being filled, where causality
-        alone hides the rest.
+        out: int64, contiguous, of at least 4 * num_deltas: rows of (key, page, base, rows), each
+        key once. The tables of all groups are flat buffers of num_keys entries: key is
+        first_key(group) + slot * columns + index. Of the page its first `rows` rows hold tokens;
+        with a window `rows` is always page_rows, and causality hides the rest. An entry that is
+        not used is (key, -1, 0, 0).
         """
 
+    @property
+    def num_keys(self) -> int:
+        """Entries of all device tables: the sum of max_sessions * columns."""
+
+    def first_key(self, group: int) -> int: ...
     @property
     def num_deltas(self) -> int: ...
     def pages(self, session: Session, group: int) -> list[PageRef]:
         """As the device's table has them: without order."""
+
+    def positions(self, session: Session, group: int) -> list[list[int]]:
+        """Of every page's used rows, in the order of pages()."""
 
     def session_stats(self, session: Session) -> SessionStats: ...
     def stats(self) -> list[GroupStats]:

@@ -1,8 +1,9 @@
 // The pages of one layer group: free, waiting behind the tick fence, or held. No page is searched
 // for: every function but advance() is O(1), and that is O(pages it frees).
 //
-// A page freed in tick n may be handed out again from tick n + lag on: until then the device may
-// still read it. Page 0 is the zero page, which padding points to, and is never handed out.
+// A page freed in tick n may be handed out again from tick n + lag on, with lag = 0 at once: until
+// then the device may still read it. Page 0 is the zero page, which padding points to, and is never
+// handed out.
 #pragma once
 
 #include <cstdint>
@@ -44,6 +45,10 @@ class PagePool {
   // One holder less; true when it was the last.
   bool release(int32_t page, int64_t tick) {
     if (--refs_[page] > 0) return false;
+    if (lag_ == 0) {
+      free_.push_back(page);
+      return true;
+    }
     waiting_[(first_ + num_waiting_++) % num_pages()] = {page, tick};
     return true;
   }

@@ -13,34 +13,47 @@ void require(bool cond, const char* what, const Values&... values) {
 
 }  // namespace
 
+int64_t PageTable::first_key(int64_t group) const {
+  TML_CHECK(group >= 0 && group < num_groups(), "group=", group);
+  return first_key_[group];
+}
+
 void PageTable::take_deltas(int64_t* out) {
   for (const auto& [g, slot, index] : dirty_) {
-    const State& s = sessions_[slot];
-    const PageList& list = s.groups[g].list;
+    const PageList& list = sessions_[slot].groups[g].list;
+    const int64_t key = first_key_[g] + slot * specs_[g].columns + index;
     int64_t page = -1, base = 0, rows = 0;
     if (index < list.size() && list[index].page >= 0) {
       page = list[index].page;
       base = list[index].base;
-      // A page that is still being filled is bounded by causality alone.
-      rows = index == open_tail(s, g) ? specs_[g].page_rows : list[index].used;
+      rows = specs_[g].window > 0 ? specs_[g].page_rows : list[index].used;
     }
-    for (const int64_t word : {int64_t{g}, int64_t{slot}, int64_t{index}, page, base, rows}) {
-      *out++ = word;
-    }
-    is_dirty_[first_key_[g] + slot * specs_[g].columns + index] = 0;
+    for (const int64_t word : {key, page, base, rows}) *out++ = word;
+    is_dirty_[key] = 0;
   }
   dirty_.clear();
 }
 
 std::vector<PageRef> PageTable::pages(Session session, int64_t group) const {
   const State& s = find(session);
-  TML_CHECK(group >= 0 && group < static_cast<int64_t>(specs_.size()), "group=", group);
+  TML_CHECK(group >= 0 && group < num_groups(), "group=", group);
   const PageList& list = s.groups[group].list;
   std::vector<PageRef> refs;
   for (int32_t i = 0; i < list.size(); ++i) {
     refs.push_back({group, list[i].page, list[i].base, list[i].used, list[i].cls});
   }
   return refs;
+}
+
+std::vector<std::vector<int64_t>> PageTable::positions(Session session, int64_t group) const {
+  const State& s = find(session);
+  TML_CHECK(group >= 0 && group < num_groups(), "group=", group);
+  const PageList& list = s.groups[group].list;
+  std::vector<std::vector<int64_t>> all(list.size());
+  for (int32_t i = 0; i < list.size(); ++i) {
+    for (int32_t row = 0; row < list[i].used; ++row) all[i].push_back(position(s, group, i, row));
+  }
+  return all;
 }
 
 SessionStats PageTable::stats(Session session) const {
@@ -109,42 +122,86 @@ void PageTable::check_session(const State& s, std::vector<std::vector<int32_t>>&
       require((page < 0) == (s.phase == Phase::kSuspended), "pages of a suspended session");
       if (page >= 0) ++refs[g][page];
     }
-    const int32_t tail = s.phase == Phase::kSuspended ? -1 : open_tail(s, g);
-    require(tail < 0 || pools_[g].refs(group.list[tail].page) == 1, "the open page is shared");
-    check_list(s, g);
+    require(s.phase == Phase::kSuspended || group.positions.empty(), "positions saved at rest");
+    const std::string what = fault(s, g);
+    require(what.empty(), what.c_str(), ", group=", g);
+    if (s.phase == Phase::kSuspended) continue;
+    for (const PageClass cls : kClasses) {
+      const int32_t open = open_page(s, g, cls, s.length);
+      require(open < 0 || pools_[g].refs(group.list[open].page) == 1, "the open page is shared");
+    }
   }
 }
 
-void PageTable::check_list(const State& s, size_t g) const {
-  const PageList& list = s.groups[g].list;
+// What contradicts itself in a session's pages of one group, empty if nothing does.
+std::string PageTable::fault(const State& s, size_t g) const {
+  const auto& [list, spare, rolled_to, saved] = s.groups[g];
   const GroupSpec& spec = specs_[g];
-  int64_t seen = 0, end = 0;
+  if (list.size() > spec.columns) return concat("columns: pages=", list.size());
+  int64_t seen = 0, newest_base = -1;
+  std::vector<int64_t> all;
   for (int32_t i = list.oldest(); i >= 0; i = list.newer(i), ++seen) {
-    const PageEntry& entry = list[i];
-    require(entry.used > 0 && entry.used <= spec.page_rows, "used=", entry.used);
-    require(entry.base >= end, "pages overlap: base=", entry.base, " end=", end);
-    require(spec.window == 0 || seen == 0 || entry.base == end, "a hole in a window");
-    end = entry.end();
+    const std::string what = page_fault(s, g, i);
+    if (!what.empty()) return what;
+    if (list[i].base <= newest_base) return concat("ages: base=", list[i].base);
+    newest_base = list[i].base;
+    for (int32_t row = 0; row < list[i].used; ++row) all.push_back(position(s, g, i, row));
   }
-  require(seen == list.size() && end <= s.length, "ages: seen=", seen, " end=", end);
-  if (spec.window > 0) {
-    const int64_t needed_from = std::max<int64_t>(0, s.length - spec.window + 1);
-    require(needed_from == s.length ||
-                (list.size() > 0 && end == s.length && list[list.oldest()].base <= needed_from),
-            "a window without its keys, length=", s.length);
+  if (seen != list.size()) return concat("ages: seen=", seen, " pages=", list.size());
+  std::sort(all.begin(), all.end());
+  const auto twice = std::adjacent_find(all.begin(), all.end());
+  if (twice != all.end()) return concat("position=", *twice, " is there twice");
+  for (const PageClass cls : kClasses) {
+    const std::string what = class_fault(s, g, cls);
+    if (!what.empty()) return what;
   }
-  for (int c = 0; c < kNumClasses; ++c) {
-    const auto cls = static_cast<PageClass>(c);
-    int64_t count = 0;
-    end = 0;
-    for (int32_t i = list.oldest(cls); i >= 0; i = list.newer_of_class(i), ++count) {
-      require(list[i].cls == cls && list[i].base >= end, "class chain of ", class_name(cls));
-      end = list[i].end();
+  if (spec.window == 0) return rolled_to == 0 ? "" : concat("rolled_to=", rolled_to);
+  const bool is_whole = all.empty() ? rolled_to == s.length
+                                    : all.front() == rolled_to && all.back() == s.length - 1 &&
+                                          all.back() - all.front() + 1 == int64_t(all.size());
+  if (!is_whole || rolled_to > std::max<int64_t>(0, s.length - spec.window + 1)) {
+    return concat("a window without its keys: rolled_to=", rolled_to, " length=", s.length);
+  }
+  return "";
+}
+
+std::string PageTable::page_fault(const State& s, size_t g, int32_t index) const {
+  const auto& [page, used, base, cls] = s.groups[g].list[index];
+  if (used <= 0 || used > specs_[g].page_rows) return concat("used=", used, " base=", base);
+  if (base < 0 || position(s, g, index, 0) != base) {
+    return concat("position=", position(s, g, index, 0), " base=", base);
+  }
+  for (int32_t row = 1; row < used; ++row) {
+    const int64_t here = position(s, g, index, row);
+    if (here <= position(s, g, index, row - 1)) return concat("position=", here, " descends");
+  }
+  const int64_t last = position(s, g, index, used - 1);
+  if (last >= s.length) return concat("position=", last, " length=", s.length);
+  if (last - base >= specs_[g].span) return concat("position=", last, " leaves base=", base);
+  return "";
+}
+
+std::string PageTable::class_fault(const State& s, size_t g, PageClass cls) const {
+  const PageList& list = s.groups[g].list;
+  int64_t count = 0;
+  for (int32_t i = list.oldest(cls); i >= 0; i = list.newer_of_class(i), ++count) {
+    if (list[i].cls != cls) return concat("class chain of ", class_name(cls));
+    const int32_t older = list.older_of_class(i);
+    if (older < 0) continue;
+    const int64_t base = list[i].base;
+    if (base <= position(s, g, older, list[older].used - 1)) {
+      return concat("pages of ", class_name(cls), " overlap: base=", base);
     }
-    require(count == list.count(cls), "class count of ", class_name(cls));
-    require(spec.window > 0 || s.phase == Phase::kReserved || count <= s.budgets[c],
-            "over budget at rest: ", class_name(cls));
+    if (list[older].used < specs_[g].page_rows && base - list[older].base < specs_[g].span) {
+      return concat("page of ", class_name(cls), " was closed early: base=", list[older].base);
+    }
   }
+  if (count != list.count(cls)) return concat("class count of ", class_name(cls));
+  const int64_t budget = s.budgets[static_cast<int>(cls)];
+  if (specs_[g].window == 0 && s.phase != Phase::kReserved && count > budget) {
+    return concat(class_name(cls), ": pages=", count, " budget=", budget);
+  }
+  return "";
 }
 
 }  // namespace tml

@@ -1,6 +1,7 @@
 #include "page_table.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace tml {
 
@@ -16,19 +17,25 @@ PageTable::PageTable(std::vector<GroupSpec> groups, int64_t max_sessions, int64_
   TML_CHECK(lag >= 0, "lag=", lag);
   State state;
   size_t num_keys = 0;
-  for (const GroupSpec& spec : specs_) {
+  for (GroupSpec& spec : specs_) {
     TML_CHECK(spec.pages > 1 && spec.pages < kMaxTokens, "pages=", spec.pages);
     TML_CHECK(spec.columns > 0 && spec.columns < kMaxTokens, "columns=", spec.columns);
     TML_CHECK(spec.page_rows > 0 && spec.page_rows < kMaxTokens, "page_rows=", spec.page_rows);
     TML_CHECK(spec.window >= 0 && spec.window < kMaxTokens, "window=", spec.window);
     TML_CHECK(spec.history >= 0 && spec.history < kMaxTokens, "history=", spec.history);
     TML_CHECK(spec.history == 0 || spec.window > 0, "history=", spec.history, " window=0");
+    TML_CHECK(spec.window == 0 || spec.span == 0, "span=", spec.span, " window=", spec.window);
+    TML_CHECK(spec.window > 0 || (spec.span >= spec.page_rows && spec.span < kMaxTokens),
+              "span=", spec.span, " page_rows=", spec.page_rows);
+    if (spec.window > 0) spec.span = std::numeric_limits<int64_t>::max();  // closes no page
     pools_.emplace_back(spec.pages, lag);
+    row_positions_.emplace_back(spec.window > 0 ? 0 : spec.pages * spec.page_rows);
     first_key_.push_back(num_keys);
     num_keys += spec.columns * max_sessions;
-    state.groups.push_back({PageList(0), {}, 0});
+    state.groups.push_back({PageList(0), {}, 0, {}});
   }
   is_dirty_.assign(num_keys, 0);
+  dirty_.reserve(num_keys);
   sessions_.assign(max_sessions, state);
   for (State& s : sessions_) {
     for (size_t g = 0; g < specs_.size(); ++g) {
@@ -59,10 +66,14 @@ PageTable::State& PageTable::find(Session session, Phase phase, const char* verb
   return s;
 }
 
-Session PageTable::open(const Budgets& budgets, int64_t priority) {
+void PageTable::check_budgets(const Budgets& budgets) const {
   for (int c = 0; c < kNumClasses; ++c) {
     TML_CHECK(budgets[c] > 0, class_name(static_cast<PageClass>(c)), "=", budgets[c]);
   }
+}
+
+Session PageTable::open(const Budgets& budgets, int64_t priority) {
+  check_budgets(budgets);
   if (free_slots_.empty()) throw OutOfSessions(sessions_.size());
   const int64_t slot = free_slots_.back();
   free_slots_.pop_back();
@@ -83,6 +94,7 @@ void PageTable::close(Session session) {
   for (size_t g = 0; g < specs_.size(); ++g) {
     while (s.groups[g].list.size() > 0) remove(s, g, s.groups[g].list.size() - 1);
     s.groups[g].rolled_to = 0;
+    s.groups[g].positions.clear();
   }
   s.phase = Phase::kClosed;
   s.length = 0;
@@ -100,7 +112,8 @@ int64_t PageTable::roll(Session session, int64_t group, int64_t pages) {
     int32_t index = list.oldest(cls);
     while (index >= 0 && freed < pages) {
       int32_t next = list.newer_of_class(index);
-      if (index != list.newest() && pools_[group].refs(list[index].page) == 1) {
+      if (index != open_page(s, group, cls, s.length) &&
+          pools_[group].refs(list[index].page) == 1) {
         if (next == list.size() - 1) next = index;  // where remove() moves it
         freed += remove(s, group, index);
       }
@@ -124,20 +137,25 @@ std::vector<CopyCommand> PageTable::rewind_to_mark(Session session) {
 std::vector<CopyCommand> PageTable::rewind(Session session, int64_t position) {
   State& s = find(session, Phase::kOpen, "rewind");
   TML_CHECK(position >= 0 && position <= s.length, "position=", position, " length=", s.length);
-  std::vector<bool> copies;
+  std::vector<std::pair<size_t, PageClass>> copies;
   for (size_t g = 0; g < specs_.size(); ++g) {
     const int64_t rolled_to = s.groups[g].rolled_to;
     const int64_t oldest = rolled_to == 0 ? 0 : rolled_to + specs_[g].window - 1;
     if (position < oldest) throw WindowPassed(g, position, oldest);
-    const int32_t tail = tail_at(s, g, position);
-    copies.push_back(tail >= 0 && pools_[g].refs(s.groups[g].list[tail].page) > 1);
-    need(g, copies.back());
+    int64_t needed = 0;
+    for (const PageClass cls : kClasses) {
+      const int32_t index = open_page(s, g, cls, position);
+      if (index < 0 || pools_[g].refs(s.groups[g].list[index].page) == 1) continue;
+      copies.emplace_back(g, cls);
+      ++needed;
+    }
+    need(g, needed);
   }
   drop_from(s, position);
   if (s.mark > position) s.mark = -1;
   std::vector<CopyCommand> commands;
-  for (size_t g = 0; g < specs_.size(); ++g) {
-    if (copies[g]) commands.push_back(own(s, g, s.groups[g].list.newest()));
+  for (const auto& [g, cls] : copies) {
+    commands.push_back(own(s, g, s.groups[g].list.newest(cls)));
   }
   return commands;
 }
@@ -145,7 +163,11 @@ std::vector<CopyCommand> PageTable::rewind(Session session, int64_t position) {
 std::pair<Session, std::vector<CopyCommand>> PageTable::fork(Session session, int64_t priority) {
   const State& parent = find(session, Phase::kOpen, "fork");
   if (free_slots_.empty()) throw OutOfSessions(sessions_.size());
-  for (size_t g = 0; g < specs_.size(); ++g) need(g, open_tail(parent, g) >= 0);
+  for (size_t g = 0; g < specs_.size(); ++g) {
+    int64_t num_open = 0;
+    for (const PageClass cls : kClasses) num_open += open_page(parent, g, cls, parent.length) >= 0;
+    need(g, num_open);
+  }
   const Session handle = open(parent.budgets, priority);
   State& child = sessions_[handle.slot];
   child.length = parent.length;
@@ -158,47 +180,12 @@ std::pair<Session, std::vector<CopyCommand>> PageTable::fork(Session session, in
       pools_[g].share(list[i].page);
       touch(child, g, i);
     }
-    const int32_t tail = open_tail(child, g);
-    if (tail >= 0) commands.push_back(own(child, g, tail));
+    for (const PageClass cls : kClasses) {
+      const int32_t index = open_page(child, g, cls, child.length);
+      if (index >= 0) commands.push_back(own(child, g, index));
+    }
   }
   return {handle, commands};
-}
-
-std::vector<PageRef> PageTable::suspend(Session session) {
-  State& s = find(session, Phase::kOpen, "suspend");
-  std::vector<PageRef> saved;
-  for (size_t g = 0; g < specs_.size(); ++g) {
-    const auto refs = pages(session, g);
-    saved.insert(saved.end(), refs.begin(), refs.end());
-  }
-  for (size_t g = 0; g < specs_.size(); ++g) {
-    PageList& list = s.groups[g].list;
-    for (int32_t i = 0; i < list.size(); ++i) {
-      pools_[g].release(list[i].page, tick_);
-      list[i].page = -1;
-      touch(s, g, i);
-    }
-  }
-  s.phase = Phase::kSuspended;
-  return saved;
-}
-
-std::vector<PageRef> PageTable::resume(Session session) {
-  State& s = find(session, Phase::kSuspended, "resume");
-  for (size_t g = 0; g < specs_.size(); ++g) need(g, s.groups[g].list.size());
-  std::vector<PageRef> restored;
-  for (size_t g = 0; g < specs_.size(); ++g) {
-    PageList& list = s.groups[g].list;
-    for (int32_t i = 0; i < list.size(); ++i) {
-      list[i].page = take(g);
-      touch(s, g, i);
-    }
-    const auto refs = pages(session, g);
-    restored.insert(restored.end(), refs.begin(), refs.end());
-  }
-  s.phase = Phase::kOpen;
-  s.last_tick = tick_;
-  return restored;
 }
 
 Session PageTable::victim(Session session) const {
@@ -224,13 +211,36 @@ void PageTable::tick(int64_t n) {
   }
 }
 
-// The page that the next token may go to: the newest, where it ends at the session's end and has
-// room. No other session holds it. -1 where there is none.
-int32_t PageTable::open_tail(const State& s, size_t g) const {
+// Of a group without a window: the positions of an entry's rows.
+const int64_t* PageTable::row_positions(const State& s, size_t g, int32_t index) const {
+  const auto& [list, spare, rolled_to, positions] = s.groups[g];
+  const int64_t rows = specs_[g].page_rows;
+  return s.phase == Phase::kSuspended ? positions.data() + index * rows
+                                      : row_positions_[g].data() + list[index].page * rows;
+}
+
+int64_t PageTable::position(const State& s, size_t g, int32_t index, int32_t row) const {
+  if (specs_[g].window > 0) return s.groups[g].list[index].base + row;
+  return row_positions(s, g, index)[row];
+}
+
+// How many of an entry's rows lie below `position`.
+int32_t PageTable::used_below(const State& s, size_t g, int32_t index, int64_t position) const {
+  const PageEntry& entry = s.groups[g].list[index];
+  if (specs_[g].window > 0) return std::clamp<int64_t>(position - entry.base, 0, entry.used);
+  const int64_t* first = row_positions(s, g, index);
+  if (first[entry.used - 1] < position) return entry.used;
+  return std::lower_bound(first, first + entry.used, position) - first;
+}
+
+// The page that a token of the class at `position` may go to, when the tokens from there on are
+// dropped; -1 where there is none. O(1) at the session's length, else O(pages from `position` on).
+int32_t PageTable::open_page(const State& s, size_t g, PageClass cls, int64_t position) const {
   const PageList& list = s.groups[g].list;
-  const int32_t index = list.newest();
-  const bool open =
-      index >= 0 && list[index].end() == s.length && list[index].used < specs_[g].page_rows;
+  int32_t index = list.newest(cls);
+  while (index >= 0 && list[index].base >= position) index = list.older_of_class(index);
+  const bool open = index >= 0 && position - list[index].base < specs_[g].span &&
+                    used_below(s, g, index, position) < specs_[g].page_rows;
   return open ? index : -1;
 }
 
@@ -245,9 +255,11 @@ int64_t PageTable::evictable(const State& s, size_t g) const {
   if (s.phase != Phase::kOpen || specs_[g].window > 0) return 0;
   const PageList& list = s.groups[g].list;
   int64_t count = 0;
-  for (int32_t i = 0; i < list.size(); ++i) {
-    count += i != list.newest() && list[i].cls != PageClass::kAnchor &&
-             pools_[g].refs(list[i].page) == 1;
+  for (const PageClass cls : kEvictionOrder) {
+    const int32_t open = open_page(s, g, cls, s.length);
+    for (int32_t i = list.oldest(cls); i >= 0; i = list.newer_of_class(i)) {
+      count += i != open && pools_[g].refs(list[i].page) == 1;
+    }
   }
   return count;
 }
@@ -275,22 +287,17 @@ void PageTable::touch(const State& s, size_t g, int32_t index) {
   dirty_.push_back({static_cast<int32_t>(g), static_cast<int32_t>(slot), index});
 }
 
-// What open_tail() would be after a rewind to `position`.
-int32_t PageTable::tail_at(const State& s, size_t g, int64_t position) const {
-  const PageList& list = s.groups[g].list;
-  int32_t index = list.newest();
-  while (index >= 0 && list[index].base >= position) index = list.older(index);
-  const bool open = index >= 0 && list[index].end() >= position &&
-                    position - list[index].base < specs_[g].page_rows;
-  return open ? index : -1;
-}
-
 // Gives the session a page of its own in place of one that it shares and will write to.
 CopyCommand PageTable::own(State& s, size_t g, int32_t index) {
   PageEntry& entry = s.groups[g].list[index];
   const int32_t from = entry.page;
   entry.page = take(g);
   pools_[g].release(from, tick_);
+  if (specs_[g].window == 0) {
+    const int64_t rows = specs_[g].page_rows;
+    int64_t* positions = row_positions_[g].data();
+    std::copy_n(positions + from * rows, entry.used, positions + entry.page * rows);
+  }
   touch(s, g, index);
   return {static_cast<int64_t>(g), from, entry.page, entry.used};
 }

@@ -1,13 +1,27 @@
 // Which page holds which tokens of which session: the host's side of the rolling cache. Pure
 // bookkeeping, deterministic, for one thread; the caller moves the contents.
 //
-// A layer group is the layers with one window and head shape; a page id serves all of them. In a
-// group without a window the pages have a class and never mix them: where the class of the tokens
-// changes, the page is closed with fewer rows used and positions go on in the next. In a group
-// with a window the pages are filled whatever the class, and leave when the window has passed them.
+// A layer group is the layers with one window and head shape; a page id serves all of them.
 //
-// With page_rows = 64, 70 text tokens and then 3 of audio make pages of (base, used) = (0, 64),
-// (64, 6), (70, 3) without a window, and (0, 64), (64, 9) with one.
+// In a group without a window the pages have a class and never mix them: every class has an open
+// page of its own, which its next token goes to. So a page's rows hold ascending positions with
+// gaps, where the other classes' tokens are. The page is closed when it is full, or when the next
+// token of its class would lie at base + span or beyond; from `base` alone one knows then that a
+// page holds nothing but positions of base..base + span. The open page of a class is its newest
+// page, while used < page_rows and length - base < span. It is never shared.
+//
+// In a group with a window the pages are filled whatever the class, so that their positions are
+// contiguous, and leave when the window has passed them.
+//
+// With page_rows = 4 and span = 8, four ticks of 2 audio tokens and 1 of reply make these pages:
+//
+//   position    0 1 2 3 4 5 6 7 8 9 10 11
+//   class       a a r a a r a a r a a  r
+//   no window   audio 0 1 3 4   audio 6 7 9 10   reply 2 5 8   reply 11
+//   a window    0 1 2 3   4 5 6 7   8 9 10 11
+//
+// The first reply page has room, but 11 lies at its base + span. A rewind to 8 drops the pages of
+// base >= 8 and trims the others to audio 0 1 3 4, audio 6 7 and reply 2 5; the last two are open.
 //
 // A tick of a session is a transaction: reserve() the worst case, append() what comes, then
 // commit() or roll_back(). Whatever throws has changed nothing.
@@ -15,6 +29,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -24,7 +39,9 @@
 
 namespace tml {
 
-constexpr int64_t kMaxTokens = int64_t{1} << 31;  // in one reservation, and of any size
+constexpr int64_t kMaxTokens = int64_t{1} << 31;    // in one reservation, and of any size
+constexpr int64_t kMaxPosition = int64_t{1} << 62;  // sums of positions stay in int64
+constexpr PageClass kUnclassed = PageClass::kText;  // of all pages in a group with a window
 
 struct GroupSpec {
   int64_t pages;    // with the zero page
@@ -32,6 +49,7 @@ struct GroupSpec {
   int64_t page_rows;
   int64_t window;   // 0 is none
   int64_t history;  // positions that a rewind can go back at least, beyond the window
+  int64_t span;     // of a page's positions, at least page_rows; 0 with a window
 };
 
 struct Session {
@@ -41,16 +59,6 @@ struct Session {
 using Budgets = std::array<int64_t, kNumClasses>;  // pages per class in each group, no window
 using Run = std::pair<PageClass, int64_t>;         // tokens of one class, in their order
 
-// Rows row..row + count of the group's pages laid end to end: row / page_rows is the page.
-struct Span {
-  int64_t group, row, count;
-};
-
-struct Appended {
-  int64_t position;  // of the first token
-  std::vector<Span> spans;
-};
-
 // Copy the first `rows` rows, before anything is written to `to` or `from` is reused.
 struct CopyCommand {
   int64_t group, from, to, rows;
@@ -59,6 +67,20 @@ struct CopyCommand {
 struct PageRef {
   int64_t group, page, base, used;
   PageClass cls;
+};
+
+struct PageImage {
+  int64_t group, base, used;
+  PageClass cls;
+  std::vector<int64_t> positions;  // [used]
+};
+
+// A session without its pages' contents, to be kept and made a session again, maybe elsewhere.
+struct SessionImage {
+  int64_t length, mark, priority;  // mark -1 is none
+  Budgets budgets;
+  std::vector<int64_t> rolled_to;  // per group: positions below have left its window
+  std::vector<PageImage> pages;    // group by group, in the order of suspend() and resume()
 };
 
 struct GroupStats {
@@ -74,7 +96,7 @@ struct SessionStats {
 
 class PageTable {
  public:
-  static constexpr int kDeltaWords = 6;  // group, slot, index, page, base, rows
+  static constexpr int kDeltaWords = 4;  // key, page, base, rows
 
   PageTable(std::vector<GroupSpec> groups, int64_t max_sessions, int64_t lag);
 
@@ -83,12 +105,15 @@ class PageTable {
 
   // The tick's runs in their order; returns the pages it holds ready, per group.
   std::vector<int64_t> reserve(Session session, const std::vector<Run>& runs);
-  Appended append(Session session, PageClass cls, int64_t tokens);
+
+  // The position of the first token; rows[g * stride + i] = page * page_rows + row of token i in
+  // group g.
+  int64_t append(Session session, PageClass cls, int64_t tokens, int64_t* rows, int64_t stride);
   void commit(Session session);
   void roll_back(Session session);
 
   // Frees up to `pages` pages of a group without a window: video, audio, reply, text, each oldest
-  // first; never an anchor, the newest page, or one that is shared. Returns how many.
+  // first; never an anchor, a class's open page, or one that is shared. Returns how many.
   int64_t roll(Session session, int64_t group, int64_t pages);
   int64_t mark(Session session);
   std::vector<CopyCommand> rewind(Session session, int64_t position);
@@ -97,17 +122,29 @@ class PageTable {
   std::vector<PageRef> suspend(Session session);
   std::vector<PageRef> resume(Session session);
 
+  // At rest or suspended. restore() trusts nothing in it and makes a new, suspended session.
+  SessionImage image(Session session) const;
+  Session restore(const SessionImage& image);
+
   // Who gives pages for `session`: of those at rest the lowest priority up to its own, then the
   // one that committed last the longest ago. Itself when there is no other.
   Session victim(Session session) const;
 
   void tick(int64_t n);
 
-  // What changed in the device tables since the last time, every entry once.
+  // The device tables lie end to end in flat buffers: entry `index` of a session in group g has the
+  // key first_key(g) + slot * columns + index.
+  int64_t num_groups() const { return specs_.size(); }
+  int64_t num_keys() const { return is_dirty_.size(); }
+  int64_t first_key(int64_t group) const;
+
+  // What changed in the device tables since the last time, every key once. `rows` is the page's
+  // `used`, and with a window page_rows, where causality bounds it; unused entries are (-1, 0, 0).
   int64_t num_deltas() const { return dirty_.size(); }
   void take_deltas(int64_t* out);
 
   std::vector<PageRef> pages(Session session, int64_t group) const;  // as the list has them
+  std::vector<std::vector<int64_t>> positions(Session session, int64_t group) const;  // likewise
   SessionStats stats(Session session) const;
   std::vector<GroupStats> stats() const;
   int64_t num_sessions() const { return sessions_.size() - free_slots_.size(); }
@@ -119,8 +156,9 @@ class PageTable {
 
   struct Group {
     PageList list;
-    std::vector<int32_t> spare;  // reserved and not yet in the list
-    int64_t rolled_to = 0;       // positions below have left the window
+    std::vector<int32_t> spare;      // reserved and not yet in the list
+    int64_t rolled_to = 0;           // positions below have left the window
+    std::vector<int64_t> positions;  // of the list's rows, while suspended in no window
   };
 
   struct State {
@@ -136,23 +174,31 @@ class PageTable {
   State& find(Session session, Phase phase, const char* verb);
   int64_t slot_of(const State& s) const { return &s - sessions_.data(); }
 
-  int32_t open_tail(const State& s, size_t g) const;
+  const int64_t* row_positions(const State& s, size_t g, int32_t index) const;
+  int64_t position(const State& s, size_t g, int32_t index, int32_t row) const;
+  int32_t used_below(const State& s, size_t g, int32_t index, int64_t position) const;
+  int32_t open_page(const State& s, size_t g, PageClass cls, int64_t position) const;
   std::pair<int64_t, int64_t> worst_case(const State& s, size_t g, const std::vector<Run>&) const;
   void need(size_t g, int64_t pages) const;
   int64_t evictable(const State& s, size_t g) const;
   int32_t take(size_t g);
   bool remove(State& s, size_t g, int32_t index);
   void touch(const State& s, size_t g, int32_t index);
-  void fill(State& s, size_t g, PageClass cls, int64_t tokens, std::vector<Span>& spans);
+  void fill(State& s, size_t g, PageClass cls, int64_t tokens, int64_t* rows);
   void end_transaction(State& s);
   void drop_from(State& s, int64_t position);
-  int32_t tail_at(const State& s, size_t g, int64_t position) const;
   CopyCommand own(State& s, size_t g, int32_t index);
+  void check_budgets(const Budgets& budgets) const;
+  State state_of(const SessionImage& image) const;
+  std::string fault(const State& s, size_t g) const;
+  std::string page_fault(const State& s, size_t g, int32_t index) const;
+  std::string class_fault(const State& s, size_t g, PageClass cls) const;
   void check_session(const State& s, std::vector<std::vector<int32_t>>& refs) const;
-  void check_list(const State& s, size_t g) const;
 
   std::vector<GroupSpec> specs_;
   std::vector<PagePool> pools_;
+  std::vector<std::vector<int64_t>>
+      row_positions_;  // [groups][pages * page_rows], none in a window
   std::vector<State> sessions_;
   std::vector<int64_t> free_slots_;
   std::vector<size_t> first_key_;  // of each group, in is_dirty_
@@ -164,6 +210,9 @@ class PageTable {
 // In the order in which roll() takes pages; an anchor is pinned.
 constexpr PageClass kEvictionOrder[] = {PageClass::kVideo, PageClass::kAudio, PageClass::kReply,
                                         PageClass::kText};
+
+constexpr PageClass kClasses[] = {PageClass::kAnchor, PageClass::kText, PageClass::kAudio,
+                                  PageClass::kVideo, PageClass::kReply};
 
 const char* class_name(PageClass cls);
 

@@ -1,13 +1,11 @@
 // A session's tick: reserve, append, and commit or roll back.
 #include <algorithm>
+#include <numeric>
 
 #include "page_table.h"
 
 namespace tml {
 namespace {
-
-constexpr int64_t kMaxPosition = int64_t{1} << 62;  // sums of positions stay in int64
-constexpr PageClass kUnclassed = PageClass::kText;  // of all pages in a group with a window
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -44,11 +42,13 @@ std::vector<int64_t> PageTable::reserve(Session session, const std::vector<Run>&
   return needed;
 }
 
-Appended PageTable::append(Session session, PageClass cls, int64_t tokens) {
+int64_t PageTable::append(Session session, PageClass cls, int64_t tokens, int64_t* rows,
+                          int64_t stride) {
   State& s = find(session, Phase::kReserved, "append");
+  TML_CHECK(static_cast<int>(cls) < kNumClasses, "class=", static_cast<int>(cls));
   TML_CHECK(tokens >= 0, "tokens=", tokens);
-  Appended appended{s.length, {}};
-  if (tokens == 0) return appended;
+  const int64_t first = s.length;
+  if (tokens == 0) return first;
   int64_t left = 0;
   size_t run = s.run;
   for (; run < s.runs.size(); ++run) {
@@ -58,9 +58,9 @@ Appended PageTable::append(Session session, PageClass cls, int64_t tokens) {
   if (run == s.runs.size()) throw ReservationExceeded(class_name(cls), tokens, left);
   s.run = run;
   s.runs[run].second -= tokens;
-  for (size_t g = 0; g < specs_.size(); ++g) fill(s, g, cls, tokens, appended.spans);
+  for (size_t g = 0; g < specs_.size(); ++g) fill(s, g, cls, tokens, rows + g * stride);
   s.length += tokens;
-  return appended;
+  return first;
 }
 
 void PageTable::commit(Session session) {
@@ -68,11 +68,13 @@ void PageTable::commit(Session session) {
   end_transaction(s);
   s.last_tick = tick_;
   for (size_t g = 0; g < specs_.size(); ++g) {
-    auto& [list, spare, rolled_to] = s.groups[g];
+    auto& [list, spare, rolled_to, positions] = s.groups[g];
     if (specs_[g].window > 0) {
       const int64_t needed_from = s.length - specs_[g].history - specs_[g].window + 1;
-      while (list.oldest() != list.newest() && list[list.oldest()].end() <= needed_from) {
-        rolled_to = list[list.oldest()].end();
+      while (list.oldest() != list.newest()) {
+        const int64_t end = list[list.oldest()].base + list[list.oldest()].used;
+        if (end > needed_from) break;
+        rolled_to = end;
         remove(s, g, list.oldest());
       }
       continue;
@@ -90,50 +92,69 @@ void PageTable::roll_back(Session session) {
   end_transaction(s);
 }
 
-// Pages that `runs` can take at most, and how many of them are anchors. Fewer tokens in any run
-// never take more: a run that is left out only joins its neighbours.
+// Pages that `runs` take, and how many of them are anchors. Fewer tokens in any run never take
+// more. For a page is a block of its class's tokens, at most page_rows of them within a span, and
+// whatever is left of such a block is one too: leaving tokens out only draws the others together.
+// So the blocks of all tokens still serve those that are left, and filling the open page first
+// makes the fewest blocks that do.
 std::pair<int64_t, int64_t> PageTable::worst_case(const State& s, size_t g,
                                                   const std::vector<Run>& runs) const {
-  const PageList& list = s.groups[g].list;
-  const int64_t rows = specs_[g].page_rows;
-  const int32_t tail = open_tail(s, g);
-  int64_t room = tail < 0 ? 0 : rows - list[tail].used;
-  PageClass last = tail < 0 ? kUnclassed : list[tail].cls;
-  int64_t pages = 0, anchors = 0;
+  const auto& [num_pages, columns, rows, window, history, span] = specs_[g];
+  struct OpenPage {
+    int64_t base = 0, room = 0;
+  };
+  std::array<OpenPage, kNumClasses> open_pages;
+  for (int c = 0; c < kNumClasses; ++c) {
+    const int32_t index = open_page(s, g, static_cast<PageClass>(c), s.length);
+    if (index < 0) continue;
+    open_pages[c] = {s.groups[g].list[index].base, rows - s.groups[g].list[index].used};
+  }
+  int64_t pages = 0, anchors = 0, position = s.length;
   for (const auto& [run_class, tokens] : runs) {
-    if (tokens == 0) continue;
-    const PageClass cls = specs_[g].window > 0 ? kUnclassed : run_class;
-    if (cls != last) room = 0;
-    last = cls;
-    const int64_t fresh = ceil_div(std::max<int64_t>(0, tokens - room), rows);
-    room += fresh * rows - tokens;
+    const PageClass cls = window > 0 ? kUnclassed : run_class;
+    auto& [base, room] = open_pages[static_cast<int>(cls)];
+    const int64_t old = std::clamp<int64_t>(span - (position - base), 0, std::min(tokens, room));
+    // Positions of one run are contiguous, and a span has page_rows of them: new pages get full.
+    const int64_t fresh = ceil_div(tokens - old, rows);
+    room -= old;
+    if (fresh > 0) {
+      base = position + old + (fresh - 1) * rows;
+      room = fresh * rows - (tokens - old);
+    }
+    position += tokens;
     pages += fresh;
     if (cls == PageClass::kAnchor) anchors += fresh;
   }
   return {pages, anchors};
 }
 
-void PageTable::fill(State& s, size_t g, PageClass cls, int64_t tokens, std::vector<Span>& spans) {
-  auto& [list, spare, rolled_to] = s.groups[g];
-  const int64_t rows = specs_[g].page_rows;
-  if (specs_[g].window > 0) cls = kUnclassed;
-  int32_t index = open_tail(s, g);
-  if (index >= 0 && list[index].cls != cls) {
-    touch(s, g, index);  // closed: its unused rows are no positions any more
-    index = -1;
-  }
+void PageTable::fill(State& s, size_t g, PageClass cls, int64_t tokens, int64_t* rows) {
+  auto& [list, spare, rolled_to, positions] = s.groups[g];
+  const int64_t page_rows = specs_[g].page_rows, span = specs_[g].span;
+  const bool has_window = specs_[g].window > 0;
+  if (has_window) cls = kUnclassed;
+  int32_t index = open_page(s, g, cls, s.length);
   for (int64_t done = 0; done < tokens;) {
-    if (index < 0 || list[index].used == rows) {
-      index = list.push({spare.back(), 0, s.length + done, cls});
+    const int64_t position = s.length + done;
+    if (index < 0 || list[index].used == page_rows || position - list[index].base >= span) {
+      index = list.push({spare.back(), 0, position, cls});
       spare.pop_back();
       touch(s, g, index);
     }
     PageEntry& entry = list[index];
-    const int64_t count = std::min(tokens - done, rows - entry.used);
-    spans.push_back({static_cast<int64_t>(g), entry.page * rows + entry.used, count});
+    const int64_t first = entry.page * page_rows + entry.used;
+    const int64_t count =
+        std::min({tokens - done, page_rows - entry.used, span - (position - entry.base)});
+    std::iota(rows + done, rows + done + count, first);
     entry.used += static_cast<int32_t>(count);
     done += count;
-    ++work_;
+    if (has_window) {
+      ++work_;  // the table has had this page with all its rows
+      continue;
+    }
+    int64_t* row_positions = row_positions_[g].data() + first;
+    std::iota(row_positions, row_positions + count, position);
+    touch(s, g, index);
   }
 }
 
@@ -145,18 +166,24 @@ void PageTable::end_transaction(State& s) {
   s.phase = Phase::kOpen;
 }
 
+// A page that reaches `position` from below is the newest of its class that is left: those after it
+// have their base beyond.
 void PageTable::drop_from(State& s, int64_t position) {
-  s.length = position;
   for (size_t g = 0; g < specs_.size(); ++g) {
     PageList& list = s.groups[g].list;
     while (list.newest() >= 0 && list[list.newest()].base >= position) {
       remove(s, g, list.newest());
     }
-    if (list.newest() < 0) continue;
-    PageEntry& tail = list[list.newest()];
-    tail.used = static_cast<int32_t>(std::min<int64_t>(tail.used, position - tail.base));
-    touch(s, g, list.newest());
+    for (const PageClass cls : kClasses) {
+      const int32_t index = list.newest(cls);
+      if (index < 0) continue;
+      const int32_t used = used_below(s, g, index, position);
+      if (used == list[index].used) continue;
+      list[index].used = used;
+      if (specs_[g].window == 0) touch(s, g, index);
+    }
   }
+  s.length = position;
 }
 
 }  // namespace tml

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <thread>
 #include <tuple>
@@ -31,25 +32,40 @@ void expect_throws(F&& f, const char* what) {
   expect(false, what);
 }
 
-PageTable small_table() {
-  return PageTable({{24, 12, 4, 0, 0}, {16, 6, 4, 6, 2}, {20, 8, 4, 1, 0}}, 3, 2);
+constexpr int64_t kNumGroups = 4;
+constexpr int64_t kPageRows[kNumGroups] = {4, 4, 4, 3};
+
+PageTable small_table(int64_t lag) {
+  return PageTable(
+      {{24, 12, 4, 0, 0, 9}, {16, 6, 4, 6, 2, 0}, {20, 8, 4, 1, 0, 0}, {40, 16, 3, 0, 0, 3}}, 3,
+      lag);
+}
+
+bool same(const tml::SessionImage& a, const tml::SessionImage& b) {
+  const auto fields = [](const tml::PageImage& p) {
+    return std::tie(p.group, p.base, p.used, p.cls, p.positions);
+  };
+  return std::tie(a.length, a.mark, a.priority, a.budgets, a.rolled_to) ==
+             std::tie(b.length, b.mark, b.priority, b.budgets, b.rolled_to) &&
+         std::equal(a.pages.begin(), a.pages.end(), b.pages.begin(), b.pages.end(),
+                    [&](const auto& p, const auto& q) { return fields(p) == fields(q); });
 }
 
 constexpr tml::Budgets kBudgets = {2, 2, 2, 3, 2};
 
 class Fuzz {
  public:
-  explicit Fuzz(unsigned seed) : rng_(seed) {}
+  Fuzz(unsigned seed, int64_t lag) : table_(small_table(lag)), rng_(seed) {}
 
   // A random verb; what it refuses must be refused for a reason that it names.
   void step() {
     try {
-      switch (rng_() % 14) {
+      switch (rng_() % 16) {
         case 0:
           handles_.push_back(table_.open(kBudgets, below(3)));
           break;
         case 1:
-          if (below(4) == 0) table_.close(any());
+          if (below(2) == 0) table_.close(any());
           break;
         case 2:
         case 3:
@@ -80,6 +96,12 @@ class Fuzz {
         case 12:
           table_.resume(any());
           break;
+        case 13:
+          copy_by_image(any());
+          break;
+        case 14:
+          damage_image(any());
+          break;
         default:
           table_.victim(any());
           drain();
@@ -93,6 +115,7 @@ class Fuzz {
   }
 
   int64_t refused() const { return refused_; }
+  int64_t damaged() const { return damaged_; }
 
   void close_all() {
     for (const auto handle : handles_) {
@@ -116,12 +139,33 @@ class Fuzz {
 
   std::vector<std::tuple<int64_t, int64_t, int64_t>> contents(tml::Session session) const {
     std::vector<std::tuple<int64_t, int64_t, int64_t>> all;
-    for (int64_t group = 0; group < 3; ++group) {
+    for (int64_t group = 0; group < kNumGroups; ++group) {
       for (const auto& ref : table_.pages(session, group)) {
         all.emplace_back(ref.page, ref.base, ref.used);
       }
     }
     return all;
+  }
+
+  // The rows of one append are those that the pages tell, position by position.
+  void append(tml::Session session, PageClass cls, int64_t tokens) {
+    std::vector<int64_t> rows(kNumGroups * tokens, -1);
+    const int64_t first = table_.append(session, cls, tokens, rows.data(), tokens);
+    for (int64_t group = 0; group < kNumGroups; ++group) {
+      const auto refs = table_.pages(session, group);
+      const auto positions = table_.positions(session, group);
+      int64_t found = 0;
+      for (size_t i = 0; i < refs.size(); ++i) {
+        for (int64_t row = 0; row < refs[i].used; ++row) {
+          const int64_t token = positions[i][row] - first;
+          if (token < 0) continue;
+          ++found;
+          expect(rows[group * tokens + token] == refs[i].page * kPageRows[group] + row,
+                 "append: the rows");
+        }
+      }
+      expect(found == tokens, "append: every token has a row");
+    }
   }
 
   void transact(tml::Session session) {
@@ -131,12 +175,13 @@ class Fuzz {
     const int64_t length = table_.stats(session).length;
     table_.reserve(session, runs);
     for (const auto& [cls, tokens] : runs) {
-      table_.append(session, cls, below(tokens + 1));
+      append(session, cls, below(tokens + 1));
       table_.check_invariants();
     }
-    expect_throws<tml::ReservationExceeded>([&] { table_.append(session, PageClass::kText, 100); },
-                                            "append: more than reserved");
-    if (below(2) == 0) return table_.commit(session);
+    expect_throws<tml::ReservationExceeded>(
+        [&] { table_.append(session, PageClass::kText, 100, nullptr, 0); },
+        "append: more than reserved");
+    if (below(4) > 0) return table_.commit(session);
     table_.roll_back(session);
     expect(contents(session) == before, "roll_back: the pages are those before");
     expect(table_.stats(session).length == length, "roll_back: the length is that before");
@@ -149,27 +194,73 @@ class Fuzz {
     expect(table_.stats(session).length == position, "rewind: to the position");
   }
 
+  void copy_by_image(tml::Session session) {
+    const auto image = table_.image(session);
+    handles_.push_back(table_.restore(image));
+    expect(same(table_.image(handles_.back()), image), "restore: the image again");
+  }
+
+  // One number of an image is changed: it is refused, or makes a session like any other.
+  void damage_image(tml::Session session) {
+    auto image = table_.image(session);
+    std::vector<int64_t*> numbers = {&image.length, &image.mark};
+    for (int64_t& budget : image.budgets) numbers.push_back(&budget);
+    for (int64_t& rolled_to : image.rolled_to) numbers.push_back(&rolled_to);
+    for (auto& page : image.pages) {
+      numbers.insert(numbers.end(), {&page.group, &page.base, &page.used});
+      for (int64_t& position : page.positions) numbers.push_back(&position);
+    }
+    constexpr int64_t kMin = std::numeric_limits<int64_t>::min();
+    constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+    int64_t& number = *numbers[below(numbers.size())];
+    const int64_t near = std::clamp<int64_t>(number, -1, kMax - 4);
+    const int64_t values[] = {kMin, -1, 0, near - 1, near + 1, near + 4, kMax};
+    number = values[below(std::size(values))];
+    try {
+      handles_.push_back(table_.restore(image));
+      expect(same(table_.image(handles_.back()), image), "restore: the changed image");
+    } catch (const tml::Error&) {
+      ++damaged_;
+    }
+  }
+
   void drain() {
     std::vector<int64_t> deltas(table_.num_deltas() * PageTable::kDeltaWords);
     table_.take_deltas(deltas.data());
     expect(table_.num_deltas() == 0, "deltas: taken");
   }
 
-  PageTable table_ = small_table();
+  PageTable table_;
   std::minstd_rand rng_;
   std::vector<tml::Session> handles_;
-  int64_t tick_ = 0, refused_ = 0;
+  int64_t tick_ = 0, refused_ = 0, damaged_ = 0;
 };
 
-void fuzz(unsigned seed) {
-  Fuzz fuzz(seed);
+void fuzz(unsigned seed, int64_t lag) {
+  Fuzz fuzz(seed, lag);
   for (int i = 0; i < 10'000; ++i) fuzz.step();
   expect(fuzz.refused() > 100, "fuzz: reaches the limits");
+  expect(fuzz.damaged() > 100, "fuzz: images are refused");
   fuzz.close_all();
 }
 
+void free_at_once() {
+  PageTable table = small_table(0);
+  for (int i = 0; i < 100; ++i) {
+    const auto session = table.open(kBudgets, 0);
+    std::vector<int64_t> rows(kNumGroups * 8);
+    table.reserve(session, {{PageClass::kText, 8}});
+    table.append(session, PageClass::kText, 8, rows.data(), 8);
+    table.commit(session);
+    table.close(session);
+    for (const auto& stats : table.stats()) {
+      expect(stats.free == stats.pages - 1 && stats.waiting == 0, "lag 0: free without a tick");
+    }
+  }
+}
+
 void refusals() {
-  PageTable table = small_table();
+  PageTable table = small_table(2);
   const auto session = table.open(kBudgets, 0);
   expect_throws<tml::UnknownSession>([&] { table.mark({session.slot, session.epoch + 1}); },
                                      "an epoch that never was");
@@ -189,9 +280,10 @@ void refusals() {
 
 int main() {
   refusals();
+  free_at_once();
   // Tables share nothing, so threads may have one each.
-  std::thread other([] { fuzz(1); });
-  fuzz(2);
+  std::thread other([] { fuzz(1, 2); });
+  fuzz(2, 0);
   other.join();
   std::puts("ok");
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-KV = ("page_stats", "page_table", "page_transaction")
+KV = ("page_image", "page_stats", "page_table", "page_transaction")
 SOURCES = {
     "tick": ["tests/csrc/tick_main.cpp", "csrc/tick/tick_thread.cpp"],
     "kv": ["tests/csrc/kv_main.cpp", *(f"csrc/kv/{name}.cpp" for name in KV)],

@@ -1,12 +1,14 @@
 """Every verb of the page table against a plain dictionary model, with its device side simulated.
 
-The device's tables are built from the deltas alone, and its rows from the spans and copies, so a
-page that is reused too early, or a delta or copy that is missing, shows as a wrong token.
+The device's tables are built from the deltas alone, and its rows from the rows of append() and the
+copies, so a page that is reused too early, or a delta or copy that is missing, shows as a wrong
+token or none.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 from array import array
 
 import pytest
@@ -19,16 +21,15 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from page_oracle import ANCHOR, CLASSES, Device, Model
+from page_oracle import ANCHOR, CLASSES, Device, Model, rows_buffer
 
 from tml_kernels import _core
 from tml_kernels._core import LayerGroup, PageClass, PageTable, Session
 
 BUDGETS: dict[PageClass, int] = dict(zip(CLASSES, (2, 2, 3, 3, 2), strict=True))
 MAX_SESSIONS = 3
-LAG = 2
 GROUPS = (
-    LayerGroup(pages=22, columns=13, page_rows=4),
+    LayerGroup(pages=24, columns=13, page_rows=4, span=9),
     LayerGroup(pages=14, columns=6, page_rows=4, window=6, history=3),
 )
 RUNS = st.lists(st.tuples(st.sampled_from(CLASSES), st.integers(0, 9)), min_size=1, max_size=4)
@@ -47,17 +48,20 @@ def has(phase: str | None):
 
 
 class PageTableMachine(RuleBasedStateMachine):
+    lag = 2
+
     def __init__(self) -> None:
         super().__init__()
-        self.table = PageTable(list(GROUPS), max_sessions=MAX_SESSIONS, lag=LAG)
-        self.device = Device(GROUPS, LAG)
+        self.table = PageTable(list(GROUPS), max_sessions=MAX_SESSIONS, lag=self.lag)
+        self.device = Device(GROUPS, self.table, self.lag)
         self.models: dict[Session, Model] = {}
         self.closed: list[Session] = []
 
     def snapshot(self) -> object:
         held = [self.table.session_stats(s) for s in self.models]
         pages = [self.table.pages(s, g) for s in self.models for g in range(len(GROUPS))]
-        return held, pages, self.table.stats(), self.table.num_deltas, self.table.work
+        rows = [self.table.positions(s, g) for s in self.models for g in range(len(GROUPS))]
+        return held, pages, rows, self.table.stats(), self.table.num_deltas, self.table.work
 
     @contextlib.contextmanager
     def refused(self, error: type[Exception], **fields: int):
@@ -169,10 +173,13 @@ class PageTableMachine(RuleBasedStateMachine):
         # The first run that is long enough takes it, and those before it are given up.
         while model.runs[0][0] != page_class or model.runs[0][1] < tokens:
             del model.runs[0]
-        position, spans = self.table.append(session, page_class, tokens)
+        rows_G_T = rows_buffer(len(GROUPS), tokens + 2)
+        position = self.table.append(session, page_class, tokens, rows_G_T, column=1)
         assert position == model.length
         model.runs[0] = (page_class, model.runs[0][1] - tokens)
-        model.append(page_class, self.device.write(spans, tokens))
+        rows = rows_G_T.tolist()
+        assert all(row[0] == row[-1] == -1 for row in rows)
+        model.append(page_class, self.device.write([row[1:-1] for row in rows], position))
 
     @has("reserved")
     @rule(pick=PICK, part=st.integers(0, 9))
@@ -198,8 +205,12 @@ class PageTableMachine(RuleBasedStateMachine):
     def append_too_much(self, pick: int, page_class: PageClass) -> None:
         session = self.pick(pick, "reserved")
         left = max((n for c, n in self.models[session].runs if c == page_class), default=0)
+        rows_G_T = rows_buffer(len(GROUPS), left + 1)
         with self.refused(_core.ReservationExceeded, tokens=left + 1, left=left):
-            self.table.append(session, page_class, left + 1)
+            self.table.append(session, page_class, left + 1, rows_G_T)
+        with self.refused(ValueError):
+            self.table.append(session, page_class, max(1, left), rows_G_T, column=2)
+        assert all(row == -1 for rows in rows_G_T.tolist() for row in rows)
 
     @has("open")
     @rule(pick=PICK, pages=st.integers(0, 4))
@@ -238,9 +249,9 @@ class PageTableMachine(RuleBasedStateMachine):
         after.rewind(position)
         needed = []
         for group in range(len(GROUPS)):
-            tail = after.open_tail(group)
             page_of = {p.base: p.page for p in self.table.pages(session, group)}
-            needed.append(int(tail is not None and page_of[tail.base] in self.shared(group)))
+            written = {page_of[p.base] for p in after.open_pages(group)}
+            needed.append(len(written & self.shared(group)))
         short = self.out_of_pages(needed)
         if short is not None:
             with self.refused(_core.OutOfPages, **short):
@@ -258,7 +269,7 @@ class PageTableMachine(RuleBasedStateMachine):
                 self.table.fork(session)
             return
         model = self.models[session]
-        short = self.out_of_pages([int(model.open_tail(g) is not None) for g in range(2)])
+        short = self.out_of_pages([len(model.open_pages(g)) for g in range(len(GROUPS))])
         if short is not None:
             with self.refused(_core.OutOfPages, **short):
                 self.table.fork(session)
@@ -289,6 +300,31 @@ class PageTableMachine(RuleBasedStateMachine):
         self.device.restore(self.table.resume(session), model.saved)
         model.phase = "open"
 
+    @has(None)
+    @rule(pick=PICK)
+    def load_an_image(self, pick: int) -> None:
+        """What was kept of a session, through a file's text, is a session again."""
+        session = self.pick(pick, None)
+        model = self.models[session]
+        if model.phase == "reserved":
+            with self.refused(RuntimeError):
+                self.table.image(session)
+            return
+        image = self.table.image(session)
+        assert (image.length, image.mark) == (model.length, model.mark)
+        text = json.loads(json.dumps(image))
+        if len(self.models) == MAX_SESSIONS:
+            with self.refused(_core.OutOfSessions):
+                self.table.restore(text)
+            return
+        refs = [ref for g in range(len(GROUPS)) for ref in self.table.pages(session, g)]
+        child = self.table.restore(text)
+        assert self.table.image(child) == image
+        self.models[child] = model.copy()
+        if model.phase == "open":
+            self.models[child].saved = self.device.read(refs)
+        self.models[child].phase = "suspended"
+
     @rule(steps=st.integers(1, 3))
     def tick(self, steps: int) -> None:
         self.take_deltas()
@@ -299,8 +335,8 @@ class PageTableMachine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def stale_handle(self, pick: int) -> None:
         slot, epoch = session = self.closed[-1 - pick % len(self.closed)]
-        verbs = ("close", "commit", "roll_back", "mark", "rewind", "fork", "suspend", "resume")
-        for verb in (*verbs, "victim", "session_stats"):
+        verbs = ("close", "commit", "roll_back", "mark", "rewind", "fork", "suspend", "image")
+        for verb in (*verbs, "resume", "victim", "session_stats"):
             with self.refused(_core.UnknownSession, slot=slot, epoch=epoch):
                 getattr(self.table, verb)(session)
 
@@ -317,8 +353,8 @@ class PageTableMachine(RuleBasedStateMachine):
                     getattr(self.table, verb)(session)
 
     def take_deltas(self) -> None:
-        out = array("q", bytes(8 * 6 * self.table.num_deltas))
-        assert self.table.take_deltas(out) * 6 == len(out)
+        out = array("q", bytes(8 * 4 * self.table.num_deltas))
+        assert self.table.take_deltas(out) * 4 == len(out)
         self.device.apply(out)
 
     @invariant()
@@ -326,21 +362,33 @@ class PageTableMachine(RuleBasedStateMachine):
         self.table.check_invariants()
         assert self.table.num_sessions == len(self.models)
         self.take_deltas()
-        rows = {session.slot for session in self.models}
-        assert {slot for _, slot, _ in self.device.entries} <= rows
+        groups = range(len(GROUPS))
+        refs = [ref for s in self.models for g in groups for ref in self.table.pages(s, g)]
+        self.device.forget({(ref.group, ref.page) for ref in refs})
+        assert len(self.device.entries) == sum(ref.page >= 0 for ref in refs)
         for session, model in self.models.items():
             stats = self.table.session_stats(session)
             assert stats.length == model.length
             assert stats.suspended == (model.phase == "suspended")
             assert stats.in_transaction == (model.phase == "reserved")
-            for group in range(len(GROUPS)):
-                pages = sorted(self.table.pages(session, group), key=lambda p: p.base)
-                assert [(p.base, p.used) for p in pages] == [
-                    (p.base, len(p.tokens)) for p in model.pages[group]
+            for group in groups:
+                held = zip(
+                    self.table.pages(session, group),
+                    self.table.positions(session, group),
+                    strict=True,
+                )
+                assert sorted((p.base, p.used, p.page_class, rows) for p, rows in held) == [
+                    (p.base, len(p.tokens), p.page_class, [*p.tokens]) for p in model.pages[group]
                 ]
                 expected = {} if model.phase == "suspended" else model.visible(group)
                 assert self.device.visible(session.slot, group, model.length) == expected
 
 
+class FreeAtOnceMachine(PageTableMachine):
+    lag = 0
+
+
 TestPageTable = PageTableMachine.TestCase
 TestPageTable.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestFreeAtOnce = FreeAtOnceMachine.TestCase
+TestFreeAtOnce.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
