@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tml_kernels._pages import FP8, quantize_ref
 from tml_kernels.ops.attention_prologue import attention_prologue, cases
 from tml_kernels.ops.attention_prologue.cases import POOLS, SCALES, reference_inputs
-from tml_kernels.ops.attention_prologue.reference import (
-    FP8,
-    attention_prologue_ref,
-    quantize_ref,
-)
+from tml_kernels.ops.attention_prologue.reference import attention_prologue_ref
 from tml_kernels.testing import assert_bitwise, assert_matches
 
 from .harness import OpBench, Variant

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tml_kernels._pages import FP8
 from tml_kernels.ops.attention_prologue import attention_prologue
 from tml_kernels.ops.attention_prologue.cases import POOLS, SCALES, Case, reference_inputs
 from tml_kernels.ops.attention_prologue.kernel import launch_attention_prologue
-from tml_kernels.ops.attention_prologue.reference import FP8, attention_prologue_ref
+from tml_kernels.ops.attention_prologue.reference import attention_prologue_ref
 from tml_kernels.testing import assert_bitwise, assert_matches
 
 Run = Callable[[dict], Tensor]

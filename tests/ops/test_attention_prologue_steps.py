@@ -10,9 +10,9 @@ import torch
 from kernel_attention_prologue import PATHS, clone, pool_rows, run_kernel
 from torch import Tensor
 
+from tml_kernels._pages import FP8, quantize_ref
 from tml_kernels.ops.attention_prologue import rope_increments
 from tml_kernels.ops.attention_prologue.cases import FURTHEST, POOLS, SCALES, Case
-from tml_kernels.ops.attention_prologue.reference import FP8, quantize_ref
 from tml_kernels.testing import assert_bitwise, assert_matches
 
 PI = "3.141592653589793238462643383279502884197169399375105820974944592307816406286209"

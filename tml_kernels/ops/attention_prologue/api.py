@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._pages import FP8, write_rows
 from ..._ragged import check_below, check_slots, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import ANY_SLOT, MAX_HEAD_WIDTH
-from .reference import FP8, attention_prologue_ref, quantize_ref
+from .reference import attention_prologue_ref
 
 
 def _plain(
@@ -61,18 +62,11 @@ def _plain(
     )
     out.copy_(result.q_T_H_C)
     written = (result.live_T & (kv_row >= 0)).nonzero().squeeze(1)
-    _write_pages(k_pages, k_scale, result.k_T_G_C[written], kv_row[written])
-    _write_pages(v_pages, v_scale, result.v_T_G_C[written], kv_row[written])
+    write_rows(k_pages, k_scale, result.k_T_G_C[written], kv_row[written])
+    write_rows(v_pages, v_scale, result.v_T_G_C[written], kv_row[written])
     if conv_state is not None and result.state_S_2_3_GC is not None:
         active = (slot >= 0).nonzero().squeeze(1)
         conv_state[slot[active].long()] = result.state_S_2_3_GC[active].to(conv_state.dtype)
-
-
-def _write_pages(pages: Tensor, scale: Tensor | None, value_T_G_C: Tensor, kv_row: Tensor) -> None:
-    page, row = kv_row // pages.shape[2], kv_row % pages.shape[2]
-    if scale is not None:
-        value_T_G_C, scale[page, :, row] = quantize_ref(value_T_G_C)
-    pages[page, :, row] = value_T_G_C.to(pages.dtype)
 
 
 def _kernel(*args) -> None:

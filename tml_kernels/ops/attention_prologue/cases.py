@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
+from ..._pages import FP8
+from ..._rope import rope_increments
 from ...testing import Cost, randn
-from .reference import FP8
-from .rope import rope_increments
 
 POOLS = ("k_pages_P_G_R_C", "v_pages_P_G_R_C")
 SCALES = ("k_scale_P_G_R", "v_scale_P_G_R")

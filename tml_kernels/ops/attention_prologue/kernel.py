@@ -20,35 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.heads import heads, load_heads, rotate, write_page
 from ..._triton.ragged import session_of
 from .configs import ANY_SLOT, SHIPPED, Config, Problem, choose_config
-from .tile import convolve, heads, load_heads, normalize, rotate, to_e4m3, write_state
+from .tile import convolve, normalize, write_state
 
 BLOCK_S = 128  # session ends compared at a time
 SIZES = ["T", "S", "N", "P"]  # change from tick to tick: one compiled kernel serves all
-
-
-@triton.jit
-def _write_page(
-    x_h_b_2, kv_row_ptr, pages_ptr, scale_ptr, t, block, P,
-    G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, IS_FP8: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """Some heads' keys or values of token t to row kv_row[t] of the pool."""
-    head_h, column_b_2, mask_h_b_2 = heads(block, G, C, BLOCK_H, BLOCK_B)
-    kv_row = tl.load(kv_row_ptr + t)
-    page = kv_row // R
-    written = (kv_row >= 0) & (page < P)
-    row_h = (page * G + head_h) * R + kv_row % R
-    if IS_FP8:
-        amax_h = tl.max(tl.max(tl.abs(x_h_b_2), axis=2), axis=1)
-        scale_h = tl.div_rn(amax_h, tl.full([BLOCK_H], 448.0, tl.float32))
-        scale_h = tl.where(scale_h == 0.0, 1.0, scale_h)
-        tl.store(scale_ptr + row_h, scale_h, mask=(head_h < G) & written)
-        scale_h_b_2 = tl.broadcast_to(scale_h[:, None, None], x_h_b_2.shape)
-        x_h_b_2 = to_e4m3(tl.div_rn(x_h_b_2, scale_h_b_2))
-    offs_h_b_2 = row_h[:, None, None] * C + column_b_2[None, :, :]
-    tl.store(pages_ptr + offs_h_b_2, x_h_b_2, mask=mask_h_b_2 & written)
 
 
 @triton.jit
@@ -76,7 +54,7 @@ def _keys_or_values(
             x_h_b_2 = normalize(x_h_b_2, norm_ptr, eps, C, BLOCK_B)
         if HAS_ROPE:
             x_h_b_2 = rotate(x_h_b_2, phase_ptr, tl.load(position_ptr + first + k), C, BLOCK_B)
-        _write_page(
+        write_page(
             x_h_b_2, kv_row_ptr, pages_ptr, scale_ptr, first + k, block, P,
             G, C, R, IS_FP8, BLOCK_H, BLOCK_B,
         )  # fmt: skip

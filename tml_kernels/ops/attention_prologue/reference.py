@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..._rope import rotate_ref
+
 TAPS_BEFORE = 3  # the convolution sees the token and the three before it
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 
 
 class Prologue(NamedTuple):
@@ -68,18 +67,10 @@ def attention_prologue_ref(
     if q_norm_C is not None and k_norm_C is not None:
         q_T_H_C, k_T_G_C = _rms(q_T_H_C, q_norm_C, eps), _rms(k_T_G_C, k_norm_C, eps)
     if rope_phase_B is not None and position_T is not None:
-        q_T_H_C = _rotate(q_T_H_C, rope_phase_B, position_T)
-        k_T_G_C = _rotate(k_T_G_C, rope_phase_B, position_T)
+        q_T_H_C = rotate_ref(q_T_H_C, rope_phase_B, position_T)
+        k_T_G_C = rotate_ref(k_T_G_C, rope_phase_B, position_T)
     q_T_H_C = q_T_H_C.masked_fill(~live_T[:, None, None], 0.0)
     return Prologue(q_T_H_C, k_T_G_C, v_T_G_C, new_state, live_T)
-
-
-def quantize_ref(x_T_G_C: Tensor) -> tuple[Tensor, Tensor]:
-    """(fp8 values [T, G, C], scale [T, G]): x is about value * scale, and the largest value of a
-    head is 448. The scale is amax / 448, 1 where that is zero."""
-    scale_T_G = x_T_G_C.abs().amax(-1) / FP8_MAX
-    scale_T_G = torch.where(scale_T_G == 0, 1.0, scale_T_G)
-    return (x_T_G_C / scale_T_G[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale_T_G
 
 
 def _conv(x_T_W: Tensor, before_T_3_W: Tensor, weight_W_4: Tensor) -> Tensor:
@@ -92,16 +83,6 @@ def _conv(x_T_W: Tensor, before_T_3_W: Tensor, weight_W_4: Tensor) -> Tensor:
 def _rms(x_T_H_C: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     scale_T_H_1 = torch.rsqrt(x_T_H_C.square().mean(-1, keepdim=True) + eps)
     return x_T_H_C * scale_T_H_1 * weight_C.to(x_T_H_C.dtype)
-
-
-def _rotate(x_T_H_C: Tensor, phase_B: Tensor, position_T: Tensor) -> Tensor:
-    """Column b and column b + C / 2 turn by position * phase[b] / 2^64 of a full turn."""
-    turns_T_1_B = (position_T[:, None, None] * phase_B).double() * 2.0**-64  # the product wraps
-    angle_T_1_B = 2 * math.pi * turns_T_1_B
-    cos, sin = angle_T_1_B.cos().to(x_T_H_C.dtype), angle_T_1_B.sin().to(x_T_H_C.dtype)
-    low_T_H_B, high_T_H_B = x_T_H_C.chunk(2, -1)
-    turned = (low_T_H_B * cos - high_T_H_B * sin, high_T_H_B * cos + low_T_H_B * sin)
-    return torch.cat(turned, -1)
 
 
 def _plan(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor]:

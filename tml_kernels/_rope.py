@@ -1,7 +1,10 @@
 """Rotary frequencies as 64-bit fixed point: a position of 10^9 costs no precision."""
 
+# Dimension key: T tokens, H heads, C head width, B = C / 2 rotary frequencies.
+
 from __future__ import annotations
 
+import math
 from decimal import Context, Decimal, localcontext
 
 import torch
@@ -29,3 +32,13 @@ def rope_increments(theta: float, head_width: int, device: torch.device | str) -
                  for b in range(0, head_width, 2)]  # fmt: skip
         increments = [int(value.to_integral_value()) for value in exact]
     return torch.tensor(increments, dtype=torch.int64, device=device)
+
+
+def rotate_ref(x_T_H_C: Tensor, phase_B: Tensor, position_T: Tensor) -> Tensor:
+    """Column b and column b + C / 2 turn by position * phase[b] / 2^64 of a full turn."""
+    turns_T_1_B = (position_T[:, None, None] * phase_B).double() * 2.0**-64  # the product wraps
+    angle_T_1_B = 2 * math.pi * turns_T_1_B
+    cos, sin = angle_T_1_B.cos().to(x_T_H_C.dtype), angle_T_1_B.sin().to(x_T_H_C.dtype)
+    low_T_H_B, high_T_H_B = x_T_H_C.chunk(2, -1)
+    turned = (low_T_H_B * cos - high_T_H_B * sin, high_T_H_B * cos + low_T_H_B * sin)
+    return torch.cat(turned, -1)
