@@ -134,8 +134,8 @@ class Build(build_ext):
                 raise SystemExit(f"tml-kernels: TML_CUDA=1, but {error}") from None
             say(
                 f"{error}: {CUDA} is not built. Everything works on the CPU, and the Triton "
-                "kernels on a GPU; bandwidth measurement and graph launch from the tick thread "
-                "do not."
+                "kernels on a GPU; the cache's page kernels are plain torch there; bandwidth "
+                "measurement and graph launch from the tick thread do not work."
             )
             return None
         return archs
@@ -187,7 +187,12 @@ setup(
         ),
         extension(TICK, "csrc/bind_tick.cpp", "csrc/tick/tick_thread.cpp"),
         extension(
-            CUDA, "csrc/bind_cuda.cpp", "csrc/common/stream_read.cu", "csrc/tick/graph_launch.cpp"
+            CUDA,
+            "csrc/bind_cuda.cpp",
+            "csrc/common/stream_read.cu",
+            "csrc/kv/apply_deltas.cu",
+            "csrc/kv/move_pages.cu",
+            "csrc/tick/graph_launch.cpp",
         ),
     ],
     cmdclass={"build_ext": Build},

@@ -25,6 +25,40 @@ def stream_read(data_ptr: int, num_bytes: int, out_ptr: int, num_blocks: int, st
     each block leaves the XOR of the 32-bit words it read. Asynchronous, on the current device.
     """
 
+def apply_deltas(
+    delta_ptr: int,
+    num_deltas: int,
+    row_ptr: int,
+    position_ptr: int,
+    num_positions: int,
+    page_ptr: int,
+    base_ptr: int,
+    rows_ptr: int,
+    num_keys: int,
+    row_position_ptr: int,
+    num_rows: int,
+    stream: int,
+) -> None:
+    """delta int64 [U, 4], row and position int64 [Z], page and rows int32 [Q], base int64 [Q],
+    row_position int64 [W]; see `tml_kernels.ops.apply_deltas`. Asynchronous, on the current device.
+    """
+
+def move_pages(
+    source_ptr: int,
+    source_pages: int,
+    target_ptr: int,
+    target_pages: int,
+    from_ptr: int,
+    to_ptr: int,
+    num_moves: int,
+    num_layers: int,
+    page_bytes: int,
+    stream: int,
+) -> None:
+    """source [L, P, page_bytes], target [L, N, page_bytes], contiguous, of the device or pinned;
+    from and to int64 [I]; see `tml_kernels.ops.move_pages`. Asynchronous, on the current device.
+    """
+
 def graph_launch(graph_exec: int, stream: int, device: int) -> CapsuleType:
     """A captured graph as the step of `tml_runtime._tick.TickThread`, without Python on its path.
 

@@ -1,4 +1,4 @@
-"""Checks of the ragged descriptor's values, for the plain paths: a kernel trusts its caller."""
+"""Checks of descriptors' and indices' values, for the plain paths: a kernel trusts its caller."""
 
 from __future__ import annotations
 
@@ -29,3 +29,11 @@ def check_below(limit: int, **named: Tensor) -> None:
     for name, index in named.items():
         if index.numel() > 0 and (highest := int(index.max())) >= limit:
             raise ValueError(f"{name}: expected values below {limit}, got {highest}")
+
+
+def check_distinct(**named: Tensor) -> None:
+    """Raise ValueError where an index tensor holds a value twice, -1 excepted. Synchronises."""
+    for name, index in named.items():
+        value, count = index[index >= 0].unique(return_counts=True)
+        if (count > 1).any():
+            raise ValueError(f"{name}: {int(value[count > 1][0])} is named twice")

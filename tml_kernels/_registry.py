@@ -28,14 +28,32 @@ class OpBackends:
     why: str
 
 
+@dataclass(frozen=True)
+class Toolchain:
+    """What a kernel is made with. why_not: why such kernels cannot run here, else None."""
+
+    name: str
+    why_not: Callable[[], str | None]
+
+
 def triton_why_not() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (Linux only: pip install triton)"
     return None
 
 
+def cuda_why_not() -> str | None:
+    if importlib.util.find_spec("tml_kernels._cuda") is None:
+        return "tml_kernels._cuda is not built (needs nvcc: TML_CUDA=1 pip install -e . says more)"
+    return None
+
+
+TRITON = Toolchain("triton", triton_why_not)
+CUDA = Toolchain("_cuda", cuda_why_not)
+
+
 def on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Triton launches on the current device, which need not be that of the first tensor."""
+    """Kernels run on the current device, which need not be that of the first tensor."""
 
     def launch(*args: Any) -> None:
         with torch.cuda.device(args[0].device):
@@ -45,21 +63,26 @@ def on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 def register_op(
-    schema: str, *, plain: Callable[..., None], kernel: Callable[..., None] | None = None
+    schema: str,
+    *,
+    plain: Callable[..., None],
+    kernel: Callable[..., None] | None = None,
+    needs: Toolchain = TRITON,
 ) -> torch._ops.OpOverload:
     """Register `tml_kernels::<schema>`; returns the callable overload.
 
     schema: a torch schema whose outputs are mutated arguments, for instance
         "rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()".
-    plain: the reference maths in float32, any device. kernel: the launcher for CUDA tensors.
+    plain: the reference maths in float32, any device. kernel: the launcher for CUDA tensors, whose
+    first argument is on the GPU. needs: what the kernel is made with.
     """
     name = schema.split("(", 1)[0]
-    why = "no kernel for this op yet" if kernel is None else (triton_why_not() or "")
+    why = "no kernel for this op yet" if kernel is None else (needs.why_not() or "")
     _LIB.define(schema)
     _LIB.impl(name, plain, "CPU")
     _LIB.impl(name, plain if why or kernel is None else on_its_device(kernel), "CUDA")
     torch.library.register_fake(f"tml_kernels::{name}", lambda *args, **kwargs: None, lib=_LIB)
-    _BACKENDS[name] = OpBackends("plain", "plain" if why else "triton", why)
+    _BACKENDS[name] = OpBackends("plain", "plain" if why else needs.name, why)
     return getattr(torch.ops.tml_kernels, name).default
 
 

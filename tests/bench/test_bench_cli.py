@@ -11,6 +11,8 @@ from bench.harness import load
 from bench.paths import bench_names, benched_ops, op_names
 from bench.tick import histogram
 
+MOVERS = {"apply_deltas", "move_pages"}  # ops that compute nothing
+
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
@@ -47,7 +49,7 @@ def test_bench_of_an_op_is_complete(name: str) -> None:
     assert set(op.quick) <= set(op.bench)
     for case in op.bench:
         assert case.cost().bytes > 0
-        assert case.cost().flops > 0
+        assert (case.cost().flops > 0) == (name not in MOVERS)
 
 
 def test_unknown_op_of_compile_is_refused() -> None:

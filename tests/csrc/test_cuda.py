@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 
@@ -20,6 +21,21 @@ def test_device_info_without_torch() -> None:
     assert (info["error"] is None) == (info["num_devices"] > 0)
 
 
+def apply_deltas(**changes: int) -> None:
+    names = ("delta_ptr", "row_ptr", "position_ptr", "page_ptr", "base_ptr", "rows_ptr")
+    counts = ("num_deltas", "num_positions", "num_keys", "num_rows")
+    given = dict.fromkeys((*names, "row_position_ptr"), 16) | dict.fromkeys(counts, 1)
+    _cuda.apply_deltas(**given | {"stream": 0} | changes)
+
+
+def move_pages(**changes: int) -> None:
+    names = ("source_ptr", "target_ptr", "from_ptr", "to_ptr")
+    counts = ("source_pages", "target_pages", "num_moves", "num_layers", "page_bytes")
+    _cuda.move_pages(
+        **dict.fromkeys(names, 16) | dict.fromkeys(counts, 1) | {"stream": 0} | changes
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -31,6 +47,40 @@ def test_device_info_without_torch() -> None:
         (lambda: _cuda.stream_read(16, 16, 2, 1, 0), "out=0x2"),
         (lambda: _cuda.stream_read(16, 16, 16, 0, 0), "num_blocks=0"),
         (lambda: _cuda.graph_launch(0, 0, 0), "graph_exec=0"),
+        *(
+            (functools.partial(apply_deltas, **{name: -1}), f"{name}=-1")
+            for name in ("num_deltas", "num_positions", "num_keys", "num_rows")
+        ),
+        *(
+            (
+                functools.partial(apply_deltas, **{f"{name}_ptr": value}),
+                f" {name}={value and hex(value)}$",
+            )
+            for name in ("delta", "row", "position", "base", "row_position")
+            for value in (4, 0)  # not of 8 bytes, null
+        ),
+        *(
+            (
+                functools.partial(apply_deltas, **{f"{name}_ptr": value}),
+                f" {name}={value and hex(value)}$",
+            )
+            for name in ("page", "rows")
+            for value in (2, 0)
+        ),
+        *(
+            (functools.partial(move_pages, **{name: -1}), f"{name}=-1")
+            for name in ("source_pages", "target_pages", "num_moves", "num_layers", "page_bytes")
+        ),
+        *(
+            (
+                functools.partial(move_pages, **{f"{name}_ptr": value}),
+                f" {name}={value and hex(value)}$",
+            )
+            for name in ("from", "to")
+            for value in (4, 0)
+        ),
+        (lambda: move_pages(source_ptr=0), "source=null source_bytes=1"),
+        (lambda: move_pages(target_ptr=0, target_pages=3), "target=null target_bytes=3"),
     ],
 )
 def test_bad_value(call: Callable[[], object], words: str) -> None:
@@ -38,10 +88,23 @@ def test_bad_value(call: Callable[[], object], words: str) -> None:
         call()
 
 
+def test_nothing_to_do_launches_nothing() -> None:
+    """Null pointers are fine then, and no device is asked for."""
+    apply_deltas(num_deltas=0, num_positions=0, delta_ptr=0, row_ptr=0, position_ptr=0)
+    for name in ("num_layers", "page_bytes"):
+        move_pages(source_ptr=0, target_ptr=0, **{name: 0})
+    move_pages(num_moves=0, from_ptr=0, to_ptr=0)
+    move_pages(source_ptr=0, source_pages=0)
+    move_pages(target_ptr=0, target_pages=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_no_device_is_a_runtime_error() -> None:
     with pytest.raises(RuntimeError, match=r"stream_read\.cu:\d+: cudaGetDevice.*: cudaError"):
         _cuda.stream_read_num_blocks()
+    for call in (apply_deltas, move_pages):
+        with pytest.raises(RuntimeError, match=r"launch\.h:\d+: cudaGetDevice.*: cudaError"):
+            call()
     with pytest.raises(RuntimeError, match=r"graph_launch\.cpp:\d+: cudaGetDeviceCount"):
         _cuda.graph_launch(16, 0, 0)
 

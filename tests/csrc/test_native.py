@@ -1,4 +1,4 @@
-"""csrc/tick and csrc/kv compiled as plain C++ and run under the sanitizers."""
+"""csrc/tick, csrc/kv and bodies of its kernels as plain C++, run under the sanitizers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ KV = ("page_image", "page_stats", "page_table", "page_transaction")
 SOURCES = {
     "tick": ["tests/csrc/tick_main.cpp", "csrc/tick/tick_thread.cpp"],
     "kv": ["tests/csrc/kv_main.cpp", *(f"csrc/kv/{name}.cpp" for name in KV)],
+    "pages": ["tests/csrc/pages_main.cpp"],
 }
 
 

@@ -1,8 +1,10 @@
+from .apply_deltas import apply_deltas as apply_deltas
 from .attention_prologue import attention_prologue as attention_prologue
 from .dmel import dmel as dmel
 from .expert_mlp import fused_moe as fused_moe
 from .flow_head import flow_head as flow_head
 from .linear import linear as linear
+from .move_pages import move_pages as move_pages
 from .paged_attention import paged_attention as paged_attention
 from .patch_embed import patch_embed as patch_embed
 from .rms_norm import rms_norm as rms_norm

@@ -1,0 +1,1 @@
+from .api import apply_deltas as apply_deltas

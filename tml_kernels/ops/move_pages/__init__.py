@@ -1,0 +1,1 @@
+from .api import move_pages as move_pages
