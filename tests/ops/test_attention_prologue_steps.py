@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from decimal import Context, Decimal, localcontext
+from decimal import Decimal
 
 import pytest
 import torch
+from exact_turns import exact_turns
 from kernel_attention_prologue import PATHS, clone, pool_rows, run_kernel
 from torch import Tensor
 
@@ -14,16 +15,6 @@ from tml_kernels._pages import FP8, quantize_ref
 from tml_kernels.ops.attention_prologue import rope_increments
 from tml_kernels.ops.attention_prologue.cases import FURTHEST, POOLS, SCALES, Case
 from tml_kernels.testing import assert_bitwise, assert_matches
-
-PI = "3.141592653589793238462643383279502884197169399375105820974944592307816406286209"
-
-
-def exact_turns(theta: str, width: int, position: int) -> list[Decimal]:
-    """The fraction of a turn of every frequency, to sixty digits and more."""
-    with localcontext(Context(prec=80)):
-        per_radian = position / (2 * Decimal(PI))
-        log = Decimal(theta).ln()
-        return [(per_radian * (-2 * b * log / width).exp()) % 1 for b in range(width // 2)]
 
 
 @pytest.mark.parametrize(("theta", "width"), [("10000", 64), ("500000", 128), ("1e6", 256)])

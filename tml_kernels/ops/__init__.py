@@ -10,4 +10,5 @@ from .patch_embed import patch_embed as patch_embed
 from .rms_norm import rms_norm as rms_norm
 from .route import moe_route as moe_route
 from .sample import sample as sample
+from .shift_keys import shift_keys as shift_keys
 from .short_conv import short_conv as short_conv

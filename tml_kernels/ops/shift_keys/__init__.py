@@ -1,0 +1,1 @@
+from .api import shift_keys as shift_keys
