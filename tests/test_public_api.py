@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 PUBLIC = {
     "tml_kernels": [
+        "RollingKVCache",
         "attention_prologue",
         "backend_info",
         "dmel",

@@ -1,5 +1,8 @@
 """Kernels for interaction models: one function per op, checked against float64 references."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from ._info import backend_info as backend_info
 from .moe import fused_moe as fused_moe
 from .moe import moe_layer as moe_layer
@@ -15,9 +18,13 @@ from .ops import rms_norm as rms_norm
 from .ops import sample as sample
 from .ops import short_conv as short_conv
 
+if _TYPE_CHECKING:
+    from .kv_cache import RollingKVCache as RollingKVCache
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "RollingKVCache",
     "attention_prologue",
     "backend_info",
     "dmel",
@@ -33,3 +40,12 @@ __all__ = [
     "sample",
     "short_conv",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """RollingKVCache needs the built extension, which the ops do not: it is imported when asked."""
+    if name == "RollingKVCache":
+        from .kv_cache import RollingKVCache
+
+        return RollingKVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,373 @@
+"""RollingKVCache: pages of many sessions that roll for ever within fixed budgets.
+
+The host decides and the device obeys: `tml_kernels._core.PageTable` keeps the books in O(new
+tokens) whatever a session's age; `apply` sends what changed to the device tables, once a tick.
+"""
+
+# Dimension key: T tokens, K layer groups, N session slots, U deltas.
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._core import (
+    GroupStats,
+    OutOfPages,
+    PageClass,
+    PageRef,
+    PageTable,
+    Session,
+    SessionStats,
+)
+from ..ops.apply_deltas import apply_deltas
+from .checks import check_device_tables
+from .pools import CacheGroup, GroupPages, Pools
+from .saved import describe, read_contents, restore_image
+from .session_file import read_session_file, write_session_file
+from .slot_state import SlotState, SlotTensor
+from .transfer import Contents, copy_pages, gather, scatter, to_device
+
+
+class CacheStats(NamedTuple):
+    groups: list[GroupStats]
+    sessions: int
+    suspended: int
+    host_bytes: int  # contents of suspended sessions
+    ticks: int
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a tick go, on the device; as `attention_prologue` takes it."""
+
+    row_K_T: Tensor  # int64, page * R + row of each token in each group, -1: nowhere
+    position_T: Tensor  # int64
+
+
+class RollingKVCache:
+    """Keys, values and the other state of up to `max_sessions` sessions, all of it preallocated.
+
+    A tick of a session is a transaction: `reserve` the worst case, `append` what comes, run the
+    layers, then `commit`, or `roll_back` to leave no trace. `tick` ends a tick of all sessions:
+    snapshots of `slot_tensors` are taken (a rewind can go to any of the last `num_snapshots`) and
+    pages that were freed `lag` ticks ago may be used again. lag: ticks the device may be behind the
+    host on other streams; 0 where all work is queued on one stream.
+
+    Where pages run out, `reserve` and `resume` make room: they roll the session's own window and
+    then suspend sessions of lower priority, or of the same and idle, to host memory, the idlest
+    first. When that is not enough they raise OutOfPages with figures. Whatever raises has changed
+    nothing but that room. For one thread. Page dtype: float32, bfloat16, float16 or
+    float8_e4m3fn with one float32 scale per token and head.
+
+    >>> group = CacheGroup(num_layers=2, num_kv_heads=2, head_width=64, pages=32, columns=16)
+    >>> cache = RollingKVCache([group], max_sessions=4, page_dtype=torch.bfloat16)
+    >>> session = cache.open({c: 2 for c in CLASSES})
+    >>> cache.reserve(session, [(PageClass.AUDIO, 4), (PageClass.REPLY, 4)])
+    >>> rows = np.full((1, 8), -1)
+    >>> cache.append(session, PageClass.AUDIO, 4, rows)
+    0
+    >>> cache.append(session, PageClass.REPLY, 4, rows, column=4)
+    4
+    >>> cache.apply(rows, np.arange(8)).row_K_T.tolist()
+    [[64, 65, 66, 67, 128, 129, 130, 131]]
+    >>> cache.commit(session)
+    >>> cache.tick()
+    1
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        *,
+        max_sessions: int,
+        page_dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        lag: int = 0,
+        slot_tensors: Mapping[str, SlotTensor] | None = None,
+        num_snapshots: int = 16,
+    ) -> None:
+        self.device = torch.device(device)
+        self.page_dtype = page_dtype
+        self.max_sessions = max_sessions
+        specs = [spec.layer_group() for spec in groups]
+        self._table = PageTable(specs, max_sessions=max_sessions, lag=lag)
+        self._pools = Pools(
+            groups, max_sessions=max_sessions, page_dtype=page_dtype, device=self.device
+        )
+        self._state = SlotState(
+            slot_tensors or {}, max_sessions=max_sessions, num_snapshots=num_snapshots
+        )
+        self._sessions: dict[int, Session] = {}  # by slot
+        self._suspended: dict[Session, Contents] = {}
+        self._retired: deque[tuple[torch.cuda.Event, Contents]] = deque()
+        self._last_commit = [0] * max_sessions
+        self._deltas = np.empty((self._table.num_keys, 4), np.int64)
+        self._tick = 0
+
+    @property
+    def groups(self) -> list[GroupPages]:
+        return self._pools.groups
+
+    # A session's life
+
+    def open(self, budgets: Mapping[PageClass, int], *, priority: int = 0) -> Session:
+        """budgets: the most pages of each class, in each group without a window. Raises
+        OutOfSessions."""
+        return self._opened(self._table.open(dict(budgets), priority=priority))
+
+    def fork(self, session: Session, *, priority: int = 0) -> Session:
+        """Another session that begins as this one is: full pages are shared, open ones copied.
+        Raises OutOfSessions or OutOfPages."""
+        child, copies = self._table.fork(session, priority=priority)
+        copy_pages(self.groups, copies, self.device)
+        self._state.copy(session.slot, child.slot)
+        self._sessions[child.slot] = child
+        self._last_commit[child.slot] = self._tick
+        return child
+
+    def close(self, session: Session) -> None:
+        """Gives back all that the session holds, in a transaction or suspended too."""
+        self._table.close(session)
+        self._suspended.pop(session, None)
+        del self._sessions[session.slot]
+        self._state.reset(session.slot)
+
+    # A tick
+
+    def reserve(self, session: Session, runs: Sequence[tuple[PageClass, int]]) -> None:
+        """Begin a transaction of at most these tokens, of these classes in this order.
+
+        Raises OutOfPages, BudgetExceeded (anchors, or more pages than columns), and RuntimeError
+        where the session is suspended or has had its transaction of this tick.
+        """
+        if self._state.tensors and self._last_commit[session.slot] > self._tick:
+            self._table.session_stats(session)  # UnknownSession comes first
+            raise RuntimeError(f"reserve: slot={session.slot} has committed in this tick already")
+        while True:
+            try:
+                self._table.reserve(session, list(runs))
+                return
+            except OutOfPages as error:
+                if not self._make_room(session, error, roll=True):
+                    raise
+
+    def append(
+        self, session: Session, page_class: PageClass, tokens: int, rows: np.ndarray,
+        column: int = 0,
+    ) -> int:  # fmt: skip
+        """The position of the first of `tokens` new tokens; rows[:, column:] says where they go.
+
+        rows: int64 [groups, T], page * page_rows + row in the group's pages. Raises
+        ReservationExceeded.
+        """
+        return self._table.append(session, page_class, tokens, rows.data, column)
+
+    def apply(self, rows: np.ndarray, positions: np.ndarray) -> Rows:
+        """Bring the device's tables up to date, before the layers run.
+
+        rows, positions: of this tick's tokens, int64 [groups, T] and [T], -1 in rows for tokens of
+        nobody. Queues two copies and one launch; waits for nothing.
+        """
+        if rows.shape != (len(self.groups), len(positions)):
+            expected = (len(self.groups), len(positions))
+            raise ValueError(f"rows: expected shape {expected}, got {rows.shape}")
+        row_K_T, position_T = to_device(rows, self.device), to_device(positions, self.device)
+        in_all = [
+            torch.where(row_T < 0, -1, row_T + group.first_row)
+            for group, row_T in zip(self.groups, row_K_T, strict=True)
+            if group.row_position_P_R is not None
+        ]
+        nobody = position_T[:0]
+        self._apply(
+            torch.cat(in_all) if in_all else nobody,
+            position_T.repeat(len(in_all)) if in_all else nobody,
+        )
+        return Rows(row_K_T, position_T)
+
+    def commit(self, session: Session) -> None:
+        """Keep what was appended. Classes over their budget lose their oldest pages, windows what
+        has left them. Raises RuntimeError outside of a transaction."""
+        self._table.commit(session)
+        self._last_commit[session.slot] = self._tick + 1
+
+    def roll_back(self, session: Session) -> None:
+        """Forget the transaction: pages, positions and the slot's state are those before it."""
+        self._table.roll_back(session)
+        self._state.restore(session.slot, self.length(session))
+
+    def tick(self) -> int:
+        """End a tick of all sessions; returns its number, from 1."""
+        self._tick += 1
+        self._table.tick(self._tick)
+        lengths = [-1] * self.max_sessions
+        for slot, session in self._sessions.items():
+            lengths[slot] = self.length(session)
+        self._state.snapshot(lengths)
+        while self._retired and self._retired[0][0].query():
+            self._retired.popleft()
+        return self._tick
+
+    # Time travel and room
+
+    def roll(self, session: Session, group: int, pages: int) -> int:
+        """Drop up to `pages` of the session's oldest pages: video, audio, reply, text, never an
+        anchor, an open page or one that is shared. Returns how many."""
+        return self._table.roll(session, group, pages)
+
+    def mark(self, session: Session) -> int:
+        """Remember this point, until the next mark; returns its position."""
+        position = self._table.mark(session)
+        self._state.mark(session.slot, position)
+        return position
+
+    def rewind(self, session: Session, position: int | None = None) -> int:
+        """Drop every token from `position` on, or from the mark; returns the position.
+
+        Raises NoSnapshot where no tick ended there that is still remembered, WindowPassed where a
+        window has lost keys that it needs, OutOfPages where a shared page cannot be copied.
+        """
+        length = self.length(session)
+        target = self._state.marked(session.slot) if position is None else position
+        if target < 0 and position is None:
+            raise RuntimeError(f"rewind: slot={session.slot} has no mark")
+        if 0 <= target < length:
+            self._state.check_snapshot(session.slot, target)
+        copy_pages(self.groups, self._table.rewind(session, target), self.device)
+        if target < length:
+            self._state.restore(session.slot, target)
+        return target
+
+    def suspend(self, session: Session) -> None:
+        """Move the session's pages to pinned host memory; its slot and slot tensors stay."""
+        refs = self._table.suspend(session)
+        self._suspended[session] = gather(self.groups, refs, self.device, to_host=True)
+
+    def resume(self, session: Session) -> None:
+        """Bring a suspended session's pages back. Raises OutOfPages."""
+        while True:
+            try:
+                refs = self._table.resume(session)
+                break
+            except OutOfPages as error:
+                if not self._make_room(session, error, roll=False):
+                    raise
+        contents = self._suspended.pop(session)
+        scatter(self.groups, refs, contents, self.device)
+        if self.device.type == "cuda":  # the copies may not have run yet
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self._retired.append((event, contents))
+
+    def is_suspended(self, session: Session) -> bool:
+        return session in self._suspended
+
+    # Files
+
+    def save(self, session: Session, path: str | Path) -> None:
+        """Write the session, at rest or suspended, to one file. Waits for the device."""
+        image = self._table.image(session)
+        contents = self._suspended.get(session)
+        if contents is None:
+            refs = [r for g in range(len(self.groups)) for r in self._table.pages(session, g)]
+            contents = gather(self.groups, refs, self.device, to_host=False)
+        named = [(f"{g}.{name}", x) for g, part in enumerate(contents) for name, x in part.items()]
+        state = self.slot_rows(session.slot)
+        named += [(f"state.{name}", x) for name, x in state.items()]
+        write_session_file(Path(path), named, describe(self, image))
+
+    def load(self, path: str | Path, *, priority: int | None = None) -> Session:
+        """A new session from a file. Raises SessionFileError for a file that was altered or is of
+        a cache of another shape, OutOfSessions, OutOfPages."""
+        file, description = read_session_file(Path(path))
+        contents, state = read_contents(self, file, description)
+        session = restore_image(self._table, Path(path), description, priority)
+        self._opened(session)
+        try:
+            self._suspended[session] = contents
+            self.resume(session)
+        except OutOfPages:
+            self.close(session)
+            raise
+        for name, row in self.slot_rows(session.slot).items():
+            row.copy_(state[name])
+        self._state.remember(session.slot, self.length(session))
+        return session
+
+    # What there is
+
+    def length(self, session: Session) -> int:
+        """Tokens since the session was opened: the position of the next one."""
+        return self._table.session_stats(session).length
+
+    def pages(self, session: Session, group: int) -> list[PageRef]:
+        return self._table.pages(session, group)
+
+    def positions(self, session: Session, group: int) -> list[list[int]]:
+        """Of each page of `pages`, the positions that its rows hold."""
+        return self._table.positions(session, group)
+
+    def session_stats(self, session: Session) -> SessionStats:
+        return self._table.session_stats(session)
+
+    def slot_rows(self, slot: int) -> dict[str, Tensor]:
+        """A slot's rows of the slot tensors, by name, as views."""
+        return self._state.rows(slot)
+
+    def stats(self) -> CacheStats:
+        host = sum(x.nbytes for c in self._suspended.values() for part in c for x in part.values())
+        return CacheStats(
+            self._table.stats(), len(self._sessions), len(self._suspended), host, self._tick
+        )
+
+    def check_invariants(self) -> None:
+        """Raises RuntimeError unless every page is free or owned, counts equal owners, and the
+        device's tables, once brought up to date, say the same. Waits for the device."""
+        self._table.check_invariants()
+        self.apply(np.empty((len(self.groups), 0), np.int64), np.empty(0, np.int64))
+        check_device_tables(self, self._sessions.values())
+
+    # Inside
+
+    def _opened(self, session: Session) -> Session:
+        self._sessions[session.slot] = session
+        self._state.reset(session.slot)
+        self._last_commit[session.slot] = self._tick
+        return session
+
+    def _make_room(self, session: Session, error: OutOfPages, *, roll: bool) -> bool:
+        """Whether anything was freed that can be used at once."""
+        free = self._table.stats()[error.group].free
+        if roll and self.groups[error.group].spec.window is None:
+            self._table.roll(session, error.group, error.needed - error.free)
+            if self._table.stats()[error.group].free > free:
+                return True
+        victim = self._table.victim(session)
+        if victim == session:
+            return False
+        mine, other = self.session_stats(session), self.session_stats(victim)
+        is_idle = self._last_commit[victim.slot] < self._tick
+        if other.priority == mine.priority and not is_idle:
+            return False
+        self.suspend(victim)
+        return self._table.stats()[error.group].free > free
+
+    def _apply(self, row_Z: Tensor, position_Z: Tensor) -> None:
+        num_deltas = self._table.take_deltas(self._deltas.data)
+        if num_deltas == 0 and row_Z.numel() == 0:
+            return
+        pools = self._pools
+        apply_deltas(
+            to_device(self._deltas[:num_deltas], self.device),
+            row_Z,
+            position_Z,
+            page_Q=pools.page_Q,
+            base_Q=pools.base_Q,
+            rows_Q=pools.rows_Q,
+            row_position_W=pools.row_position_W,
+        )
