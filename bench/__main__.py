@@ -12,6 +12,7 @@ COMMANDS = {
     "compile": "compile every Triton kernel, no GPU needed; registers and spills against the table",
     "accept": "build, test, measure: everything in one run, with a report",
     "tick": "the runtime's tick: histogram and misses",
+    "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
     "compare": "two result files: what became slower, what fails now",
 }

@@ -295,6 +295,12 @@ void bind_sessions(PyPageTable& table, const Tuples& make) {
       .def("close", on_session(&tml::PageTable::close), py::arg("session"))
       .def("roll", on_session(&tml::PageTable::roll), py::arg("session"), py::arg("group"),
            py::arg("pages"))
+      .def(
+          "evictable",
+          [](const tml::PageTable& self, const py::tuple& session, int64_t group) {
+            return self.evictable(session_of(session), group);
+          },
+          py::arg("session"), py::arg("group"))
       .def("mark", on_session(&tml::PageTable::mark), py::arg("session"))
       .def(
           "rewind",

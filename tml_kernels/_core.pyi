@@ -211,6 +211,9 @@ class PageTable:
         with a window.
         """
 
+    def evictable(self, session: Session, group: int) -> int:
+        """The most pages that roll() would free; 0 in a transaction and with a window."""
+
     def mark(self, session: Session) -> int:
         """The length, for rewind(); replaces the mark before. A rewind below it drops it."""
 

@@ -247,11 +247,16 @@ int32_t PageTable::open_page(const State& s, size_t g, PageClass cls, int64_t po
 void PageTable::need(size_t g, int64_t pages) const {
   if (pages <= pools_[g].num_free()) return;
   int64_t sum = 0;
-  for (const State& s : sessions_) sum += evictable(s, g);
+  for (const State& s : sessions_) sum += evictable_in(s, g);
   throw OutOfPages(g, pages, pools_[g].num_free(), sum);
 }
 
-int64_t PageTable::evictable(const State& s, size_t g) const {
+int64_t PageTable::evictable(Session session, int64_t group) const {
+  TML_CHECK(group >= 0 && group < static_cast<int64_t>(specs_.size()), "group=", group);
+  return evictable_in(find(session), group);
+}
+
+int64_t PageTable::evictable_in(const State& s, size_t g) const {
   if (s.phase != Phase::kOpen || specs_[g].window > 0) return 0;
   const PageList& list = s.groups[g].list;
   int64_t count = 0;

@@ -115,6 +115,7 @@ class PageTable {
   // Frees up to `pages` pages of a group without a window: video, audio, reply, text, each oldest
   // first; never an anchor, a class's open page, or one that is shared. Returns how many.
   int64_t roll(Session session, int64_t group, int64_t pages);
+  int64_t evictable(Session session, int64_t group) const;  // the most that roll() would free
   int64_t mark(Session session);
   std::vector<CopyCommand> rewind(Session session, int64_t position);
   std::vector<CopyCommand> rewind_to_mark(Session session);
@@ -180,7 +181,7 @@ class PageTable {
   int32_t open_page(const State& s, size_t g, PageClass cls, int64_t position) const;
   std::pair<int64_t, int64_t> worst_case(const State& s, size_t g, const std::vector<Run>&) const;
   void need(size_t g, int64_t pages) const;
-  int64_t evictable(const State& s, size_t g) const;
+  int64_t evictable_in(const State& s, size_t g) const;
   int32_t take(size_t g);
   bool remove(State& s, size_t g, int32_t index);
   void touch(const State& s, size_t g, int32_t index);

@@ -108,6 +108,7 @@ class RollingKVCache:
         self._retired: deque[tuple[torch.cuda.Event, Contents]] = deque()
         self._last_commit = [0] * max_sessions
         self._deltas = np.empty((self._table.num_keys, 4), np.int64)
+        self._lag = lag
         self._tick = 0
 
     @property
@@ -315,6 +316,11 @@ class RollingKVCache:
     def session_stats(self, session: Session) -> SessionStats:
         return self._table.session_stats(session)
 
+    @property
+    def work(self) -> int:
+        """Elementary changes of the books so far: what a tick costs, without a clock."""
+        return self._table.work
+
     def slot_rows(self, slot: int) -> dict[str, Tensor]:
         """A slot's rows of the slot tensors, by name, as views."""
         return self._state.rows(slot)
@@ -341,12 +347,13 @@ class RollingKVCache:
         return session
 
     def _make_room(self, session: Session, error: OutOfPages, *, roll: bool) -> bool:
-        """Whether anything was freed that can be used at once."""
-        free = self._table.stats()[error.group].free
-        if roll and self.groups[error.group].spec.window is None:
-            self._table.roll(session, error.group, error.needed - error.free)
-            if self._table.stats()[error.group].free > free:
-                return True
+        """Whether anything was freed. What would not be enough is not rolled: that is a loss, while
+        a suspended session loses nothing."""
+        missing = error.needed - error.free
+        if self._table.stats()[error.group].waiting >= missing:
+            return False  # there will be room when the fence has passed
+        if roll and 0 < missing <= self._table.evictable(session, error.group):
+            return self._table.roll(session, error.group, missing) > 0 and self._lag == 0
         victim = self._table.victim(session)
         if victim == session:
             return False
@@ -355,7 +362,7 @@ class RollingKVCache:
         if other.priority == mine.priority and not is_idle:
             return False
         self.suspend(victim)
-        return self._table.stats()[error.group].free > free
+        return self._lag == 0
 
     def _apply(self, row_Z: Tensor, position_Z: Tensor) -> None:
         num_deltas = self._table.take_deltas(self._deltas.data)

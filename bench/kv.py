@@ -1,0 +1,110 @@
+"""`python -m bench kv`: what a day of ticks costs the host that keeps the cache's books.
+
+Ticks of audio, video and replies go through RollingKVCache as the model drives it, the device's
+part on the CPU and very small. Reported are the time of a tick in the first and the last minute,
+the pages held and the memory of the process: none may grow. Times are this machine's, as a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tml_kernels.kv_cache import CLASSES, CacheGroup, PageClass, RollingKVCache
+
+from .machine import machine
+from .report import write_json
+
+TICKS_PER_MINUTE = 5 * 60
+RUNS = ((PageClass.VIDEO, 4), (PageClass.AUDIO, 4), (PageClass.REPLY, 4))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--hours", type=float, default=24.0, help="simulated (24)")
+    parser.add_argument("--sessions", type=int, default=1, help="side by side (1)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/kv.json")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status 1 when pages or work grew. Time is reported, not judged."""
+    result = {"kind": "kv", "machine": machine(), **simulate(args.hours, args.sessions)}
+    if args.out:
+        write_json(args.out / "kv.json", result)
+    print(json.dumps(result, indent=1) if args.json else show(result))
+    return 0 if result["flat"] else 1
+
+
+def make_cache(sessions: int) -> RollingKVCache:
+    groups = [
+        CacheGroup(1, 1, 1, pages=1 + 96 * sessions, columns=96),
+        CacheGroup(1, 1, 1, pages=1 + 24 * sessions, columns=24, window=512, history=256),
+    ]
+    return RollingKVCache(groups, max_sessions=sessions, page_dtype=torch.float32)
+
+
+def simulate(hours: float, num_sessions: int) -> dict[str, Any]:
+    cache = make_cache(num_sessions)
+    sessions = [cache.open(dict.fromkeys(CLASSES, 16)) for _ in range(num_sessions)]
+    tokens = sum(n for _, n in RUNS)
+    rows = np.full((len(cache.groups), tokens * num_sessions), -1)
+    position_T = np.zeros(tokens * num_sessions, np.int64)
+    minutes = max(3, round(hours * 60))
+    kept: list[dict[str, Any]] = []
+    for minute in range(minutes):
+        begin, work = time.perf_counter_ns(), cache.work
+        for _ in range(TICKS_PER_MINUTE):
+            for s, session in enumerate(sessions):
+                cache.reserve(session, RUNS)
+                column = s * tokens
+                for page_class, count in RUNS:
+                    first = cache.append(session, page_class, count, rows, column)
+                    position_T[column : column + count] = range(first, first + count)
+                    column += count
+            cache.apply(rows, position_T)
+            for session in sessions:
+                cache.commit(session)
+            cache.tick()
+        kept.append({
+            "minute": minute,
+            "us_per_tick": (time.perf_counter_ns() - begin) / 1e3 / TICKS_PER_MINUTE,
+            "work_per_tick": (cache.work - work) / TICKS_PER_MINUTE,
+            "pages": [group.held for group in cache.stats().groups],
+            "peak_rss_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        })  # fmt: skip
+        cache.check_invariants()
+    # Budgets take the first minutes to fill.
+    full = next((i for i, m in enumerate(kept) if m["pages"] == kept[-1]["pages"]), 0) + 1
+    first, last = kept[min(full, len(kept) - 2)], kept[-1]
+    return {
+        "hours": minutes / 60,
+        "sessions": num_sessions,
+        "tokens": cache.length(sessions[0]),
+        "first": first,
+        "last": last,
+        "time_ratio": last["us_per_tick"] / first["us_per_tick"],
+        "flat": first["pages"] == last["pages"]
+        and abs(last["work_per_tick"] / first["work_per_tick"] - 1) <= 0.02,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [
+        f"{result['hours']:g} simulated hours, {result['sessions']} sessions, "
+        f"{result['tokens']} tokens each: {'flat' if result['flat'] else 'NOT FLAT'}"
+    ]
+    for name in ("first", "last"):
+        minute = result[name]
+        lines.append(
+            f"  minute {minute['minute']:>5}: {minute['us_per_tick']:.1f} us and "
+            f"{minute['work_per_tick']:.2f} changes a tick, pages {minute['pages']}, "
+            f"peak memory {minute['peak_rss_kib'] / 1024:.0f} MiB"
+        )
+    return "\n".join([*lines, f"  last minute / first: {result['time_ratio']:.3f} of the time"])

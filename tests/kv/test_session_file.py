@@ -1,0 +1,194 @@
+"""Saved sessions: what goes out comes back, and nothing that was changed on the way is believed."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from small_cache import BUDGETS, GROUPS, keys, make_cache, tick
+
+from tml_kernels._core import SessionImage
+from tml_kernels.kv_cache import (
+    CacheGroup,
+    OutOfPages,
+    OutOfSessions,
+    PageClass,
+    RollingKVCache,
+    Session,
+    SessionFileError,
+    SlotTensor,
+)
+from tml_kernels.kv_cache.session_file import read_session_file, write_session_file
+
+RUNS = [(PageClass.VIDEO, 3), (PageClass.AUDIO, 2), (PageClass.REPLY, 2)]
+
+
+def saved(path: Path, ticks: int = 12) -> tuple[RollingKVCache, Session]:
+    cache = make_cache()
+    session = cache.open(BUDGETS, priority=2)
+    for _ in range(ticks):
+        tick(cache, session, RUNS)
+    cache.slot_rows(session.slot)["counter"].fill_(77)
+    cache.save(session, path)
+    return cache, session
+
+
+def test_a_session_comes_back_in_another_cache(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    cache, session = saved(path)
+    other = make_cache(page_dtype=torch.float32, max_sessions=3)
+    other.open(BUDGETS)
+    twin = other.load(path)
+    assert other.session_stats(twin) == cache.session_stats(session)
+    assert twin.slot == 1 and other.slot_rows(1)["counter"] == 77
+    for g in range(2):
+        assert keys(other, twin, g) == keys(cache, session, g) != {}
+        assert all(position == key for position, key in keys(other, twin, g).items())
+    other.check_invariants()
+    for each, handle in ((cache, session), (other, twin)):
+        tick(each, handle, RUNS)
+    assert other.positions(twin, 0) == cache.positions(session, 0)
+    assert other.load(path, priority=5) and other.session_stats(Session(2, 1)).priority == 5
+
+
+def test_it_is_a_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    with safe_open(path, "pt") as file:
+        assert {"0.k", "0.row_position", "1.v", "state.counter"} <= set(file.keys())
+        assert file.metadata()["format"] == "tml-session/1"
+        assert file.get_tensor("state.counter") == 77
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path, ticks=2)
+    small = path.read_bytes()
+    saved(path)
+    assert path.read_bytes() != small and [p.name for p in tmp_path.iterdir()] == ["session"]
+    cache = make_cache()
+    session = cache.open(BUDGETS)
+    with pytest.raises(FileNotFoundError):
+        cache.save(session, tmp_path / "nowhere" / "session")
+
+
+def test_every_changed_byte_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path, ticks=3)
+    whole = path.read_bytes()
+    cache = make_cache()
+    step = max(1, len(whole) // 300)
+    for at in [*range(1500), *range(1500, len(whole), step), len(whole) - 1]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(SessionFileError):
+            cache.load(path)
+    assert cache.stats().sessions == 0
+
+
+@pytest.mark.parametrize("left", [0, 7, 8, 100, 2000, -1])
+def test_truncated_or_longer_files_are_refused(left: int, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:left])
+    with pytest.raises(SessionFileError, match=str(path)):
+        make_cache().load(path)
+    path.write_bytes(whole + b"\0")
+    with pytest.raises(SessionFileError, match="altered or truncated"):
+        make_cache().load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    text = json.dumps({"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "weights").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    with pytest.raises(SessionFileError, match="not a saved session"):
+        make_cache().load(tmp_path / "weights")
+    with pytest.raises(SessionFileError, match="cannot be read"):
+        make_cache().load(tmp_path / "missing")
+
+
+def cache_of(groups: tuple[CacheGroup, ...], **options: object) -> RollingKVCache:
+    slots = {"counter": SlotTensor(torch.zeros(3, dtype=torch.int64))}
+    options = {"page_dtype": torch.float32, "slot_tensors": slots, "max_sessions": 3} | options
+    return RollingKVCache(groups, **options)  # type: ignore[arg-type]
+
+
+def other_group(**changes: object) -> CacheGroup:
+    return CacheGroup(**{**vars(GROUPS[0]), **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: cache_of(GROUPS, page_dtype=torch.bfloat16), "page_dtype is torch.float32"),
+        (lambda: cache_of(GROUPS[:1]), "groups is"),
+        (lambda: cache_of((other_group(head_width=4), GROUPS[1])), "'head_width': 3"),
+        (lambda: cache_of((other_group(span=48), GROUPS[1])), "'span': 24"),
+        (lambda: cache_of(GROUPS, slot_tensors={}), None),
+        (
+            lambda: cache_of(GROUPS, slot_tensors={"taps": SlotTensor(torch.zeros(3, 2))}),
+            "state.taps: is missing",
+        ),
+        (
+            lambda: cache_of(GROUPS, slot_tensors={"counter": SlotTensor(torch.zeros(3, 2))}),
+            r"state.counter: expected torch.float32 \(2,\), got torch.int64 \(\)",
+        ),
+    ],
+    ids=["dtype", "groups", "width", "span", "fewer slot tensors", "missing", "shape"],
+)
+def test_a_cache_of_another_shape(make, words: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    cache = make()
+    if words is None:  # what it does not ask for may be there
+        cache.load(path)
+        return
+    with pytest.raises(SessionFileError, match=words):
+        cache.load(path)
+    assert cache.stats().sessions == 0
+    cache.check_invariants()
+
+
+def test_no_room_for_it_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    tight = cache_of((other_group(pages=6), GROUPS[1]))
+    with pytest.raises(OutOfPages):
+        tight.load(path)
+    assert tight.stats().sessions == 0 and tight.stats().host_bytes == 0
+    tight.check_invariants()
+    full = make_cache(max_sessions=1, slot_tensors={"counter": SlotTensor(torch.zeros(1).long())})
+    full.open(BUDGETS)
+    with pytest.raises(OutOfSessions):
+        full.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda image: image.update(length=3), "its pages contradict themselves"),
+        (lambda image: image["pages"][0].__setitem__(1, 5), "its pages contradict themselves"),
+        (lambda image: image["pages"].append([9, 0, 1, 1, [0]]), "list of pages cannot be read"),
+        (lambda image: image["pages"].pop(), "expected torch.float32"),
+        (lambda image: image.update(pages=None), "list of pages cannot be read"),
+    ],
+    ids=["length", "base", "group", "a page less", "no list"],
+)
+def test_books_that_contradict_themselves(change, words: str, tmp_path: Path) -> None:
+    """With a checksum that is right: the file was written so."""
+    path = tmp_path / "session"
+    saved(path)
+    file, description = read_session_file(path)
+    image = dict(zip(SessionImage._fields, description["image"], strict=True))
+    change(image)
+    tensors = [(name, file.tensor(name).clone()) for name in file.entries]
+    write_session_file(path, tensors, description | {"image": list(image.values())})
+    cache = make_cache()
+    with pytest.raises(SessionFileError, match=words):
+        cache.load(path)
+    assert cache.stats().sessions == 0
+    cache.check_invariants()
