@@ -103,7 +103,7 @@ void PageTable::close(Session session) {
 
 int64_t PageTable::roll(Session session, int64_t group, int64_t pages) {
   State& s = find(session, Phase::kOpen, "roll");
-  TML_CHECK(group >= 0 && group < static_cast<int64_t>(specs_.size()), "group=", group);
+  TML_CHECK(group >= 0 && group < num_groups(), "group=", group);
   TML_CHECK(specs_[group].window == 0, "group=", group, " rolls by its window");
   TML_CHECK(pages >= 0, "pages=", pages);
   PageList& list = s.groups[group].list;
@@ -137,11 +137,13 @@ std::vector<CopyCommand> PageTable::rewind_to_mark(Session session) {
 std::vector<CopyCommand> PageTable::rewind(Session session, int64_t position) {
   State& s = find(session, Phase::kOpen, "rewind");
   TML_CHECK(position >= 0 && position <= s.length, "position=", position, " length=", s.length);
-  std::vector<std::pair<size_t, PageClass>> copies;
   for (size_t g = 0; g < specs_.size(); ++g) {
     const int64_t rolled_to = s.groups[g].rolled_to;
     const int64_t oldest = rolled_to == 0 ? 0 : rolled_to + specs_[g].window - 1;
     if (position < oldest) throw WindowPassed(g, position, oldest);
+  }
+  std::vector<std::pair<size_t, PageClass>> copies;
+  for (size_t g = 0; g < specs_.size(); ++g) {
     int64_t needed = 0;
     for (const PageClass cls : kClasses) {
       const int32_t index = open_page(s, g, cls, position);

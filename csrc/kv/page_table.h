@@ -198,8 +198,7 @@ class PageTable {
 
   std::vector<GroupSpec> specs_;
   std::vector<PagePool> pools_;
-  std::vector<std::vector<int64_t>>
-      row_positions_;  // [groups][pages * page_rows], none in a window
+  std::vector<std::vector<int64_t>> row_positions_;  // [pages * page_rows] per group, no window
   std::vector<State> sessions_;
   std::vector<int64_t> free_slots_;
   std::vector<size_t> first_key_;  // of each group, in is_dirty_

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from tml_kernels._core import CopyCommand, LayerGroup, PageClass, PageRef, PageTable
 
@@ -30,6 +31,10 @@ def rows_buffer(groups: int, tokens: int) -> memoryview:
     """What append() fills: [groups, T] of int64, -1 before, and T at least 1."""
     tokens = max(1, tokens)
     return memoryview(bytearray(b"\xff" * (8 * groups * tokens))).cast("q", (groups, tokens))
+
+
+def rows_of(buffer: memoryview) -> list[list[int]]:
+    return cast(list[list[int]], buffer.tolist())
 
 
 class Model:

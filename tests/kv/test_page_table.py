@@ -21,21 +21,20 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from page_oracle import ANCHOR, CLASSES, Device, Model, rows_buffer
+from page_oracle import ANCHOR, CLASSES, Device, Model, rows_buffer, rows_of
 
 from tml_kernels import _core
 from tml_kernels._core import LayerGroup, PageClass, PageTable, Session
 
-BUDGETS: dict[PageClass, int] = dict(zip(CLASSES, (2, 2, 3, 3, 2), strict=True))
-MAX_SESSIONS = 3
+BUDGETS: dict[PageClass, int] = dict(zip(CLASSES, (3, 2, 3, 3, 2), strict=True))
+MAX_SESSIONS = 4
 GROUPS = (
-    LayerGroup(pages=24, columns=13, page_rows=4, span=9),
-    LayerGroup(pages=14, columns=6, page_rows=4, window=6, history=3),
+    LayerGroup(pages=20, columns=13, page_rows=4, span=9),
+    LayerGroup(pages=19, columns=8, page_rows=4, window=5, history=9),
 )
-RUNS = st.lists(st.tuples(st.sampled_from(CLASSES), st.integers(0, 9)), min_size=1, max_size=4)
-PICK = st.integers(0, 2)
-
-
+RUNS = st.lists(st.tuples(st.sampled_from(CLASSES), st.integers(0, 9)), min_size=1, max_size=3)
+PICK = st.integers(0, 3)
+BACK = st.integers(0, 14)
 TICKS = st.lists(st.tuples(RUNS, st.lists(st.integers(0, 9), max_size=5)), min_size=1, max_size=8)
 ENDING = st.sampled_from(["commit", "commit", "commit", "roll_back", "later"])
 
@@ -45,6 +44,11 @@ def has(phase: str | None):
     return precondition(
         lambda self: any(phase in (None, model.phase) for model in self.models.values())
     )
+
+
+def room(is_there: bool):
+    """Only while another session can be opened, or only while none can."""
+    return precondition(lambda self: (len(self.models) < MAX_SESSIONS) == is_there)
 
 
 class PageTableMachine(RuleBasedStateMachine):
@@ -97,25 +101,45 @@ class PageTableMachine(RuleBasedStateMachine):
                 return fields | {"free": stats.free, "evictable": evictable}
         return None
 
-    @initialize()
-    def open_two(self) -> None:
-        self.open(0)
-        self.open(1)
+    @initialize(ticks=st.tuples(TICKS, TICKS))
+    def open_two(self, ticks: tuple[list, list]) -> None:
+        for pick, its_ticks in enumerate(ticks):
+            self.open(pick)
+            self.live(pick, its_ticks, "commit")
 
-    @rule(priority=st.integers(0, 2))
+    @room(True)
+    @has("open")
+    @rule(how=st.sampled_from(["fork", "fork", "load", "open"]), pick=PICK, back=BACK)
+    def begin(self, how: str, pick: int, back: int) -> None:
+        if how == "open":
+            self.open(back % 3)
+        elif how == "fork":
+            session = self.pick(pick)
+            if self.fork(session, back % 3):
+                self.rewind_to(session, max(0, self.models[session].length - back))
+        else:
+            suspended = any(model.phase == "suspended" for model in self.models.values())
+            self.load_an_image(self.pick(pick, "suspended" if suspended else "open"))
+
     def open(self, priority: int) -> None:
-        if len(self.models) == MAX_SESSIONS:
-            with self.refused(_core.OutOfSessions, max_sessions=MAX_SESSIONS):
-                self.table.open(BUDGETS, priority=priority)
-            return
         session = self.table.open(BUDGETS, priority=priority)
         assert session not in self.closed
         self.models[session] = Model(GROUPS, BUDGETS)
 
-    @precondition(lambda self: len(self.models) == MAX_SESSIONS)
+    @room(False)
     @rule(pick=PICK)
-    def close(self, pick: int) -> None:
+    def close_after_no_room(self, pick: int) -> None:
         session = self.pick(pick, None)
+        with self.refused(_core.OutOfSessions, max_sessions=MAX_SESSIONS):
+            self.table.open(BUDGETS)
+        phase = self.models[session].phase
+        if phase == "open":
+            with self.refused(_core.OutOfSessions):
+                self.table.fork(session)
+        if phase != "reserved":
+            image = self.table.image(session)
+            with self.refused(_core.OutOfSessions):
+                self.table.restore(image)
         self.table.close(session)
         del self.models[session]
         self.closed.append(session)
@@ -127,7 +151,7 @@ class PageTableMachine(RuleBasedStateMachine):
         session = self.pick(pick)
         for i, (runs, parts) in enumerate(ticks):
             if not self.reserve(session, runs):
-                return
+                continue
             for part in parts or [9] * len(runs):
                 self.append(session, part)
             self.agrees()
@@ -177,7 +201,7 @@ class PageTableMachine(RuleBasedStateMachine):
         position = self.table.append(session, page_class, tokens, rows_G_T, column=1)
         assert position == model.length
         model.runs[0] = (page_class, model.runs[0][1] - tokens)
-        rows = rows_G_T.tolist()
+        rows = rows_of(rows_G_T)
         assert all(row[0] == row[-1] == -1 for row in rows)
         model.append(page_class, self.device.write([row[1:-1] for row in rows], position))
 
@@ -210,7 +234,7 @@ class PageTableMachine(RuleBasedStateMachine):
             self.table.append(session, page_class, left + 1, rows_G_T)
         with self.refused(ValueError):
             self.table.append(session, page_class, max(1, left), rows_G_T, column=2)
-        assert all(row == -1 for rows in rows_G_T.tolist() for row in rows)
+        assert all(row == -1 for rows in rows_of(rows_G_T) for row in rows)
 
     @has("open")
     @rule(pick=PICK, pages=st.integers(0, 4))
@@ -230,12 +254,16 @@ class PageTableMachine(RuleBasedStateMachine):
         model.mark = model.length
 
     @has("open")
-    @rule(pick=PICK, back=st.integers(0, 14), to_mark=st.booleans())
+    @rule(pick=PICK, back=BACK, to_mark=st.booleans())
     def rewind(self, pick: int, back: int, to_mark: bool) -> None:
         session = self.pick(pick)
         model = self.models[session]
-        position = model.mark if to_mark else max(0, model.length - back)
-        given = None if to_mark else position
+        self.rewind_to(session, None if to_mark else max(0, model.length - back))
+
+    def rewind_to(self, session: Session, given: int | None) -> None:
+        """To the mark, where no position is given."""
+        model = self.models[session]
+        position = model.mark if given is None else given
         if position is None:
             with self.refused(RuntimeError):
                 self.table.rewind(session)
@@ -260,24 +288,18 @@ class PageTableMachine(RuleBasedStateMachine):
         self.device.copy(self.table.rewind(session, given))
         self.models[session] = after
 
-    @has("open")
-    @rule(pick=PICK, priority=st.integers(0, 2))
-    def fork(self, pick: int, priority: int) -> None:
-        session = self.pick(pick)
-        if len(self.models) == MAX_SESSIONS:
-            with self.refused(_core.OutOfSessions):
-                self.table.fork(session)
-            return
+    def fork(self, session: Session, priority: int) -> bool:
         model = self.models[session]
         short = self.out_of_pages([len(model.open_pages(g)) for g in range(len(GROUPS))])
         if short is not None:
             with self.refused(_core.OutOfPages, **short):
                 self.table.fork(session)
-            return
+            return False
         child, copies = self.table.fork(session, priority=priority)
         self.device.copy(copies)
         self.models[child] = model.copy()
         self.models[child].mark = None
+        return True
 
     @has("open")
     @rule(pick=PICK)
@@ -300,23 +322,12 @@ class PageTableMachine(RuleBasedStateMachine):
         self.device.restore(self.table.resume(session), model.saved)
         model.phase = "open"
 
-    @has(None)
-    @rule(pick=PICK)
-    def load_an_image(self, pick: int) -> None:
+    def load_an_image(self, session: Session) -> None:
         """What was kept of a session, through a file's text, is a session again."""
-        session = self.pick(pick, None)
         model = self.models[session]
-        if model.phase == "reserved":
-            with self.refused(RuntimeError):
-                self.table.image(session)
-            return
         image = self.table.image(session)
         assert (image.length, image.mark) == (model.length, model.mark)
         text = json.loads(json.dumps(image))
-        if len(self.models) == MAX_SESSIONS:
-            with self.refused(_core.OutOfSessions):
-                self.table.restore(text)
-            return
         refs = [ref for g in range(len(GROUPS)) for ref in self.table.pages(session, g)]
         child = self.table.restore(text)
         assert self.table.image(child) == image
@@ -325,30 +336,28 @@ class PageTableMachine(RuleBasedStateMachine):
             self.models[child].saved = self.device.read(refs)
         self.models[child].phase = "suspended"
 
-    @rule(steps=st.integers(1, 3))
+    @rule(steps=st.integers(1, 3), pick=PICK)
+    def step(self, steps: int, pick: int) -> None:
+        self.refuse_wrong_calls(pick)
+        self.tick(steps)
+
     def tick(self, steps: int) -> None:
         self.take_deltas()
         self.device.tick += steps
         self.table.tick(self.device.tick)
 
-    @precondition(lambda self: self.closed)
-    @rule(pick=PICK)
-    def stale_handle(self, pick: int) -> None:
-        slot, epoch = session = self.closed[-1 - pick % len(self.closed)]
+    def refuse_wrong_calls(self, pick: int) -> None:
+        slot, epoch = stale = (Session(MAX_SESSIONS, 1), *self.closed)[-1]
         verbs = ("close", "commit", "roll_back", "mark", "rewind", "fork", "suspend", "image")
         for verb in (*verbs, "resume", "victim", "session_stats"):
             with self.refused(_core.UnknownSession, slot=slot, epoch=epoch):
-                getattr(self.table, verb)(session)
-
-    @has(None)
-    @rule(pick=PICK)
-    def wrong_phase(self, pick: int) -> None:
+                getattr(self.table, verb)(stale)
         session = self.pick(pick, None)
         phase = self.models[session].phase
         verbs = {"commit": "reserved", "roll_back": "reserved", "resume": "suspended"}
         verbs |= dict.fromkeys(("mark", "rewind", "fork", "suspend"), "open")
-        for verb, expected in verbs.items():
-            if phase != expected:
+        for verb, phases in (verbs | {"image": "open suspended"}).items():
+            if phase not in phases:
                 with self.refused(RuntimeError):
                     getattr(self.table, verb)(session)
 
@@ -372,11 +381,8 @@ class PageTableMachine(RuleBasedStateMachine):
             assert stats.suspended == (model.phase == "suspended")
             assert stats.in_transaction == (model.phase == "reserved")
             for group in groups:
-                held = zip(
-                    self.table.pages(session, group),
-                    self.table.positions(session, group),
-                    strict=True,
-                )
+                positions = self.table.positions(session, group)
+                held = zip(self.table.pages(session, group), positions, strict=True)
                 assert sorted((p.base, p.used, p.page_class, rows) for p, rows in held) == [
                     (p.base, len(p.tokens), p.page_class, [*p.tokens]) for p in model.pages[group]
                 ]
@@ -389,6 +395,6 @@ class FreeAtOnceMachine(PageTableMachine):
 
 
 TestPageTable = PageTableMachine.TestCase
-TestPageTable.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestPageTable.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
 TestFreeAtOnce = FreeAtOnceMachine.TestCase
-TestFreeAtOnce.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestFreeAtOnce.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)

@@ -102,6 +102,7 @@ def test_positions_far_on() -> None:
 
 def test_pages_of_interleaved_classes_get_full() -> None:
     groups = [LayerGroup(pages=40, columns=39), LayerGroup(pages=40, columns=39, window=2048)]
+    assert [group.span for group in groups] == [2048, None]
     table = PageTable(groups, max_sessions=1, lag=1)
     session = table.open(dict.fromkeys(CLASSES, 20))
     transact(table, session, (TEXT, 70))
