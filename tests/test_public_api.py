@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PUBLIC = {
     "tml_kernels": [
         "RollingKVCache",
+        "PagePlan",
         "attention_prologue",
         "backend_info",
         "dmel",
@@ -24,6 +25,7 @@ PUBLIC = {
         "moe_route",
         "paged_attention",
         "patch_embed",
+        "plan_pages",
         "prepare_moe_weights",
         "rms_norm",
         "sample",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 from ._info import backend_info as backend_info
+from ._page_plan import PagePlan as PagePlan
 from .moe import fused_moe as fused_moe
 from .moe import moe_layer as moe_layer
 from .moe import moe_route as moe_route
@@ -14,6 +15,7 @@ from .ops import flow_head as flow_head
 from .ops import linear as linear
 from .ops import paged_attention as paged_attention
 from .ops import patch_embed as patch_embed
+from .ops import plan_pages as plan_pages
 from .ops import rms_norm as rms_norm
 from .ops import sample as sample
 from .ops import short_conv as short_conv
@@ -24,6 +26,7 @@ if _TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "PagePlan",
     "RollingKVCache",
     "attention_prologue",
     "backend_info",
@@ -35,6 +38,7 @@ __all__ = [
     "moe_route",
     "paged_attention",
     "patch_embed",
+    "plan_pages",
     "prepare_moe_weights",
     "rms_norm",
     "sample",

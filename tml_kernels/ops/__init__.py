@@ -7,6 +7,7 @@ from .linear import linear as linear
 from .move_pages import move_pages as move_pages
 from .paged_attention import paged_attention as paged_attention
 from .patch_embed import patch_embed as patch_embed
+from .plan_pages import plan_pages as plan_pages
 from .rms_norm import rms_norm as rms_norm
 from .route import moe_route as moe_route
 from .sample import sample as sample

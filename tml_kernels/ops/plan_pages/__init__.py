@@ -1,0 +1,1 @@
+from .api import plan_pages as plan_pages
