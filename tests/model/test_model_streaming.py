@@ -235,8 +235,8 @@ def test_page_list_of_a_ring() -> None:
     slot_S, length_S = torch.tensor([1, 0, -1]), torch.tensor([200, 1, 5])
     slot_T, position_T = torch.tensor([1, 1, 0, -1]), torch.tensor([191, 199, 0, 4])
     pages = group.page_list(slot_S, length_S, slot_T, position_T)
-    assert pages.page_S_M.tolist() == [[3, 4, 5], [0, -1, -1], [-1, -1, -1]]
-    assert pages.base_S_M[0].tolist() == [192, 64, 128] and pages.base_S_M[1, 0] == 0
+    assert pages.plan.page_S_M.tolist() == [[4, 5, 3], [0, -1, -1], [-1, -1, -1]]
+    assert pages.plan.base_S_M.tolist() == [[64, 128, 192], [0, -1, -1], [-1, -1, -1]]
     assert pages.pool_row_T.tolist() == [5 * 64 + 63, 3 * 64 + 7, 0, -1]
 
 

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from kernel_paged_attention import as_table, pieces, row_alone, with_unseen_pages
 from torch import Tensor
 
+from tml_kernels._page_plan import PagePlan
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.paged_attention.cases import BENCH, EDGE, FAR, MODEL, Case, Row
 from tml_kernels.ops.paged_attention.reference import paged_attention_ref
+from tml_kernels.ops.plan_pages import plan_pages
 from tml_kernels.testing import assert_bitwise, assert_matches, randn
 
 MIXED = Case((Row(4, 30), Row(1, 200), Row(0, 9), Row(9, 70)), window=50, extent=40, tau_floor=7.0)
@@ -45,11 +48,11 @@ def one_query(inputs: dict, s: int, i: int, h: int) -> Tensor:
     q, window, floor = inputs["q_T_H_C"][t, h].double(), inputs["window"], inputs["tau_floor"]
     tau = 1.0 if floor is None else 1.0 + 0.1 * math.log(max((pq + 1) / floor, 1.0))
     logits, values = [], []
-    for page, base in zip(
-        inputs["page_table_S_M"][s].tolist(), inputs["page_base_S_M"][s].tolist(), strict=True
-    ):
-        for r in range(k_pages.shape[2]):
-            distance = pq - (base + r)
+    row_position = inputs.get("row_position_P_R")
+    for page, base, rows in zip(*(x[s].tolist() for x in inputs["plan"][:3]), strict=True):
+        for r in range(rows):
+            position = base + r if row_position is None else int(row_position[page, r])
+            distance = pq - position
             if page < 0 or distance < 0 or (window is not None and distance >= window):
                 continue
             bias = 0.0
@@ -72,6 +75,8 @@ def one_query(inputs: dict, s: int, i: int, h: int) -> Tensor:
         Case((Row(3, 20),), 4, 1, 8, window=7, extent=7, tau_floor=2.0, page_rows=4),
         Case((Row(2, 11),), 3, 3, 8, extent=30, softcap=1.5, tau_floor=4.0, page_rows=4),
         Case((Row(2, FAR, 9),), 2, 1, 8, extent=5, tau_floor=128000.0, page_rows=4),
+        Case((Row(2, 21),), 2, 1, 8, extent=9, window=15, page_rows=4, segment=3),
+        Case((Row(3, 29), Row(1, 9)), 2, 1, 8, extent=6, page_rows=4, runs=(3, 2), span=13),
     ],
     ids=str,
 )
@@ -84,6 +89,12 @@ def test_reference_is_the_definition(case: Case) -> None:
             for h in range(case.num_heads):
                 expected = one_query(inputs, s, i, h)
                 torch.testing.assert_close(out[start[s] + i, h], expected, rtol=1e-10, atol=1e-12)
+
+
+def plan_of(page: list, base: list, rows: list) -> PagePlan:
+    page_S_M, base_S_M = torch.tensor(page, dtype=torch.int32), torch.tensor(base)
+    rows_S_M = torch.tensor(rows, dtype=torch.int32)
+    return PagePlan(page_S_M, base_S_M, rows_S_M, (page_S_M >= 0).sum(1).int())
 
 
 @pytest.mark.parametrize(("window", "extent"), [(None, 6), (None, 40), (5, 5)])
@@ -118,8 +129,7 @@ def test_reference_agrees_with_transformers(window: int | None, extent: int) -> 
         q,
         k.transpose(0, 1).view(kv_heads, 3, 7, width).transpose(0, 1),
         v.transpose(0, 1).view(kv_heads, 3, 7, width).transpose(0, 1),
-        torch.tensor([[2, 0, 1]], dtype=torch.int32),
-        torch.tensor([[14, 0, 7]]),
+        plan_of([[0, 1, 2]], [[0, 7, 14]], [[7, 7, 7]]),
         torch.tensor([0, n], dtype=torch.int32),
         torch.tensor([n]),
         scale=1 / width,
@@ -135,37 +145,50 @@ def test_reference_agrees_with_transformers(window: int | None, extent: int) -> 
 def test_order_of_the_page_list_is_bitwise_neutral() -> None:
     inputs = Case((Row(5, 600), Row(1, 300)), extent=64).make_inputs("cpu")
     expected = paged_attention(**inputs)
+    slot = torch.arange(2, dtype=torch.int32)
     for _ in range(4):
-        columns = torch.randperm(inputs["page_table_S_M"].shape[1])
-        shuffled = {
-            name: inputs[name][:, columns].contiguous()
-            for name in ("page_table_S_M", "page_base_S_M")
-        }
-        assert_bitwise(paged_attention(**inputs | shuffled), expected)
+        plan = plan_pages(*as_table(inputs["plan"]), slot)
+        assert_bitwise(paged_attention(**inputs | {"plan": plan}), expected)
 
 
-def test_spare_columns_and_pages_that_nobody_sees_are_bitwise_neutral() -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((Row(5, 600),), window=100, extent=64),
+        Case((Row(5, 600),), extent=64),
+        Case((Row(5, 600),), extent=64, runs=(4, 4)),
+    ],
+    ids=str,
+)
+def test_pages_that_nobody_sees_are_bitwise_neutral(case: Case) -> None:
     """A ring that still lists pages before the window, and pages reserved ahead."""
-    inputs = Case((Row(5, 600),), window=100, extent=64).make_inputs("cpu")
+    inputs = case.make_inputs("cpu")
     expected = paged_attention(**inputs)
-    spare = inputs["k_pages_P_G_R_C"].shape[0] - 1
-    more = {
-        "page_table_S_M": torch.tensor([[spare, spare, -1, -1]], dtype=torch.int32),
-        "page_base_S_M": torch.tensor([[0, 640, 576, 0]]),
-    }
-    wider = {name: torch.cat([extra, inputs[name]], dim=1) for name, extra in more.items()}
-    assert_bitwise(paged_attention(**inputs | wider), expected)
+    assert_bitwise(paged_attention(**with_unseen_pages(inputs)), expected)
+
+
+def test_classes_have_the_bits_of_one_run() -> None:
+    """Here keys are added up by position, wherever they lie."""
+    case = Case((Row(9, 500),), extent=64, runs=(4, 4))
+    inputs = case.make_inputs("cpu")
+    keys = {name: torch.zeros(8, 2, 64, 32) for name in ("k_pages_P_G_R_C", "v_pages_P_G_R_C")}
+    page_M, rows_M = inputs["plan"].page_S_M[0], inputs["plan"].rows_S_M[0]
+    for page, rows in zip(page_M.tolist(), rows_M.tolist(), strict=True):
+        for r in range(rows):
+            position = int(inputs["row_position_P_R"][page, r])
+            for name, linear in keys.items():
+                linear[position // 64, :, position % 64] = inputs[name][page, :, r]
+    base = [list(range(0, 512, 64))]
+    given = {k: v for k, v in inputs.items() if k not in ("row_position_P_R", "span")}
+    linear = given | keys | {"plan": plan_of([list(range(8))], base, [[64] * 8])}
+    assert_bitwise(paged_attention(**inputs), paged_attention(**linear))
 
 
 def test_row_does_not_depend_on_the_other_rows() -> None:
     inputs = MIXED.make_inputs("cpu")
-    together, start = paged_attention(**inputs), inputs["start_S1"].tolist()
+    together = paged_attention(**inputs)
     for s in range(len(MIXED.rows)):
-        tokens = slice(start[s], start[s + 1])
-        alone = inputs | {name: inputs[name][tokens].clone() for name in ("q_T_H_C", "rel_T_H_B")}
-        for name in ("page_table_S_M", "page_base_S_M", "length_S"):
-            alone[name] = inputs[name][s : s + 1].clone()
-        alone["start_S1"] = torch.tensor([0, start[s + 1] - start[s]], dtype=torch.int32)
+        alone, tokens = row_alone(inputs, s)
         assert_bitwise(paged_attention(**alone), together[tokens])
 
 
@@ -175,52 +198,22 @@ def test_an_append_in_pieces_is_the_same_attention(window: int | None) -> None:
     inputs = case.make_inputs("cpu")
     whole = paged_attention(**inputs)
     for sizes in ((1,) * 20, (3, 17), (19, 1)):
-        done, parts = 0, []
-        for size in sizes:
-            tokens = slice(done, done + size)
-            piece = inputs | {name: inputs[name][tokens] for name in ("q_T_H_C", "rel_T_H_B")}
-            done += size
-            piece["start_S1"] = torch.tensor([0, size], dtype=torch.int32)
-            piece["length_S"] = torch.tensor([110 + done])
-            parts.append(paged_attention(**piece))
+        parts = [paged_attention(**piece) for piece in pieces(inputs, sizes)]
         assert_matches(torch.cat(parts), whole)
 
 
 def test_shared_pages_are_copies() -> None:
     """Two rows with a common prefix and one page of their own each, as after a fork."""
     inputs = Case((Row(2, 150), Row(2, 150)), extent=64).make_inputs("cpu")
-    table, base = inputs["page_table_S_M"], inputs["page_base_S_M"]
-    shared = {"page_table_S_M": table.clone()}
-    for position in (0, 64):
-        first = (base[0] == position) & (table[0] >= 0)
-        second = (base[1] == position) & (table[1] >= 0)
+    page_S_M = inputs["plan"].page_S_M
+    shared_S_M = page_S_M.clone()
+    for m in range(2):
         for name in ("k_pages_P_G_R_C", "v_pages_P_G_R_C"):
-            inputs[name][table[1, second]] = inputs[name][table[0, first]]
-        shared["page_table_S_M"][1, second] = table[0, first]
-    assert not torch.equal(shared["page_table_S_M"], table)
-    assert_bitwise(paged_attention(**inputs | shared), paged_attention(**inputs))
-
-
-def test_pages_may_start_anywhere_and_leave_holes() -> None:
-    """Segments of different classes: partly filled pages, positions missing between them."""
-    q, k, v = randn(1, 2, 8), randn(3, 1, 4, 8), randn(3, 1, 4, 8)
-    case = {
-        "q_T_H_C": q,
-        "start_S1": torch.tensor([0, 1], dtype=torch.int32),
-        "length_S": torch.tensor([13]),
-        "scale": 0.3,
-    }
-    paged = paged_attention(
-        k_pages_P_G_R_C=k,
-        v_pages_P_G_R_C=v,
-        page_table_S_M=torch.tensor([[2, 0, 1]], dtype=torch.int32),
-        page_base_S_M=torch.tensor([[9, 1, 5]]),
-        **case,
-    )
-    order = [0, 1, 2]
-    keys, values = k[order, 0].reshape(12, 8), v[order, 0].reshape(12, 8)
-    weight = torch.softmax(0.3 * q[0].double() @ keys.double().T, dim=-1)
-    assert_matches(paged[0], weight @ values.double())
+            inputs[name][page_S_M[1, m]] = inputs[name][page_S_M[0, m]]
+        shared_S_M[1, m] = page_S_M[0, m]
+    assert not torch.equal(shared_S_M, page_S_M)
+    shared = inputs | {"plan": inputs["plan"]._replace(page_S_M=shared_S_M)}
+    assert_bitwise(paged_attention(**shared), paged_attention(**inputs))
 
 
 @pytest.mark.parametrize("length", [0, 40])
@@ -231,7 +224,7 @@ def test_query_that_sees_nothing_gives_zeros(length: int) -> None:
     inputs["q_T_H_C"][:2] = float("nan")
     inputs["length_S"][0] = length
     if length:
-        inputs["page_table_S_M"][0] = -1
+        inputs["plan"].page_S_M[0], inputs["plan"].count_S[0] = -1, 0
     out = paged_attention(**inputs)
     assert (out[:2] == 0).all()
     assert_bitwise(out[2:], expected[2:])
@@ -240,7 +233,7 @@ def test_query_that_sees_nothing_gives_zeros(length: int) -> None:
 def test_query_older_than_every_page_gives_zeros() -> None:
     """Of two queries, the keys of the first's window are gone."""
     inputs = Case((Row(2, 66, 1),), window=1).make_inputs("cpu")
-    inputs["page_base_S_M"][inputs["page_table_S_M"] >= 0] = 65
+    inputs["plan"].base_S_M[0, 0] = 65
     inputs["k_pages_P_G_R_C"].nan_to_num_(0.5)
     inputs["v_pages_P_G_R_C"].nan_to_num_(0.5)
     out = paged_attention(**inputs)
@@ -251,7 +244,7 @@ def test_query_older_than_every_page_gives_zeros() -> None:
 def test_nan_key_stays_in_its_row() -> None:
     inputs = Case((Row(2, 40), Row(3, 50)), extent=16).make_inputs("cpu")
     expected = paged_attention(**inputs)
-    page = inputs["page_table_S_M"][0].max()
+    page = inputs["plan"].page_S_M[0, 0]
     inputs["k_pages_P_G_R_C"][page, :, 5] = float("nan")
     out = paged_attention(**inputs)
     assert out[:2].isnan().all()
@@ -262,7 +255,8 @@ def test_positions_near_a_billion_are_exact() -> None:
     """The same context moved by FAR gives the same bits: nothing but tau reads a position."""
     case = Case((Row(4, 150),), window=64, extent=50)
     near = case.make_inputs("cpu")
-    far = near | {"page_base_S_M": near["page_base_S_M"] + FAR, "length_S": near["length_S"] + FAR}
+    plan = near["plan"]._replace(base_S_M=near["plan"].base_S_M + FAR)
+    far = near | {"plan": plan, "length_S": near["length_S"] + FAR}
     assert_bitwise(paged_attention(**far), paged_attention(**near))
 
 
@@ -280,25 +274,44 @@ def test_writes_into_out() -> None:
     assert_bitwise(out, paged_attention(**inputs))
 
 
-@pytest.mark.parametrize("case", [MIXED, Case((Row(2, 70),), softcap=2.0)], ids=str)
+OPCHECKED = [
+    MIXED,
+    Case((Row(2, 70),), softcap=2.0),
+    Case((Row(2, 70),), runs=(4, 4)),
+]
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=str)
 def test_opcheck(case: Case) -> None:
     inputs = case.make_inputs("cpu")
-    *tensors, tau_floor, softcap = inputs.values()
-    out = torch.empty_like(inputs["q_T_H_C"])
-    args = (*tensors, tau_floor, 0.1, softcap, None, None, out, None)
+    names = ("q_T_H_C", "k_pages_P_G_R_C", "v_pages_P_G_R_C", "start_S1", "length_S")
+    q, k_pages, v_pages, start, length = (inputs[name] for name in names)
+    span = inputs.get("span", k_pages.shape[2])
+    names = ("scale", "window", "rel_T_H_B", "rel_table_B_X", "tau_floor")
+    args = (
+        q, k_pages, v_pages, *inputs["plan"], start, length, inputs.get("row_position_P_R"), span,
+        *(inputs[name] for name in names), 0.1, inputs["softcap"],
+        inputs.get("k_scale_P_G_R"), inputs.get("v_scale_P_G_R"), torch.empty_like(q), None,
+    )  # fmt: skip
     torch.library.opcheck(torch.ops.tml_kernels.paged_attention.default, args)
 
 
 def test_cost_counts_visible_keys() -> None:
     one = BENCH[0].cost()
     assert one.flops == 4 * 32 * 128 * 1024
-    # k and v in bf16; q, out, rel; the table in float32; 16 pages of id and base
-    assert one.bytes == 2 * 2 * 1024 * 1024 + 2 * 2 * 4096 + 2 * 512 + 4 * 16 * 1024 + 12 * 16
+    # k and v in bf16; q, out, rel; the table in float32; 16 pages of id, base and rows
+    assert one.bytes == 2 * 2 * 1024 * 1024 + 2 * 2 * 4096 + 2 * 512 + 4 * 16 * 1024 + 16 * 16
     assert Case((Row(3, 100),), window=10).cost().flops == 4 * 4 * 32 * 30
     assert Case((Row(3, 3),)).cost().flops == 4 * 4 * 32 * 6
 
 
 FP8 = torch.zeros(5, 2, 4, 8).to(torch.float8_e4m3fn)
+POSITION = torch.arange(0, 8, 2).expand(5, 4).contiguous()
+
+
+def changed(**fields: Tensor) -> dict:
+    plan = plan_of([[0, -1, -1]] * 2, [[0, -1, -1]] * 2, [[4, 0, 0]] * 2)
+    return {"plan": plan._replace(**fields)}
 
 
 @pytest.mark.parametrize(
@@ -310,10 +323,28 @@ FP8 = torch.zeros(5, 2, 4, 8).to(torch.float8_e4m3fn)
         ({"k_pages_P_G_R_C": torch.zeros(5, 2, 4, 8).int()}, TypeError, "k_pages.*int32"),
         ({"v_pages_P_G_R_C": torch.zeros(5, 2, 4, 8).half()}, TypeError, "v_pages.*float16"),
         ({"v_pages_P_G_R_C": torch.zeros(4, 2, 4, 8)}, ValueError, "v_pages_P_G_R_C: P=4, but P=5"),
-        ({"page_table_S_M": torch.zeros(2, 3).long()}, TypeError, "page_table_S_M.*int64"),
-        ({"page_table_S_M": torch.full((2, 3), 5).int()}, ValueError, "page_table.*below 5, got 5"),
-        ({"page_base_S_M": torch.zeros(2, 3).int()}, TypeError, "page_base_S_M.*int32"),
-        ({"page_base_S_M": torch.zeros(2, 4).long()}, ValueError, "page_base_S_M: M=4, but M=3"),
+        ({"plan": torch.zeros(2)}, TypeError, "plan: expected a PagePlan, got Tensor"),
+        (changed(page_S_M=torch.zeros(2, 3).long()), TypeError, "plan.page_S_M.*int64"),
+        (changed(page_S_M=torch.full((2, 3), 5).int()), ValueError, "page_S_M.*below 5, got 5"),
+        (changed(base_S_M=torch.zeros(2, 3).int()), TypeError, "plan.base_S_M.*int32"),
+        (changed(base_S_M=torch.zeros(2, 4).long()), ValueError, "base_S_M: M=4, but M=3"),
+        (changed(rows_S_M=torch.zeros(2, 3).long()), TypeError, "plan.rows_S_M.*int64"),
+        (changed(count_S=torch.zeros(3).int()), ValueError, "plan.count_S: S=3, but S=2"),
+        ({"span": 9}, ValueError, "row_position_P_R, span: .*both or neither, got span=9"),
+        ({"row_position_P_R": POSITION}, ValueError, "row_position_P_R, span: .*both"),
+        ({"row_position_P_R": POSITION.int(), "span": 9}, TypeError, "row_position_P_R.*int32"),
+        ({"row_position_P_R": POSITION[1:], "span": 9}, ValueError, "row_position_P_R: P=4"),
+        ({"row_position_P_R": POSITION, "span": 0}, ValueError, "span: .*at least 1, got 0"),
+        (
+            {"row_position_P_R": POSITION, "span": 9, "window": 4},
+            ValueError,
+            "row_position_P_R: not together with a window, got window=4",
+        ),
+        (
+            {"row_position_P_R": POSITION, "span": 5},
+            ValueError,
+            "row_position_P_R: 6 in row 3 of page 0 does not ascend from base 0 to below 5",
+        ),
         (
             {"start_S1": torch.tensor([0, 2, 4]).int()},
             ValueError,
@@ -361,8 +392,7 @@ def test_bad_input(change: dict, error: type, words: str) -> None:
         "q_T_H_C": torch.zeros(3, 4, 8),
         "k_pages_P_G_R_C": torch.zeros(5, 2, 4, 8),
         "v_pages_P_G_R_C": torch.zeros(5, 2, 4, 8),
-        "page_table_S_M": torch.zeros(2, 3, dtype=torch.int32),
-        "page_base_S_M": torch.zeros(2, 3, dtype=torch.int64),
+        **changed(),
         "start_S1": torch.tensor([0, 1, 3], dtype=torch.int32),
         "length_S": torch.tensor([1, 2]),
         "scale": 0.5,

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tml_kernels import PagePlan, plan_pages
+
 from .config import HeadSpec
 
 PAGE_ROWS = 64
@@ -28,8 +30,7 @@ CONV_TAPS = 3  # tokens before the current one that a convolution of four taps s
 class PageList(NamedTuple):
     """Where the keys of one call lie, in the terms of `paged_attention`."""
 
-    page_S_M: Tensor  # int32, -1 where unused
-    base_S_M: Tensor  # int64, position of the page's first row
+    plan: PagePlan
     pool_row_T: Tensor  # int64, where each token is written, -1: nowhere
 
 
@@ -78,7 +79,10 @@ class KvGroup:
         page_S_M = torch.where(used_S_M, slot_S[:, None] * self.ring + ring_M, -1)
         page_T = slot_T * self.ring + position_T // PAGE_ROWS % self.ring
         pool_row_T = torch.where(slot_T >= 0, page_T * PAGE_ROWS + position_T % PAGE_ROWS, -1)
-        return PageList(page_S_M.int(), number_S_M * PAGE_ROWS, pool_row_T)
+        rows_S_M = torch.full_like(page_S_M, PAGE_ROWS, dtype=torch.int32)
+        row_S = torch.arange(slot_S.shape[0], dtype=torch.int32, device=slot_S.device)
+        plan = plan_pages(page_S_M.int(), number_S_M * PAGE_ROWS, rows_S_M, row_S)
+        return PageList(plan, pool_row_T)
 
 
 def ring_pages(window: int, max_append: int) -> int:

@@ -12,21 +12,26 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._page_plan import PagePlan, check_plan
 from ..._ragged import check_below, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import kernel_why_not, problem_of, scratch_bytes
-from .reference import paged_attention_ref
+from .reference import check_positions, paged_attention_ref
 
 
 def _plain(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    page_table: Tensor,
-    page_base: Tensor,
+    page: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    count: Tensor,
     start: Tensor,
     length: Tensor,
+    row_position: Tensor | None,
+    span: int,
     scale: float,
     window: int | None,
     rel: Tensor | None,
@@ -40,15 +45,18 @@ def _plain(
     scratch: Tensor | None,
 ) -> None:
     check_start(start, q.shape[0])
-    check_below(k_pages.shape[0], page_table_S_M=page_table)
+    plan = PagePlan(page, base, rows, count)
+    check_below(k_pages.shape[0], **{"plan.page_S_M": page})
+    if row_position is not None:
+        check_positions(plan, row_position, span)
     result = paged_attention_ref(
         q,
         k_pages,
         v_pages,
-        page_table,
-        page_base,
+        plan,
         start,
         length,
+        row_position_P_R=row_position,
         scale=scale,
         window=window,
         rel_T_H_B=rel,
@@ -67,10 +75,14 @@ def _kernel(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    page_table: Tensor,
-    page_base: Tensor,
+    page: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    count: Tensor,
     start: Tensor,
     length: Tensor,
+    row_position: Tensor | None,
+    span: int,
     scale: float,
     window: int | None,
     rel: Tensor | None,
@@ -78,14 +90,18 @@ def _kernel(
 ) -> None:
     from .launch import launch_paged_attention
 
-    why = kernel_why_not(problem_of(q, k_pages, page_table, window, rel))
+    why = kernel_why_not(problem_of(q, k_pages, page, window, rel))
     run = _plain if why else launch_paged_attention
-    run(q, k_pages, v_pages, page_table, page_base, start, length, scale, window, rel, *rest)
+    run(
+        q, k_pages, v_pages, page, base, rows, count, start, length, row_position, span,
+        scale, window, rel, *rest,
+    )  # fmt: skip
 
 
 _op = register_op(
-    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page_table, "
-    "Tensor page_base, Tensor start, Tensor length, float scale, int? window, Tensor? rel, "
+    "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor page, Tensor base, "
+    "Tensor rows, Tensor count, Tensor start, Tensor length, Tensor? row_position, int span, "
+    "float scale, int? window, Tensor? rel, "
     "Tensor? rel_table, float? tau_floor, float tau_alpha, float? softcap, Tensor? k_scale, "
     "Tensor? v_scale, Tensor(a!) out, Tensor(b!)? scratch) -> ()",
     plain=_plain,
@@ -97,11 +113,12 @@ def paged_attention(
     q_T_H_C: Tensor,
     k_pages_P_G_R_C: Tensor,
     v_pages_P_G_R_C: Tensor,
-    page_table_S_M: Tensor,
-    page_base_S_M: Tensor,
+    plan: PagePlan,
     start_S1: Tensor,
     length_S: Tensor,
     *,
+    row_position_P_R: Tensor | None = None,
+    span: int | None = None,
     scale: float,
     window: int | None = None,
     rel_T_H_B: Tensor | None = None,
@@ -118,30 +135,39 @@ def paged_attention(
 
     Session row s owns tokens start[s]..start[s + 1], the last of its length[s] tokens, whose keys
     and values are in the pages already. Query i of n is at position length - n + i; row r of page
-    page_table[s, m] at page_base[s, m] + r. A key is visible at a distance of 0 and up (to
-    window - 1). logit = tau * (scale * q.k + bias), bias = (rel . rel_table)[distance], zero from
-    X on; tau = 1 + tau_alpha * ln(max((position + 1) / tau_floor, 1)), or 1 without a floor; with
-    a softcap, logit = softcap * tanh(logit / softcap). Query head h reads KV head h // (H / G).
+    plan.page[s, m], r < plan.rows[s, m], at plan.base[s, m] + r. A key is visible at a distance of
+    0 and up (to window - 1). logit = tau * (scale * q.k + bias); bias = (rel . rel_table)[distance]
+    and zero from X on; tau = 1 + tau_alpha * ln(max((position + 1) / tau_floor, 1)), or 1 without a
+    floor; with a softcap, logit = softcap * tanh(logit / softcap). Query head h reads KV head
+    h // (H / G).
 
-    One row, R = 64, length 70, 2 tokens: page_table [[7, -1, 3]] with page_base [[64, 0, 0]] holds
-    positions 64..69 in rows 0..5 of page 7 and 0..63 in page 3; the queries are at 68 and 69.
+    One row, R = 64, length 70, 2 tokens: plan.page [[3, 7, -1]], base [[0, 64, -1]], rows
+    [[64, 6, 0]] hold positions 0..63 in page 3 and 64..69 in rows 0..5 of page 7; the queries are
+    at 68 and 69.
 
-    The page list has no order (-1 is unused) and the result does not depend on it, bitwise; pages
-    may be shared between rows; rows of a page that no query sees may hold anything. A query that
-    sees no key gives zeros, NaN or not: that is how a row is idle (length 0, or no pages). Tokens
-    outside every row give zeros.
+    row_position, int64 [P, R]: row r of page p is at row_position[p, r] instead, so that pages may
+    hold the tokens of one class, page 3 the positions 0..3, 8..11 and page 7 the positions 4..7.
+    Positions ascend within a page, the first is the plan's base, and all are below base + span;
+    not together with a window.
+
+    The plan is that of `plan_pages`: sorted by base; on CUDA another order gives wrong results.
+    Pages may be shared between rows. Pages and rows that no query sees may hold anything and do not
+    change a bit of the result. A query that sees no key gives zeros, NaN or not: that is how a row
+    is idle (length 0, or no pages). Tokens outside every row give zeros.
 
     q, out: [T, H, C], float32, bfloat16 or float16; the pages of one dtype, any of the three, or
     float8_e4m3fn with float32 scales k_scale and v_scale for every row and KV head, value = fp8 *
-    scale; rel of q's dtype, any strides; rel_table float32 or q's dtype; page_table, start int32;
-    page_base, length int64. Accumulates in float32, rounds once. Deterministic; a session row's
-    bits do not depend on the other rows. Raises TypeError or ValueError naming the argument; on the
-    plain path also for page ids and starts out of range.
+    scale; rel of q's dtype, any strides; rel_table float32 or q's dtype; start int32, length int64.
+    Accumulates in float32, rounds once. Deterministic; a session row's bits do not depend on the
+    other rows. Raises TypeError or ValueError naming the argument; on the plain path also for page
+    ids, starts and row positions out of range.
 
     On CUDA the weights of values are rounded to q's dtype, and so are their sums; a table of
     float32 counts as two terms of it. Shapes and dtypes for which `configs.kernel_why_not` has a
-    reason take the plain path there. scratch: uint8, `configs.scratch_bytes(problem)` of them with
-    `configs.problem_of(...)`, with any content, aligned to 256; allocated when it is None.
+    reason take the plain path there. One launch. scratch: uint8, `configs.scratch_bytes(problem)`
+    of them with `configs.problem_of(...)`, aligned to 256. It must be zeros before its first use;
+    every call leaves it fit for the next one in stream order, of any problem. Allocated, and its
+    counters cleared by a second launch, when it is None.
 
     Source: `InklingAttention`, `InklingRelativeLogits` and `eager_attention_forward` of
     transformers 5.17.
@@ -152,8 +178,10 @@ def paged_attention(
     page_dtypes = (*ACTIVATIONS, torch.float8_e4m3fn)
     dims.check(k_pages_P_G_R_C=k_pages_P_G_R_C, dtype=page_dtypes, device=device)
     dims.check(v_pages_P_G_R_C=v_pages_P_G_R_C, dtype=k_pages_P_G_R_C.dtype, device=device)
-    dims.check(page_table_S_M=page_table_S_M, start_S1=start_S1, dtype=torch.int32, device=device)
-    dims.check(page_base_S_M=page_base_S_M, length_S=length_S, dtype=torch.int64, device=device)
+    check_plan(plan, dims, device, "plan")
+    dims.check(start_S1=start_S1, dtype=torch.int32, device=device)
+    dims.check(length_S=length_S, dtype=torch.int64, device=device)
+    _check_row_position(dims, row_position_P_R, span, window, device)
     if (rel_T_H_B is None) != (rel_table_B_X is None):
         raise ValueError("rel_T_H_B, rel_table_B_X: expected both or neither, got one")
     if rel_T_H_B is not None and rel_table_B_X is not None:
@@ -166,16 +194,34 @@ def paged_attention(
     else:
         dims.check(out_T_H_C=out_T_H_C, dtype=dtype, device=device)
     if scratch_B is not None:
-        problem = problem_of(q_T_H_C, k_pages_P_G_R_C, page_table_S_M, window, rel_T_H_B)
+        problem = problem_of(q_T_H_C, k_pages_P_G_R_C, plan.page_S_M, window, rel_T_H_B)
         _check_scratch(scratch_B, scratch_bytes(problem), device)
     refuse_grad(q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, rel_T_H_B, rel_table_B_X)
     if dims["T"] > 0:
         _op(
-            q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, page_table_S_M, page_base_S_M,
-            start_S1, length_S, scale, window, rel_T_H_B, rel_table_B_X,
+            q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, *plan, start_S1, length_S,
+            row_position_P_R, span or dims["R"], scale, window, rel_T_H_B, rel_table_B_X,
             tau_floor, tau_alpha, softcap, k_scale_P_G_R, v_scale_P_G_R, out_T_H_C, scratch_B,
         )  # fmt: skip
     return out_T_H_C
+
+
+def _check_row_position(
+    dims: Dims,
+    row_position_P_R: Tensor | None,
+    span: int | None,
+    window: int | None,
+    device: torch.device,
+) -> None:
+    if (row_position_P_R is None) != (span is None):
+        raise ValueError(f"row_position_P_R, span: expected both or neither, got {span=}")
+    if row_position_P_R is None or span is None:
+        return
+    dims.check(row_position_P_R=row_position_P_R, dtype=torch.int64, device=device)
+    if window is not None:
+        raise ValueError(f"row_position_P_R: not together with a window, got {window=}")
+    if span < 1:
+        raise ValueError(f"span: expected at least 1, got {span}")
 
 
 def _check_scales(

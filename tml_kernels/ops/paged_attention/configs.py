@@ -1,7 +1,7 @@
 """How paged_attention is cut, which problems its kernels take, and where its partial sums lie."""
 
-# Dimension key: T tokens, S session rows, N = S + 1 rows with the padding as the last, H query
-# heads, G KV heads, C head width, R rows in a page, M page-list columns, Q query tiles, K splits.
+# Dimension key: T tokens, S session rows, H query heads, G KV heads, C head width, R rows in a
+# page, M page-list columns, B features, K splits.
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ SPLIT_KEYS = 512  # keys of a split: fixed, because a query's bits depend on whe
 MAX_PROGRAMS = 528  # a program takes every MAX_PROGRAMS-th item: four for each SM of an H200
 MAX_WINDOW = 1 << 20
 MAX_SCRATCH = 2 << 30
-BLOCK_M = 16  # rows of a plan's program
+# The counters have the first bytes of every scratch, whatever the call: partial results of one call
+# never lie where another counts.
+MAX_COUNTERS = 1 << 16
+DOT_K = 32  # (tokens x features) of one product of the relative bias
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,10 @@ class Problem:
         return tile_of(self.head_width)
 
     @property
+    def block_b(self) -> int:
+        return tile_of(max(1, self.num_features))
+
+    @property
     def max_splits(self) -> int:
         """Splits lie at fixed places of the page list, with a window at fixed positions."""
         if self.window is None:
@@ -60,12 +67,12 @@ class Problem:
 
 
 def problem_of(
-    q: Tensor, k_pages: Tensor, page_table: Tensor, window: int | None, rel: Tensor | None
+    q: Tensor, k_pages: Tensor, page_S_M: Tensor, window: int | None, rel: Tensor | None
 ) -> Problem:
     return Problem(
         num_tokens=q.shape[0],
-        num_rows=page_table.shape[0],
-        num_columns=page_table.shape[1],
+        num_rows=page_S_M.shape[0],
+        num_columns=page_S_M.shape[1],
         num_heads=q.shape[1],
         num_kv_heads=k_pages.shape[1],
         head_width=q.shape[2],
@@ -79,11 +86,9 @@ def problem_of(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of `block_q` rows, each one query head of one token. When `whole`, one program
-    takes all splits of its tile."""
+    """A tile of `block_q` rows, each one query head of one token."""
 
     block_q: int
-    whole: bool
     num_warps: int
     num_stages: int
 
@@ -95,18 +100,23 @@ class Config:
         rows = min(p.num_rows + 1, p.num_tokens)
         return p.num_tokens // self.tile_tokens(p) + rows
 
+    def dot_tokens(self, p: Problem) -> int:
+        """Tokens of a tile whose biases come from one product."""
+        tokens = 1 << (self.tile_tokens(p) - 1).bit_length()
+        return min(tokens, max(1, DOT_K // p.block_b))
 
-# Low tiles, every split its own program. The taller tiles, and those that keep all their splits and
-# so need little scratch, give the same results but use local memory on sm_90: not chosen.
-SMALL = Config(block_q=16, whole=False, num_warps=8, num_stages=5)
-LARGE = Config(block_q=32, whole=False, num_warps=8, num_stages=3)
-WHOLE = Config(block_q=32, whole=True, num_warps=8, num_stages=3)
+
+# LARGE reads keys once for twice as many tokens; both give the same bits. With pages of fp8 it uses
+# local memory on sm_90: not chosen there.
+SMALL = Config(block_q=16, num_warps=8, num_stages=5)
+LARGE = Config(block_q=32, num_warps=8, num_stages=3)
 
 
 @chooser
 def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock."""
-    return SMALL
+    fills = p.num_tokens >= LARGE.tile_tokens(p) * max(1, p.num_rows)
+    return LARGE if fills and p.page_dtype == p.dtype else SMALL
 
 
 def kernel_why_not(p: Problem) -> str | None:
@@ -114,9 +124,14 @@ def kernel_why_not(p: Problem) -> str | None:
     if p.dtype == torch.float32:
         return "the kernels' products take 16-bit operands"
     reason = shape_why_not(p)
-    if reason is None and (size := scratch_buffers(p, choose_config(p))[-1].end) > MAX_SCRATCH:
-        reason = f"T={p.num_tokens}, M={p.num_columns}: partial results take {size} bytes"
-    return reason
+    if reason is not None:
+        return reason
+    config = choose_config(p)
+    if (size := scratch_buffers(p)[-1].end) > MAX_SCRATCH:
+        return f"T={p.num_tokens}, M={p.num_columns}: partial results take {size} bytes"
+    if config.max_tiles(p) * p.num_kv_heads > MAX_COUNTERS:
+        return f"T={p.num_tokens}, G={p.num_kv_heads}: over {MAX_COUNTERS} tiles"
+    return None
 
 
 def shape_why_not(p: Problem) -> str | None:
@@ -154,18 +169,13 @@ class Buffer:
         return self.offset + math.prod(self.shape) * self.dtype.itemsize
 
 
-def scratch_buffers(p: Problem, config: Config) -> tuple[Buffer, ...]:
-    """Sorted page ids and bases [N, M], their number [N]; the counters of the tiles, by first token
-    [T, G]; maximum and sum of every partial result [T, H, K, 2] and weighted values [T, H, K, C],
-    of one K when tiles are whole."""
-    rows, splits = p.num_rows + 1, 1 if config.whole else p.max_splits
-    partial = (p.num_tokens, p.num_heads, splits)
+def scratch_buffers(p: Problem) -> tuple[Buffer, ...]:
+    """The counters of the tiles, zero between calls; maximum and sum of every partial result
+    [T, H, K, 2] and weighted values [T, H, K, C]."""
+    partial = (p.num_tokens, p.num_heads, p.max_splits)
     buffers, end = [], 0
     for shape, dtype in (
-        ((rows, p.num_columns), torch.int32),
-        ((rows, p.num_columns), torch.int64),
-        ((rows,), torch.int32),
-        ((p.num_tokens, p.num_kv_heads), torch.int32),
+        ((MAX_COUNTERS,), torch.int32),
         ((*partial, 2), torch.float32),
         ((*partial, p.block_c), torch.float32),
     ):
@@ -176,6 +186,4 @@ def scratch_buffers(p: Problem, config: Config) -> tuple[Buffer, ...]:
 
 def scratch_bytes(p: Problem) -> int:
     """Bytes that `paged_attention` needs on CUDA; 0 where it takes the plain path."""
-    if kernel_why_not(p) is not None:
-        return 0
-    return scratch_buffers(p, choose_config(p))[-1].end
+    return 0 if kernel_why_not(p) is not None else scratch_buffers(p)[-1].end

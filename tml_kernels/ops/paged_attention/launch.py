@@ -1,4 +1,4 @@
-"""Launches of paged_attention's two kernels, and what compiles them ahead of time."""
+"""Launch of paged_attention's kernel, and what compiles it ahead of time."""
 
 # pyright: reportCallIssue=false
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from .configs import (
-    BLOCK_M,
+    LARGE,
     MAX_PROGRAMS,
     SMALL,
     Config,
@@ -21,22 +21,22 @@ from .configs import (
     problem_of,
     scratch_buffers,
     shape_why_not,
-    tile_of,
 )
 from .kernel import attention_kernel
-from .plan import plan_kernel
-
-BLOCK_J = 128  # pages compared at a time
 
 
 def launch_paged_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
-    page_table: Tensor,
-    page_base: Tensor,
+    page: Tensor,
+    base: Tensor,
+    rows: Tensor,
+    count: Tensor,
     start: Tensor,
     length: Tensor,
+    row_position: Tensor | None,
+    span: int,
     scale: float,
     window: int | None,
     rel: Tensor | None,
@@ -51,28 +51,23 @@ def launch_paged_attention(
     config: Config | None = None,
 ) -> None:
     """Arguments as of the op; ValueError for shapes that the kernels do not take."""
-    p = problem_of(q, k_pages, page_table, window, rel)
+    p = problem_of(q, k_pages, page, window, rel)
     reason = shape_why_not(p)
     if reason is not None:
         raise ValueError(f"paged_attention: {reason}")
     config = config or choose_config(p)
-    buffers = scratch_buffers(p, config)
+    buffers = scratch_buffers(p)
     if scratch is None:
         scratch = torch.empty(buffers[-1].end, dtype=torch.uint8, device=q.device)
-    pages, bases, count, counter, part_ml, part_acc = (
-        scratch[b.offset : b.end].view(b.dtype) for b in buffers
-    )
-    plan_kernel[(p.num_rows + 1, max(1, triton.cdiv(p.num_columns, BLOCK_M)))](
-        page_table, page_base, start, length, pages, bases, count, counter,
-        p.num_rows, p.num_columns, counter.numel(),
-        R=p.page_rows, WINDOW=window, BLOCK_M=BLOCK_M, BLOCK_J=BLOCK_J, num_warps=4,
-    )  # fmt: skip
+        scratch[: 4 * config.max_tiles(p) * p.num_kv_heads].zero_()
+    counter, part_ml, part_acc = (scratch[b.offset : b.end].view(b.dtype) for b in buffers)
     programs = min(MAX_PROGRAMS, config.max_tiles(p) * p.num_kv_heads * p.max_splits)
     attention_kernel[(programs,)](
-        q, k_pages, v_pages, k_scale, v_scale, start, length, pages, bases, count,
+        q, k_pages, v_pages, k_scale, v_scale, page, base, rows, count, row_position,
+        start, length,
         rel, *((0, 0, 0) if rel is None else rel.stride()), rel_table,
         counter, part_ml, part_acc, out,
-        p.num_tokens, p.num_rows, p.num_columns, p.max_splits, p.num_features,
+        p.num_tokens, p.num_rows, p.num_columns, p.max_splits, span, p.num_features,
         scale, tau_floor or 1.0, tau_alpha, softcap or 1.0,
         **_constexprs(p, config, 0 if rel_table is None else rel_table.shape[1]),
         TAU=tau_floor is not None, SOFTCAP=softcap is not None,
@@ -89,13 +84,12 @@ def _constexprs(p: Problem, config: Config, extent: int) -> dict[str, Any]:
         "X": extent,
         "WINDOW": p.window,
         "SPLIT_PAGES": p.split_pages,
-        "WHOLE": config.whole,
         "BLOCK_N": triton.next_power_of_2(p.num_rows + 1),
         "BLOCK_Q": config.block_q,
         "BLOCK_R": p.block_r,
         "BLOCK_C": p.block_c,
-        "BLOCK_B": tile_of(max(1, p.num_features)),
-        "BLOCK_W": tile_of(config.tile_tokens(p)),
+        "BLOCK_B": p.block_b,
+        "BLOCK_K": p.block_b * config.dot_tokens(p),
     }
 
 
@@ -103,11 +97,11 @@ def _constexprs(p: Problem, config: Config, extent: int) -> dict[str, Any]:
 TYPES = {
     "page_ptr": "*i32",
     "base_ptr": "*i64",
+    "rows_ptr": "*i32",
+    "count_ptr": "*i32",
+    "position_ptr": "*i64",
     "start_ptr": "*i32",
     "length_ptr": "*i64",
-    "sorted_page_ptr": "*i32",
-    "sorted_base_ptr": "*i64",
-    "count_ptr": "*i32",
     "counter_ptr": "*i32",
     "part_ml_ptr": "*fp32",
     "part_acc_ptr": "*fp32",
@@ -140,13 +134,15 @@ def _problem(**changes: Any) -> Problem:
 
 
 def aot_specs() -> list[AotSpec]:
-    """Global and local layers of the public model and a layer without bias and window, of
-    head widths 64, 128 and 256, with pages of bf16 and fp8."""
+    """Global and local layers of the public model, global ones with positions of the rows, and a
+    layer without bias and window, of head widths 64, 128 and 256, with pages of bf16 and fp8."""
     plain = {"num_features": 0}
     shapes: list[tuple[str, dict[str, Any], int]] = [
         ("global", {}, 1024),
+        ("global-positions", {}, 1024),
         ("local", {"window": 512}, 512),
         ("plain", plain, 0),
+        ("plain-positions", plain, 0),
         ("plain-C64", plain | {"head_width": 64}, 0),
         ("plain-C256", plain | {"head_width": 256}, 0),
     ]
@@ -154,17 +150,19 @@ def aot_specs() -> list[AotSpec]:
     for name, changes, extent in shapes:
         for page_dtype in (torch.bfloat16, FP8):
             p = _problem(page_dtype=page_dtype, **changes)
-            specs.append(_attention_spec(name, p, SMALL, extent))
-    plans = [_plan_spec(name, window) for name, window in (("global", None), ("local", 512))]
-    return [*plans, *specs]
+            configs = (SMALL, LARGE) if page_dtype == p.dtype else (SMALL,)
+            specs += [_attention_spec(name, p, config, extent) for config in configs]
+    return specs
 
 
 def _attention_spec(name: str, p: Problem, config: Config, extent: int) -> AotSpec:
     is_fp8 = p.page_dtype == FP8
-    constexprs = _constexprs(p, config, extent) | {"TAU": name == "global", "SOFTCAP": False}
+    constexprs = _constexprs(p, config, extent) | {"TAU": "global" in name, "SOFTCAP": False}
     absent = () if is_fp8 else ("k_scale_ptr", "v_scale_ptr")
     if extent == 0:
         absent += ("rel_ptr", "table_ptr")
+    if "positions" not in name:
+        absent += ("position_ptr",)
     constexprs |= dict.fromkeys(absent)
     page = "*fp8e4nv" if is_fp8 else "*bf16"
     types = {"q_ptr": "*bf16", "rel_ptr": "*bf16", "out_ptr": "*bf16", "k_ptr": page, "v_ptr": page}
@@ -177,12 +175,6 @@ def _attention_spec(name: str, p: Problem, config: Config, extent: int) -> AotSp
         mma="HMMA",
         min_arch=90 if is_fp8 else 80,
     )
-
-
-def _plan_spec(name: str, window: int | None) -> AotSpec:
-    constexprs = {"R": 64, "WINDOW": window, "BLOCK_M": BLOCK_M, "BLOCK_J": BLOCK_J}
-    arguments = _signature(plan_kernel, constexprs, TYPES)
-    return AotSpec(**arguments, config=None, num_warps=4, label=name)
 
 
 def _signature(kernel: Any, constexprs: dict[str, Any], types: dict[str, str]) -> dict[str, Any]:

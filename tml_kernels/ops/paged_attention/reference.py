@@ -10,16 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._page_plan import PagePlan
+
 
 def paged_attention_ref(
     q_T_H_C: Tensor,
     k_pages_P_G_R_C: Tensor,
     v_pages_P_G_R_C: Tensor,
-    page_table_S_M: Tensor,
-    page_base_S_M: Tensor,
+    plan: PagePlan,
     start_S1: Tensor,
     length_S: Tensor,
     *,
+    row_position_P_R: Tensor | None = None,
+    span: int | None = None,
     scale: float,
     window: int | None = None,
     rel_T_H_B: Tensor | None = None,
@@ -34,9 +37,10 @@ def paged_attention_ref(
     """out_T_H_C in `dtype`: softmax(logit) v over the visible keys; zero where there is none.
 
     logit = tau (scale q.k + bias), softcap * tanh(logit / softcap) with a cap. Query i of the n of
-    a session row is at position pq = length - n + i, the key in row r of page m at
-    pk = page_base[m] + r; visible: 0 <= pq - pk (< window), pk < length.
+    a session row is at position pq = length - n + i, the key in row r < rows[m] of page[m] at
+    pk = base[m] + r, or at row_position[page[m], r]; visible: 0 <= pq - pk (< window).
     bias = (rel . rel_table)[pq - pk], zero from X on; tau = 1 + alpha ln(max((pq + 1) / floor, 1)).
+    span makes no difference here.
     """
     out_T_H_C = torch.zeros(q_T_H_C.shape, dtype=dtype, device=q_T_H_C.device)
     start, length = start_S1.tolist(), length_S.tolist()
@@ -47,7 +51,13 @@ def paged_attention_ref(
             continue
         oldest = first - window + 1 if window is not None else None
         page_L, row_L, pk_L = _visible_rows(
-            page_table_S_M[s], page_base_S_M[s], k_pages_P_G_R_C.shape[2], oldest, end
+            plan.page_S_M[s],
+            plan.base_S_M[s],
+            plan.rows_S_M[s],
+            row_position_P_R,
+            k_pages_P_G_R_C.shape[2],
+            oldest,
+            end,
         )
         if pk_L.shape[0] == 0:
             continue
@@ -73,23 +83,50 @@ def paged_attention_ref(
     return out_T_H_C
 
 
+def check_positions(plan: PagePlan, row_position_P_R: Tensor, span: int) -> None:
+    """ValueError unless the rows in use ascend from their page's base to below base + span."""
+    used_S_M = plan.page_S_M >= 0
+    position_L_R = row_position_P_R[plan.page_S_M[used_S_M].long()]
+    base_L, rows_L = plan.base_S_M[used_S_M], plan.rows_S_M[used_S_M]
+    used_L_R = torch.arange(position_L_R.shape[1], device=rows_L.device) < rows_L[:, None]
+    bad_L_R = (position_L_R < base_L[:, None]) | (position_L_R >= base_L[:, None] + span)
+    bad_L_R[:, 1:] |= position_L_R[:, 1:] <= position_L_R[:, :-1]
+    bad_L_R[:, :1] |= position_L_R[:, :1] != base_L[:, None]
+    bad_L_R &= used_L_R
+    if bad_L_R.any():
+        m, r = bad_L_R.nonzero()[0].tolist()
+        raise ValueError(
+            f"row_position_P_R: {int(position_L_R[m, r])} in row {r} of page "
+            f"{int(plan.page_S_M[used_S_M][m])} does not ascend from base {int(base_L[m])} to "
+            f"below {int(base_L[m]) + span}"
+        )
+
+
 def _visible_rows(
-    page_M: Tensor, base_M: Tensor, page_rows: int, oldest: int | None, end: int
+    page_M: Tensor,
+    base_M: Tensor,
+    rows_M: Tensor,
+    row_position_P_R: Tensor | None,
+    page_rows: int,
+    oldest: int | None,
+    end: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(page_L, row_L, pk_L) of the keys that some query sees, by ascending position.
 
-    Sorted, the sums below run in one order for every order of the page list; and a row that nobody
+    Sorted, the sums below run in one order however the keys lie in pages; and a row that nobody
     sees is never read, so whatever it holds (NaN of a fresh page) does not matter.
     """
-    base_M, order_M = torch.sort(base_M)
-    page_M = page_M[order_M].long()
     row_R = torch.arange(page_rows, device=page_M.device)
-    pk_M_R = base_M[:, None] + row_R
-    seen_M_R = (pk_M_R < end) & (page_M >= 0)[:, None]
+    if row_position_P_R is None:
+        pk_M_R = base_M[:, None] + row_R
+    else:
+        pk_M_R = row_position_P_R[page_M.long().clamp(min=0)]
+    seen_M_R = (pk_M_R < end) & (page_M >= 0)[:, None] & (row_R < rows_M[:, None])
     if oldest is not None:
         seen_M_R &= pk_M_R >= oldest
     column_L, row_L = seen_M_R.nonzero(as_tuple=True)
-    return page_M[column_L], row_L, base_M[column_L] + row_L
+    pk_L, order_L = pk_M_R[column_L, row_L].sort(stable=True)
+    return page_M.long()[column_L[order_L]], row_L[order_L], pk_L
 
 
 def _gather(
