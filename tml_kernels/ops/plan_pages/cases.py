@@ -52,7 +52,12 @@ class Case:
         return {name: tensor.to(device) for name, tensor in inputs.items()}
 
     def cost(self) -> Cost:
-        return Cost(bytes=self.num_rows * (2 * 16 * self.num_columns + 8), flops=0)
+        """Flops are the comparisons of a sort."""
+        comparisons = self.num_columns * max(1, (self.num_columns - 1).bit_length())
+        return Cost(
+            bytes=self.num_rows * (2 * 16 * self.num_columns + 8),
+            flops=self.num_rows * comparisons,
+        )
 
 
 EDGE = [
