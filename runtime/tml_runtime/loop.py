@@ -21,7 +21,7 @@ from .clock import QuietCollector, VirtualClock
 from .errors import InputTypeError, InputValueError, LoopFailed, NotRunning
 from .mailbox import MailboxSpec
 from .metrics import Metrics
-from .model import InteractionModel, ModelConfig, TickInput, TickOutput, TurnLayout
+from .model import InteractionModel, KvBudget, ModelConfig, TickInput, TickOutput, TurnLayout
 from .session import Session
 from .slots import Batch, Seat, Slots
 from .text import ByteTokenizer, Tokenizer
@@ -56,21 +56,20 @@ class Runtime:
         realtime: bool = True,
         tokenizer: Tokenizer | None = None,
         vocoder: Callable[[], Vocoder] | None = None,
-        max_tokens: int = 4096,
+        budget: KvBudget | None = None,
         max_frame_pairs: int = 1,
         max_lead_ticks: int = 16,
         output_queue_ticks: int = 64,
         cpu_threads: int = 1,
     ) -> None:
-        """max_tokens: how far back the model's global layers see. max_frame_pairs: of video, per
-        tick. vocoder: makes one for a slot, by default Griffin-Lim. cpu_threads: torch's in the
-        whole process while the loop runs; products as small as a tick's gain nothing from more, and
-        wait for them when a core is busy. Raises InputTypeError or InputValueError naming the
-        argument.
+        """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
+        max_frame_pairs: of video, per tick. vocoder: makes one for a slot, by default Griffin-Lim.
+        cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
+        gain nothing from more, and wait for them when a core is busy. Raises InputTypeError or
+        InputValueError naming the argument.
         """
         sizes = {
             "num_slots": num_slots,
-            "max_tokens": max_tokens,
             "max_frame_pairs": max_frame_pairs,
             "max_lead_ticks": max_lead_ticks,
             "output_queue_ticks": output_queue_ticks,
@@ -84,7 +83,7 @@ class Runtime:
             model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks
         )
         self._model = model
-        self._state = model.new_state(num_slots, max_tokens=max_tokens)
+        self._state = model.new_state(num_slots, budget=budget)
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
         self._vocoders = [make_vocoder() for _ in range(num_slots)]
@@ -144,7 +143,7 @@ class Runtime:
                 seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
             sampling = Sampling(temperature, top_k, top_p, seed)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
-                self._slots.sweep()
+                self._release()
             period_ns = self._spec.window_ns
             seat = Seat(self._spec, sampling, open_tick=-(-self.media_ns() // period_ns))
             self._slots.claim(seat)
@@ -261,22 +260,26 @@ class Runtime:
         return scheduled_ns + period_ns
 
     def _admit(self, tick: int) -> list[Seat]:
-        """Free the slots of sessions that are over, and make new sessions' slots as new."""
-        self._slots.sweep()
+        self._release()
         seats = self._slots.due(tick)
         for seat in seats:
             if not seat.admitted:
-                self._state.reset(seat.slot)
                 self._vocoders[seat.slot].reset()
                 self._state.set_sampling(seat.slot, **vars(seat.sampling))
                 seat.admitted = True
         return seats
+
+    def _release(self) -> None:
+        """Free the slots of sessions that are over, and give back all that they hold."""
+        for slot in self._slots.sweep():
+            self._state.reset(slot)
 
     def _think(self, inputs: TickInput) -> TickOutput:
         out = self._model.tick(self._state, inputs)
         self._metrics.lap("model")
         for stage, ns in out.stage_ns.items():
             self._metrics.set_stage(f"model.{stage}", ns)
+        self._metrics.set_kv_pages(out.kv_pages)
         return out
 
     def _publish(self, tick: int, seats: list[Seat], out: TickOutput) -> None:
@@ -286,6 +289,8 @@ class Runtime:
         fault_S = (out.fault_S.cpu() | ~mel_S_K_B.isfinite().all(2).all(1)).tolist()
         for row, seat in enumerate(seats):
             try:
+                if row in out.refused:
+                    raise out.refused[row]
                 if fault_S[row]:
                     raise FloatingPointError("the model's numbers were not finite")
                 pcm = self._vocoders[seat.slot].push(mel_S_K_B[row])
@@ -309,7 +314,8 @@ class Runtime:
         with torch.inference_mode():
             out = self._model.tick(self._state, self._batch.silent())
             for slot, vocoder in enumerate(self._vocoders):
-                vocoder.push(out.mel_S_K_B[slot].cpu())  # a session's first tick resets its slot
+                vocoder.push(out.mel_S_K_B[slot].cpu())  # a session's first tick resets it
+                self._state.reset(slot)
 
 
 @contextmanager

@@ -5,11 +5,14 @@ The tick thread is the only writer. Readers copy, and drop what may have been ov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ._tick import now_ns
 
 MAX_STAGES = 24
+CLASS_NAMES = ("anchor", "text", "audio", "video", "reply")
 
 # A miss is a tick not done before the next one was due: it ran too long (`missed`), or its time had
 # wholly passed and it never ran (`skipped`, counted in the record of the tick that ran next).
@@ -28,6 +31,7 @@ RECORD = np.dtype(
         ("lost_outputs", np.int32),  # sessions whose output queue was full
         ("faults", np.int32),  # sessions ended by this tick
         ("missed", np.bool_),
+        ("kv_pages", np.int32, (len(CLASS_NAMES),)),  # held in global layers, by class
         ("stage_ns", np.int64, (MAX_STAGES,)),  # columns as in `Metrics.stages`
     ]
 )
@@ -95,6 +99,10 @@ class Metrics:
             assert column < MAX_STAGES, f"more than {MAX_STAGES} stages: {self.stages}"
         self._record["stage_ns"][column] = ns
 
+    def set_kv_pages(self, pages: Sequence[int]) -> None:
+        """Pages that the tick's sessions hold, in the order of CLASS_NAMES."""
+        self._record["kv_pages"] = pages
+
     def add(self, name: str, amount: int) -> None:
         """Add to one of COUNTS."""
         self._record[name] += amount
@@ -132,6 +140,10 @@ class Metrics:
             "stages_ms": {
                 name: percentiles_ms(records["stage_ns"][:, column])
                 for name, column in list(self._stages.items())
+            },
+            "kv_pages": {
+                name: int(records["kv_pages"][-1, i]) if len(records) else 0
+                for i, name in enumerate(CLASS_NAMES)
             },
             **self._totals,
         }

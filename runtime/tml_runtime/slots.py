@@ -117,12 +117,14 @@ class Slots:
             ) from None
         self._seats[seat.slot] = seat
 
-    def sweep(self) -> None:
-        """Free the slots of sessions that are over. What they hold is reset before its next use."""
-        for slot, seat in enumerate(self._seats):
-            if seat is not None and seat.over:
-                self._seats[slot] = None
-                self._free.append(slot)
+    def sweep(self) -> list[int]:
+        """Free the slots of sessions that are over, and return them: the caller releases what they
+        hold, before the next session's first tick."""
+        freed = [slot for slot, seat in enumerate(self._seats) if seat is not None and seat.over]
+        for slot in freed:
+            self._seats[slot] = None
+            self._free.append(slot)
+        return freed
 
     def due(self, tick: int) -> list[Seat]:
         """The sessions that take part in `tick`, by slot."""

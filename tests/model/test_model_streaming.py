@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from small_model import small_config
 from torch import Tensor
 
+from tml_kernels.kv_cache import BudgetExceeded, OutOfPages, PageClass
 from tml_kernels.testing import assert_bitwise, assert_matches
-from tml_runtime.model import InteractionModel, ModelConfig, ModelState
+from tml_runtime.model import InteractionModel, KvBudget, ModelConfig, ModelState
 from tml_runtime.model.config import HeadSpec
-from tml_runtime.model.pages import PAGE_ROWS, KvGroup, ring_pages
 
 CONFIG = small_config()
 # 70 crosses a page, and its extent ends inside the window.
@@ -31,6 +32,10 @@ def append(model: InteractionModel, state: ModelState, blocks: dict[int, Tensor]
     start = torch.tensor([0, *(len(x) for x in blocks.values())]).cumsum(0).to(torch.int32)
     h_T_D = model.append(state, torch.cat(list(blocks.values())), start, int32(*blocks))
     return list(h_T_D.split([len(x) for x in blocks.values()]))
+
+
+def lengths(state: ModelState) -> list[int]:
+    return [state.length(slot) for slot in range(state.num_slots)]
 
 
 def random_blocks(x_T_D: Tensor, dice: random.Random, longest: int) -> list[Tensor]:
@@ -52,24 +57,106 @@ def test_any_split_equals_the_full_forward(config: ModelConfig, seed: int, longe
     dice = random.Random(seed)
     model = InteractionModel.random(config)
     x_T_D = torch.randn(90 if longest == 1 else 400, config.width)
-    state = model.new_state(2, max_tokens=512, max_append=50)
+    state = model.new_state(2, max_append=50)
     blocks = [append(model, state, {1: x})[0] for x in random_blocks(x_T_D, dice, longest)]
     assert_logits(model, torch.cat(blocks), model.forward(x_T_D))
-    assert state.length_N.tolist() == [0, len(x_T_D)]
+    assert lengths(state) == [0, len(x_T_D)]
 
 
-def test_global_ring_forgets_what_is_older_than_max_tokens() -> None:
-    """For any split, exactly the tokens at a distance of max_tokens and more."""
+def kept(state: ModelState, slot: int) -> list[int]:
+    """Positions that the slot's global layers hold."""
+    (g,) = (g for g, group in enumerate(state.groups) if group.window is None)
+    pages = state.cache.positions(state.session(slot), g)
+    return sorted(position for page in pages for position in page)
+
+
+SMALL = KvBudget(anchor=1, text=1, audio=64, video=1, reply=1)
+
+
+@pytest.mark.parametrize("longest", [5, 60])
+def test_global_layers_drop_what_the_cache_drops(longest: int) -> None:
+    """Blocks of every class in turn, far more than the budgets hold: the streamed numbers are those
+    of a full forward in which each query sees what was kept before it came."""
+    model, dice = InteractionModel.random(CONFIG), random.Random(longest)
+    x_T_D = torch.randn(700, CONFIG.width)
+    state = model.new_state(1, budget=SMALL, max_append=60)
+    dropped_T_T = torch.ones(700, 700, dtype=torch.bool)
+    said, done = [], 0
+    for n, block in enumerate(random_blocks(x_T_D, dice, longest)):
+        rows = slice(done, done + len(block))
+        dropped_T_T[rows, kept(state, 0)] = False
+        dropped_T_T[rows, rows] = False
+        page_class = [PageClass.VIDEO, PageClass.AUDIO, PageClass.TEXT, PageClass.REPLY][n % 4]
+        start = int32(0, len(block))
+        said.append(model.append(state, block, start, int32(0), page_class))
+        done = rows.stop
+    state.cache.check_invariants()
+    assert dropped_T_T[-1].sum() > 200
+    assert_logits(model, torch.cat(said), model.forward(x_T_D, dropped_T_T=dropped_T_T))
+    valid = CONFIG.vocab.num_valid
+    unlimited = model.forward(x_T_D)[-1, :valid]
+    assert not torch.allclose(model.logits(said[-1])[-1, :valid], unlimited, atol=1e-3)
+
+
+def test_anchors_stay() -> None:
     model = InteractionModel.random(CONFIG)
-    x_T_D = torch.randn(500, CONFIG.width)
-    expected = model.forward(x_T_D, max_tokens=100)
-    unlimited = model.forward(x_T_D)[-1, : CONFIG.vocab.num_valid]
-    assert not torch.allclose(expected[-1, : CONFIG.vocab.num_valid], unlimited, atol=1e-3)
-    for longest in (20, 200):
-        state = model.new_state(1, max_tokens=100, max_append=60)
-        blocks = random_blocks(x_T_D, random.Random(longest), longest)
-        h_T_D = torch.cat([append(model, state, {0: x})[0] for x in blocks])
-        assert_logits(model, h_T_D, expected)
+    state = model.new_state(1, budget=SMALL, max_append=60)
+    x_T_D = torch.randn(900, CONFIG.width)
+    model.append(state, x_T_D[:40], int32(0, 40), int32(0), PageClass.ANCHOR)
+    append(model, state, {0: x_T_D[40:]})
+    assert kept(state, 0)[:40] == list(range(40))
+    assert kept(state, 0)[40] > 700
+    before = lengths(state)
+    with pytest.raises(BudgetExceeded, match="anchor pages: needed=3 limit=2"):
+        model.append(state, x_T_D[:100], int32(0, 100), int32(0), PageClass.ANCHOR)
+    assert lengths(state) == [before[0] + 60]  # the pass before
+
+
+def test_rewind_and_fork_cover_the_taps() -> None:
+    """After a rewind, and in a fork, the next tokens are as if nothing else had been heard."""
+    model = InteractionModel.random(WIDE)
+    x_T_D = torch.randn(200, WIDE.width)
+    expected = model.forward(torch.cat([x_T_D[:90], x_T_D[150:]]))[90:]
+    state = model.new_state(3, max_append=64)
+    append(model, state, {0: x_T_D[:50]})
+    append(model, state, {0: x_T_D[50:90]})
+    state.fork(0, 2)
+    append(model, state, {0: x_T_D[90:150]})
+    state.cache.rewind(state.session(0), 90)
+    for slot in (0, 2):
+        assert_logits(model, append(model, state, {slot: x_T_D[150:]})[0], expected)
+
+
+def test_a_saved_session_goes_on_elsewhere_bitwise(tmp_path: Path) -> None:
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(160, CONFIG.width)
+    state, other = model.new_state(2, max_append=64), model.new_state(1, max_append=64)
+    append(model, state, {1: x_T_D[:100]})
+    state.cache.save(state.session(1), tmp_path / "session.tml")
+    other.load(0, tmp_path / "session.tml")
+    state.cache.suspend(state.session(1))  # and comes back with its next tokens
+    expected = append(model, state, {1: x_T_D[100:]})[0]
+    assert_bitwise(append(model, other, {0: x_T_D[100:]})[0], expected)
+
+
+def test_without_room_the_idle_go_to_host_memory_or_nothing_changes() -> None:
+    model = InteractionModel.random(CONFIG)
+    x_T_D = torch.randn(160, CONFIG.width)
+    state = model.new_state(2, budget=SMALL, max_append=60, global_pages=5)  # one is the zero page
+    alone = model.new_state(1, budget=SMALL, max_append=60)
+    (first,), (wanted,) = (append(model, each, {0: x_T_D[:100]}) for each in (state, alone))
+    assert_bitwise(first, wanted)
+    for page_class in (PageClass.REPLY, PageClass.AUDIO, PageClass.VIDEO):
+        model.append(state, x_T_D[:60], int32(0, 60), int32(1), page_class)
+    assert state.cache.is_suspended(state.session(0))
+    before = lengths(state)
+    with pytest.raises(OutOfPages, match="needed=2 free=0"):
+        append(model, state, {1: x_T_D[100:], 0: x_T_D[100:]})
+    assert lengths(state) == before == [100, 180]
+    state.cache.check_invariants()
+    state.reset(1)
+    (again,), (wanted,) = (append(model, each, {0: x_T_D[100:]}) for each in (state, alone))
+    assert_bitwise(again, wanted)
 
 
 @pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["window8", "window70"])
@@ -124,7 +211,7 @@ def test_nothing_to_append() -> None:
     assert model.append(state, none, int32(0), int32()).shape == (0, CONFIG.width)
     assert model.append(state, none, int32(0, 0), int32(1)).shape == (0, CONFIG.width)
     assert model.append(state, torch.ones(3, CONFIG.width), int32(0), int32()).eq(0).all()
-    assert state.length_N.tolist() == [0, 0]
+    assert lengths(state) == [0, 0]
 
 
 def test_bfloat16_follows_float32() -> None:
@@ -132,7 +219,7 @@ def test_bfloat16_follows_float32() -> None:
     model = InteractionModel.random(CONFIG, dtype=torch.bfloat16)
     x_T_D = torch.randn(60, CONFIG.width).bfloat16()
     state = model.new_state(1)
-    assert state.local.k_pages_L_P_G_R_C.dtype == torch.bfloat16
+    assert state.cache.groups[0].k_pages_L_P_G_R_C.dtype == torch.bfloat16
     logits = model.logits(append(model, state, {0: x_T_D})[0])[:, : CONFIG.vocab.num_valid]
     expected = model.forward(x_T_D)[:, : CONFIG.vocab.num_valid]
     assert_matches(logits, expected, limit=5e-2)
@@ -156,21 +243,20 @@ def assert_same_state(actual: ModelState, expected: ModelState) -> None:
 
 
 def state_tensors(state: ModelState) -> dict[str, Tensor]:
-    owners = {"": state, "local.": state.local, "global.": state.global_}
-    return {
-        prefix + name: value
-        for prefix, owner in owners.items()
-        for name, value in vars(owner).items()
-        if isinstance(value, Tensor)
-    }
+    tensors = {name: value for name, value in vars(state).items() if isinstance(value, Tensor)}
+    for g, group in enumerate(state.groups):
+        tensors[f"{g}.conv"] = group.conv_L_N_2_3_W
+        owned = vars(group.pages).items()
+        tensors |= {f"{g}.{name}": x for name, x in owned if isinstance(x, Tensor)}
+    return tensors
 
 
 def poison(state: ModelState, slot: int) -> None:
-    """NaN wherever the slot's last session may have left a float."""
-    for group in (state.local, state.global_):
-        rows = slice(slot * group.ring, (slot + 1) * group.ring)
-        group.k_pages_L_P_G_R_C[:, rows] = float("nan")
-        group.v_pages_L_P_G_R_C[:, rows] = float("nan")
+    """NaN wherever the slot's session may leave a float."""
+    for g, group in enumerate(state.groups):
+        held = [ref.page for ref in state.cache.pages(state.session(slot), g)]
+        group.pages.k_pages_L_P_G_R_C[:, held] = float("nan")
+        group.pages.v_pages_L_P_G_R_C[:, held] = float("nan")
         group.conv_L_N_2_3_W[:, slot] = float("nan")
     state.attn_conv_L_N_3_D[:, slot] = float("nan")
     state.mlp_conv_L_N_3_D[:, slot] = float("nan")
@@ -193,9 +279,11 @@ def test_reset_slot_is_as_new_and_others_stay() -> None:
     expected = append(model, fresh, {0: x_T_D[:100], 1: x_T_D[70:150]})
     for actual, wanted in zip(said, expected, strict=True):
         assert_bitwise(actual, wanted)
-    pages = {name for name in state_tensors(state) if "pages" in name}
-    for name in state_tensors(state).keys() - pages:
-        assert_bitwise(state_tensors(state)[name], state_tensors(fresh)[name])
+    by_slot = [name for name in state_tensors(state) if name[-2:] != "_C" and "_P_" not in name]
+    assert "1.conv" in by_slot and "tail_N_W" in by_slot
+    for name in by_slot:
+        if "_N_M" not in name:  # lists of other page ids
+            assert_bitwise(state_tensors(state)[name], state_tensors(fresh)[name])
 
 
 def test_a_poisoned_session_harms_no_other() -> None:
@@ -212,41 +300,12 @@ def test_a_poisoned_session_harms_no_other() -> None:
 
 def test_state_never_grows_or_moves() -> None:
     model = InteractionModel.random(CONFIG)
-    state = model.new_state(2, max_tokens=64, max_append=16)
+    state = model.new_state(2, budget=SMALL, max_append=16)
     before = {name: (t.data_ptr(), t.shape) for name, t in state_tensors(state).items()}
     for _ in range(20):
         append(model, state, {1: torch.randn(30, CONFIG.width)})
     after = {name: (t.data_ptr(), t.shape) for name, t in state_tensors(state).items()}
     assert before == after
-
-
-def test_page_list_of_a_ring() -> None:
-    """The worked example of pages.py in slot 1; a slot that is new; an idle row; padding."""
-    group = KvGroup.zeros(
-        CONFIG.local_heads,
-        num_layers=1,
-        num_slots=2,
-        window=100,
-        max_append=28,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
-    assert group.ring == 3
-    slot_S, length_S = torch.tensor([1, 0, -1]), torch.tensor([200, 1, 5])
-    slot_T, position_T = torch.tensor([1, 1, 0, -1]), torch.tensor([191, 199, 0, 4])
-    pages = group.page_list(slot_S, length_S, slot_T, position_T)
-    assert pages.plan.page_S_M.tolist() == [[4, 5, 3], [0, -1, -1], [-1, -1, -1]]
-    assert pages.plan.base_S_M.tolist() == [[64, 128, 192], [0, -1, -1], [-1, -1, -1]]
-    assert pages.pool_row_T.tolist() == [5 * 64 + 63, 3 * 64 + 7, 0, -1]
-
-
-@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 128, 512])
-@pytest.mark.parametrize("longest", [1, 2, 64, 100])
-def test_ring_keeps_every_visible_row_wherever_a_block_begins(window: int, longest: int) -> None:
-    ring = ring_pages(window, longest)
-    for first in range(3 * PAGE_ROWS):
-        oldest, newest = max(0, first - window + 1), first + longest - 1
-        assert newest // PAGE_ROWS - oldest // PAGE_ROWS < ring
 
 
 @pytest.mark.parametrize(
@@ -285,7 +344,9 @@ def test_a_state_of_another_model_is_refused() -> None:
     ("call", "words"),
     [
         (lambda model: model.new_state(0), "num_slots=0"),
-        (lambda model: model.new_state(1, max_tokens=0), "max_tokens=0"),
+        (lambda model: KvBudget(video=0), "video=0"),
+        (lambda model: KvBudget(rewind=1.5), "rewind=1.5"),
+        (lambda model: model.new_state(2).fork(0, 0), "to_slot=0"),
         (lambda model: model.new_state(1, max_append=-1), "max_append=-1"),
         (lambda model: model.new_state(1).reset(1), "slot=1"),
         (lambda model: model.new_state(1).reset(-1), "slot=-1"),

@@ -61,7 +61,7 @@ def make_tick(rows: dict[int, dict]) -> TickInput:
 
 
 def new_state(model: InteractionModel, seeds: dict[int, int]) -> ModelState:
-    state = model.new_state(6, max_tokens=256)
+    state = model.new_state(6)
     for slot, seed in seeds.items():
         state.set_sampling(slot, temperature=0.9, top_k=40, top_p=0.95, seed=seed)
     return state
@@ -173,7 +173,7 @@ def test_tick_is_the_full_forward_of_its_tokens() -> None:
         assert state.token_N[0] == out.token_S_K[0, -1]
         assert_bitwise(state.levels_N_F_B[0], levels[-1:])
     logits = model.forward(torch.cat(sequence))
-    assert state.length_N[0] == len(logits)
+    assert state.length(0) == len(logits)
     assert logits[at].argmax(-1).tolist() == said
 
 
@@ -192,7 +192,7 @@ def test_missing_is_heard_and_text_is_read() -> None:
         outs[name] = model.tick(state, make_tick({0: row | change})).mel_S_K_B
         extra = 0 if name == "plain" else 1
         tokens = 4 + 2 * (0 if row["frames"] is None else len(row["frames"])) + 4
-        assert state.length_N[0] == tokens + extra
+        assert state.length(0) == tokens + extra
     assert not torch.equal(outs["plain"], outs["missing"])
     assert not torch.equal(outs["text"], outs["missing"])
 
@@ -208,7 +208,7 @@ def test_idle_rows_say_nothing_and_rows_may_all_be_idle() -> None:
     assert_row(out, 1, expected, 0)
     assert (out.token_S_K[[0, 2]] == -1).all() and (out.mel_S_K_B[[0, 2]] == -7.0).all()
     assert set(out.stage_ns) == STAGES and min(out.stage_ns.values()) > 0
-    assert state.length_N.count_nonzero() == 1
+    assert [slot for slot in range(6) if state.length(slot)] == [4]
 
     nobody = model.tick(state, replace(tick, slot_S=torch.full((3,), -1, dtype=torch.int32)))
     assert nobody.token_S_K.shape == (3, 4) and set(nobody.stage_ns) == STAGES

@@ -59,7 +59,7 @@ class FakeModel:
     ticks: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def new_state(self, num_slots: int, *, max_tokens: int) -> FakeState:
+    def new_state(self, num_slots: int, *, budget: object) -> FakeState:
         return FakeState(num_slots)
 
     def tick(self, state: FakeState, tick: TickInput) -> TickOutput:

@@ -8,4 +8,5 @@ from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput
 from .scale import scale_frames as scale_frames
+from .state import KvBudget as KvBudget
 from .state import ModelState as ModelState

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
+from tml_kernels.kv_cache import PageClass
 from tml_kernels.moe import MoEWeights, moe_layer, prepare_moe_weights
 from tml_kernels.ops.attention_prologue import attention_prologue
 from tml_kernels.ops.linear import linear
@@ -20,38 +20,9 @@ from tml_kernels.ops.rms_norm import rms_norm
 from tml_kernels.ops.short_conv import short_conv
 
 from .config import ModelConfig
-from .pages import PageList
-from .state import ModelState
+from .passes import Pass, plan_passes
+from .state import ModelState, Run
 from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
-
-
-class Batch(NamedTuple):
-    """One pass over the layers: which tokens belong to whom, and where their keys go."""
-
-    start_S1: Tensor  # int32
-    slot_S: Tensor  # int32, -1: idle
-    length_S: Tensor  # int64, tokens of the session once these are appended
-    local: PageList
-    global_: PageList
-
-    @classmethod
-    def of(cls, state: ModelState, start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> Batch:
-        """No data is looked at on the host. Tokens from start[S] on are padding."""
-        t_T = torch.arange(num_tokens, device=start_S1.device, dtype=torch.int32)
-        row_T = torch.searchsorted(start_S1[1:], t_T, right=True)  # S for padding
-        slot_S_long = slot_S.long()
-        before_S = state.length_N[slot_S_long.clamp(min=0)]  # of idle rows: anything
-        slot_T = torch.cat([slot_S_long, slot_S_long.new_full((1,), -1)])[row_T]
-        first_S1 = torch.cat([before_S, before_S.new_zeros(1)]) - start_S1
-        position_T = first_S1[row_T] + t_T
-        length_S = before_S + start_S1.diff()
-        return cls(
-            start_S1=start_S1,
-            slot_S=slot_S,
-            length_S=length_S,
-            local=state.local.page_list(slot_S_long, length_S, slot_T, position_T),
-            global_=state.global_.page_list(slot_S_long, length_S, slot_T, position_T),
-        )
 
 
 class Backbone:
@@ -74,49 +45,62 @@ class Backbone:
             for layer, w in enumerate(weights.layers)
             if isinstance(w.mlp, MoeWeights)
         }
-        self._layer_in_group = {
-            layer: sum(config.heads(i) is config.heads(layer) for i in range(layer))
-            for layer in config.layers
+        # Of each layer: its group in a state, and its place there. Groups are as `ModelState` has
+        # them: local layers, then global ones, where there are any.
+        by_group = [[i for i in config.layers if (i in config.global_layers) == g] for g in (0, 1)]
+        self._place = {
+            layer: (g, i)
+            for g, layers in enumerate(filter(None, by_group))
+            for i, layer in enumerate(layers)
         }
 
-    def append(self, state: ModelState, x_T_D: Tensor, start_S1: Tensor, slot_S: Tensor) -> Tensor:
+    def append(
+        self,
+        state: ModelState,
+        x_T_D: Tensor,
+        start_S1: Tensor,
+        slot_S: Tensor,
+        page_class: PageClass = PageClass.TEXT,
+    ) -> Tensor:
         """Final-norm hidden states [T, D] of new tokens, which the sessions' state then holds.
 
         x: embedded tokens of all rows back to back. start int32 [S + 1], slot int32 [S], distinct
         slots, -1 idle. Outputs of idle and padding tokens are zero. Blocks longer than
-        `state.max_append` are taken in several passes. Bad input raises TypeError or ValueError
-        before anything is changed; the check reads start and slot on the host.
+        `state.max_append` are taken in several passes, each a tick of the cache. Raises TypeError
+        or ValueError for bad input before anything is changed; the check reads start and slot on
+        the host. Raises CacheError where there is no room, and keeps the passes before.
         """
         check_ragged(self.config, state, x_T_D, start_S1, slot_S)
-        return self.append_in_passes(state, x_T_D, start_S1, slot_S)
-
-    def append_in_passes(
-        self, state: ModelState, x_T_D: Tensor, start_S1: Tensor, slot_S: Tensor
-    ) -> Tensor:
-        """`append` for input known to be sound: cuts blocks that are too long for one pass."""
-        start = start_S1.tolist()
+        start, slots = start_S1.tolist(), slot_S.tolist()
         longest = max((b - a for a, b in pairwise(start)), default=0)
-        if longest <= state.max_append:
-            return self.append_unchecked(state, x_T_D, start_S1, slot_S)
         out_T_D = torch.zeros_like(x_T_D)
         for begin in range(0, longest, state.max_append):
-            index: list[int] = []
-            piece_start = [0]
-            for a, b in pairwise(start):
-                index.extend(range(a, b)[begin : begin + state.max_append])
-                piece_start.append(len(index))
-            index_T = torch.tensor(index, device=x_T_D.device)
-            piece_start_S1 = torch.tensor(piece_start, dtype=torch.int32, device=x_T_D.device)
-            out_T_D[index_T] = self.append_unchecked(state, x_T_D[index_T], piece_start_S1, slot_S)
+            pieces = [range(a, b)[begin : begin + state.max_append] for a, b in pairwise(start)]
+            index_T = torch.tensor([t for piece in pieces for t in piece], device=x_T_D.device)
+            runs: list[list[Run]] = [[(page_class, len(piece))] for piece in pieces]
+            out_T_D[index_T] = self._append_piece(state, x_T_D[index_T], slots, runs)
         return out_T_D
 
-    def append_unchecked(
-        self, state: ModelState, x_T_D: Tensor, start_S1: Tensor, slot_S: Tensor
+    def _append_piece(
+        self, state: ModelState, x_T_D: Tensor, slots: list[int], runs: list[list[Run]]
     ) -> Tensor:
-        """`append` for input known to be sound, at most `state.max_append` tokens a session."""
-        if x_T_D.shape[0] == 0 or slot_S.shape[0] == 0:
+        begun: list[int] = []
+        try:
+            for slot, row_runs in zip(slots, runs, strict=True):
+                if slot >= 0:
+                    state.reserve(slot, row_runs)
+                    begun.append(slot)
+            h_T_D = self.run(state, x_T_D, plan_passes(state, slots, runs)[0])
+        except BaseException:
+            state.roll_back(begun)
+            raise
+        state.commit(begun)
+        return h_T_D
+
+    def run(self, state: ModelState, x_T_D: Tensor, step: Pass) -> Tensor:
+        """Final-norm hidden states [T, D] of one pass, whose keys and taps the state then holds."""
+        if x_T_D.shape[0] == 0 or step.slot_S.shape[0] == 0:
             return torch.zeros_like(x_T_D)
-        batch = Batch.of(state, start_S1, slot_S, x_T_D.shape[0])
         eps, layers = self.config.norm_eps, self.weights.layers
         residual_T_D = x_T_D.clone()  # the layers add to it
         h_T_D = rms_norm(residual_T_D, layers[0].attn_norm_D, eps=eps)
@@ -129,18 +113,15 @@ class Backbone:
             )
             for mix, conv_D_4, taps_L_N_3_D, norm_D in convs:
                 h_T_D = short_conv(
-                    mix(state, layer, batch, h_T_D),
+                    mix(state, layer, step, h_T_D),
                     conv_D_4,
                     taps_L_N_3_D[layer],
-                    start_S1,
-                    slot_S,
+                    step.start_S1,
+                    step.slot_S,
                     residual_T_D=residual_T_D,
                     norm_weight_D=norm_D,
                     eps=eps,
                 )
-        live_S = slot_S >= 0
-        slot_A = slot_S[live_S].long()
-        state.length_N[slot_A] = batch.length_S[live_S]
         return h_T_D
 
     def logits(self, h_T_D: Tensor) -> Tensor:
@@ -153,13 +134,15 @@ class Backbone:
             out_dtype=torch.float32,
         )
 
-    def _attend(self, state: ModelState, layer: int, batch: Batch, x_T_D: Tensor) -> Tensor:
+    def _attend(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
         config, heads = self.config, self.config.heads(layer)
         w: AttentionWeights = self.weights.layers[layer].attention
-        is_local = heads.window is not None
-        group, pages = (state.local, batch.local) if is_local else (state.global_, batch.global_)
-        k_pages = group.k_pages_L_P_G_R_C[self._layer_in_group[layer]]
-        v_pages = group.v_pages_L_P_G_R_C[self._layer_in_group[layer]]
+        g, i = self._place[layer]
+        group, pages = state.groups[g], state.groups[g].pages
+        k_scale, v_scale = (
+            None if scale is None else scale[i]
+            for scale in (pages.k_scale_L_P_G_R, pages.v_scale_L_P_G_R)
+        )
         qkvr_T_J = linear(x_T_D, w.qkvr_J_D)
         q_T_H_C = attention_prologue(
             qkvr_T_J,
@@ -167,33 +150,40 @@ class Backbone:
             w.v_conv_W_4,
             w.q_norm_C,
             w.k_norm_C,
-            group.conv_L_N_2_3_W[self._layer_in_group[layer]],
-            k_pages,
-            v_pages,
-            pages.pool_row_T,
-            batch.start_S1,
-            batch.slot_S,
+            group.conv_L_N_2_3_W[i],
+            pages.k_pages_L_P_G_R_C[i],
+            pages.v_pages_L_P_G_R_C[i],
+            step.row_K_T[g],
+            step.start_S1,
+            step.slot_S,
             num_heads=heads.num_heads,
             eps=config.norm_eps,
+            k_scale_P_G_R=k_scale,
+            v_scale_P_G_R=v_scale,
         )
         rel_T_HB = qkvr_T_J[:, -heads.num_heads * config.d_rel :]
+        is_global = heads.window is None
         attended_T_H_C = paged_attention(
             q_T_H_C,
-            k_pages,
-            v_pages,
-            pages.plan,
-            batch.start_S1,
-            batch.length_S,
+            pages.k_pages_L_P_G_R_C[i],
+            pages.v_pages_L_P_G_R_C[i],
+            step.plans[g],
+            step.start_S1,
+            step.length_S,
+            row_position_P_R=pages.row_position_P_R,
+            span=pages.spec.span if is_global else None,
             scale=1.0 / heads.head_width,
-            window=group.window,
+            window=heads.window,
             rel_T_H_B=rel_T_HB.unflatten(1, (heads.num_heads, config.d_rel)),
             rel_table_B_X=w.rel_table_B_X,
-            tau_floor=None if is_local else config.tau_floor,
+            tau_floor=config.tau_floor if is_global else None,
             tau_alpha=config.tau_alpha,
+            k_scale_P_G_R=k_scale,
+            v_scale_P_G_R=v_scale,
         )
         return linear(attended_T_H_C.flatten(1), w.out_D_I)
 
-    def _mlp(self, state: ModelState, layer: int, batch: Batch, x_T_D: Tensor) -> Tensor:
+    def _mlp(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
         w = self.weights.layers[layer].mlp
         if isinstance(w, DenseWeights):
             hidden_T_F = linear(x_T_D, w.w13_J_D, activation="swiglu")
@@ -236,8 +226,8 @@ def check_ragged(
 ) -> None:
     """TypeError or ValueError unless x, start and slot describe an append to this state."""
     dims = Dims(D=config.width)
-    device = state.length_N.device
-    dims.check(x_T_D=x_T_D, dtype=state.attn_conv_L_N_3_D.dtype, device=device)
+    device = state.device
+    dims.check(x_T_D=x_T_D, dtype=state.dtype, device=device)
     dims.check(slot_S=slot_S, dtype=torch.int32, device=device)
     dims.check(start_S1=start_S1, dtype=torch.int32, device=device)
     start = start_S1.tolist()

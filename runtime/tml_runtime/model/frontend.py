@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
+from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.dmel import dmel, dmel_embed
 from tml_kernels.ops.patch_embed import patch_embed
 from tml_kernels.ops.rms_norm import rms_norm
 
 from .backbone import check_slots
 from .config import ModelConfig
-from .state import ModelState
+from .state import ModelState, Run
 from .weights import ModelWeights
 
 Frames = Tensor | np.ndarray
+CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class TickInput:
 
     def check(self, config: ModelConfig, state: ModelState) -> None:
         """TypeError or ValueError naming what does not fit. Reads slots and ids on the host."""
-        layout, device = config.layout, state.length_N.device
+        layout, device = config.layout, state.device
         dims = Dims(W=layout.samples_per_tick)
         dims.check(slot_S=self.slot_S, dtype=torch.int32, device=device)
         dims.check(pcm_S_W=self.pcm_S_W, dtype=torch.float32, device=device)
@@ -65,6 +67,25 @@ class TickInput:
 
     def live_rows(self) -> list[int]:
         return [row for row, slot in enumerate(self.slot_S.tolist()) if slot >= 0]
+
+    def runs(self, config: ModelConfig) -> list[list[Run]]:
+        """What each row appends: its input blocks, then its output steps. Of a tick that `select`
+        made."""
+        blocks = []
+        for lost, ids, frames in zip(self.missing_S.tolist(), self.text, self.frames, strict=True):
+            groups = 0 if frames is None else len(frames)
+            per_group = 0
+            if frames is not None and groups > 0:
+                patch_rows, patch_columns = config.patch.grid(frames.shape[2], frames.shape[3])
+                per_group = patch_rows * patch_columns
+            counts = {
+                "text": len(ids) + bool(lost),
+                "video": groups * per_group,
+                "audio": config.layout.audio_tokens,
+            }
+            row = [(CLASS_OF[block], counts[block]) for block in config.layout.blocks]
+            blocks.append([*row, (PageClass.REPLY, config.layout.num_steps)])
+        return blocks
 
     def select(self, rows: list[int]) -> TickInput:
         """Those rows alone, with frames and text filled in for each."""

@@ -21,19 +21,19 @@ def full_forward(
     weights: ModelWeights,
     x_T_D: Tensor,
     *,
-    max_tokens: int | None = None,
+    dropped_T_T: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Logits [T, V] in `dtype` of one sequence of embedded tokens, from its first token.
 
-    Allocates the whole [H, T, T] attention. max_tokens: how far a global layer sees, all by
-    default; a state with that `max_tokens` streams the same numbers.
+    Allocates the whole [H, T, T] attention. dropped: bool [query, key], the keys that global layers
+    have dropped before a query came; none by default.
     """
     x_T_D = x_T_D.to(dtype)
     for layer, w in enumerate(weights.layers):
         heads = config.heads(layer)
         h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
-        h_T_D = _attention(config, heads, w.attention, h_T_D, max_tokens)
+        h_T_D = _attention(config, heads, w.attention, h_T_D, dropped_T_T)
         x_T_D = x_T_D + _short_conv(h_T_D, w.attn_conv_D_4)
         h_T_D = _rms_norm(x_T_D, w.mlp_norm_D, config.norm_eps)
         if isinstance(w.mlp, DenseWeights):
@@ -52,7 +52,7 @@ def _attention(
     heads: HeadSpec,
     w: AttentionWeights,
     x_T_D: Tensor,
-    max_tokens: int | None,
+    dropped_T_T: Tensor | None,
 ) -> Tensor:
     num_tokens, dtype = x_T_D.shape[0], x_T_D.dtype
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
@@ -79,10 +79,11 @@ def _attention(
     if is_global and config.tau_floor is not None:
         growth_T = ((position_T + 1).to(dtype) / config.tau_floor).clamp(min=1.0).log()
         logits_H_T_T = logits_H_T_T * (1.0 + config.tau_alpha * growth_T)[:, None]
-    reach = max_tokens if is_global else heads.window
     hidden_T_T = distance_T_T < 0
-    if reach is not None:
-        hidden_T_T = hidden_T_T | (distance_T_T >= reach)
+    if heads.window is not None:
+        hidden_T_T = hidden_T_T | (distance_T_T >= heads.window)
+    elif dropped_T_T is not None:
+        hidden_T_T = hidden_T_T | dropped_T_T
     weight_H_T_T = logits_H_T_T.masked_fill(hidden_T_T, float("-inf")).softmax(dim=-1)
     attended = torch.einsum("htu,uhc->thc", weight_H_T_T, v).flatten(1)
     return F.linear(attended, w.out_D_I.to(dtype))

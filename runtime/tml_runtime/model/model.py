@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
+from tml_kernels.kv_cache import CacheError, PageClass
 from tml_kernels.precision import ACTIVATIONS
 
 from .backbone import Backbone
@@ -21,7 +22,8 @@ from .frontend import Frontend, TickInput, check_ids
 from .full import full_forward
 from .load import WeightReport, load_weights, random_weights
 from .output import Speaker, TickOutput
-from .state import ModelState
+from .passes import plan_passes
+from .state import KvBudget, ModelState, Run
 from .weights import ModelWeights
 
 
@@ -76,20 +78,31 @@ class InteractionModel:
         return cls(config, weights, report)
 
     def new_state(
-        self, num_slots: int, *, max_tokens: int = 4096, max_append: int | None = None
+        self,
+        num_slots: int,
+        *,
+        budget: KvBudget | None = None,
+        max_append: int | None = None,
+        page_dtype: torch.dtype | None = None,
+        global_pages: int | None = None,
     ) -> ModelState:
         """State of `num_slots` sessions, allocated here and never again.
 
-        max_tokens: how far back a global layer sees; older tokens are overwritten. max_append: the
-        longest block of one pass over the layers, by default the longest tick.
+        budget: what a session's global layers keep of each class of tokens. max_append: the longest
+        block that `append` takes in one pass over the layers, by default the longest tick.
+        page_dtype: of keys and values, by default the model's; float8_e4m3fn takes half of
+        bfloat16. global_pages: of all sessions' global layers, by default as their budgets need.
         """
-        return ModelState.zeros(
+        longest = self.config.layout.max_tokens_per_tick
+        return ModelState.new(
             self.config,
             num_slots,
-            max_tokens=max_tokens,
-            max_append=self.config.layout.max_tokens_per_tick if max_append is None else max_append,
+            budget=KvBudget() if budget is None else budget,
+            max_append=longest if max_append is None else max_append,
             device=self.device,
             dtype=self.dtype,
+            page_dtype=self.dtype if page_dtype is None else page_dtype,
+            global_pages=global_pages,
         )
 
     def embed_text(self, ids: Sequence[int]) -> Tensor:
@@ -106,50 +119,94 @@ class InteractionModel:
         """[T, D] of uint8 RGB frame groups [N, frames, height, width, 3]."""
         return self.frontend.embed_frames(frames_N_L_Y_X_3)
 
-    def append(self, state: ModelState, x_T_D: Tensor, start_S1: Tensor, slot_S: Tensor) -> Tensor:
+    def append(
+        self,
+        state: ModelState,
+        x_T_D: Tensor,
+        start_S1: Tensor,
+        slot_S: Tensor,
+        page_class: PageClass = PageClass.TEXT,
+    ) -> Tensor:
         """Final-norm hidden states [T, D] of new tokens of any sessions; see `Backbone.append`."""
-        return self.backbone.append(state, x_T_D, start_S1, slot_S)
+        return self.backbone.append(state, x_T_D, start_S1, slot_S, page_class)
 
     def logits(self, h_T_D: Tensor) -> Tensor:
         """float32 [T, V] of final-norm hidden states; columns that are no token are -inf."""
         return self.backbone.logits(h_T_D)
 
-    def forward(self, x_T_D: Tensor, *, max_tokens: int | None = None) -> Tensor:
+    def forward(self, x_T_D: Tensor, *, dropped_T_T: Tensor | None = None) -> Tensor:
         """float32 logits [T, V] of one whole sequence of embedded tokens, without state.
 
         A second path that shares only the weights with `append` and `logits`; see `full_forward`.
         """
         Dims(D=self.config.width).check(x_T_D=x_T_D, dtype=ACTIVATIONS, device=self.device)
-        return full_forward(self.config, self.weights, x_T_D, max_tokens=max_tokens)
+        return full_forward(self.config, self.weights, x_T_D, dropped_T_T=dropped_T_T)
 
     def tick(self, state: ModelState, tick: TickInput) -> TickOutput:
         """Hear, see and read one tick of every live row, then speak it in K output steps.
 
-        Raises TypeError or ValueError before anything is changed. A session with samples that are
-        not finite is reported in `fault_S` and harms no other.
+        Raises TypeError or ValueError before anything is changed; whatever else raises, the
+        sessions are as they were. A session with samples that are not finite is reported in
+        `fault_S` and harms no other, and so is one that finds no room for its keys.
         """
         begin = time.perf_counter_ns()
         tick.check(self.config, state)
         output = self._quiet(len(tick.slot_S))
-        rows = tick.live_rows()
+        rows, runs = self._reserve(state, tick, output)
         if not rows:
             return output
-        live = tick.select(rows)
-        x_T_D, start_S1 = self.frontend.embed_tick(state, live)
-        embedded = time.perf_counter_ns()
-        h_T_D = self.backbone.append_in_passes(state, x_T_D, start_S1, live.slot_S)
-        h_S_D = h_T_D[start_S1[1:].long() - 1]
-        prefilled = time.perf_counter_ns()
-        said = self._speaker.run_steps(state, h_S_D, live.slot_S)
+        slots = tick.slot_S[rows].tolist()
+        try:
+            said, marks = self._think(state, tick.select(rows), slots, runs)
+        except BaseException:
+            state.roll_back(slots)
+            raise
+        state.commit(slots)
+        output.kv_pages[:] = state.kv_pages(slots)
         index = torch.tensor(rows, device=self.device)
         output.token_S_K[index] = said.token_S_K
         output.mel_S_K_B[index] = said.mel_S_K_B
-        output.fault_S[index] = said.fault_S | ~live.pcm_S_W.isfinite().all(1)
+        output.fault_S[index] = said.fault_S | ~tick.pcm_S_W[index].isfinite().all(1)
+        embedded, prefilled = marks
         done = time.perf_counter_ns()
         output.stage_ns.update(
             frontend=embedded - begin, prefill=prefilled - embedded, steps=done - prefilled
         )
         return output
+
+    def _reserve(
+        self, state: ModelState, tick: TickInput, output: TickOutput
+    ) -> tuple[list[int], list[list[Run]]]:
+        """Live rows with room for what they will append, and that; the others are refused."""
+        rows, all_runs = tick.live_rows(), []
+        if not rows:
+            return rows, all_runs
+        slots = tick.slot_S.tolist()
+        ready = []
+        for row, runs in zip(rows, tick.select(rows).runs(self.config), strict=True):
+            try:
+                state.reserve(slots[row], runs)
+            except CacheError as error:
+                output.refused[row] = error
+                output.fault_S[row] = True
+                continue
+            ready.append(row)
+            all_runs.append(runs)
+        return ready, all_runs
+
+    def _think(
+        self, state: ModelState, live: TickInput, slots: list[int], runs: list[list[Run]]
+    ) -> tuple[TickOutput, tuple[int, int]]:
+        """What live rows say, and when their input was embedded and prefilled."""
+        num_steps = self.config.layout.num_steps
+        first = [[*row[:-1], (PageClass.REPLY, 1)] for row in runs]  # the others have their pass
+        x_T_D, start_S1 = self.frontend.embed_tick(state, live)
+        passes = plan_passes(state, slots, first, num_steps=num_steps)
+        embedded = time.perf_counter_ns()
+        h_T_D = self.backbone.run(state, x_T_D, passes[0])
+        h_S_D = h_T_D[start_S1[1:].long() - 1]
+        prefilled = time.perf_counter_ns()
+        return self._speaker.run_steps(state, h_S_D, passes), (embedded, prefilled)
 
     def _quiet(self, num_rows: int) -> TickOutput:
         """What idle rows say."""

@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tml_kernels.kv_cache import CacheError
 from tml_kernels.ops.dmel.reference import quantise_ref
 from tml_kernels.ops.flow_head import flow_head
 from tml_kernels.ops.sample import sample
 
 from .backbone import Backbone
 from .frontend import Frontend
+from .passes import Pass
 from .state import ModelState
 
 
@@ -28,13 +31,17 @@ class TickOutput:
     K * F of them. fault: the session's samples, logits or speech were not finite; its tokens are
     silence from there on, its speech is the quietest level, and the session should be closed and
     its slot reset. An idle row says -1 and the quietest level. stage_ns: host time of each stage,
-    which on a GPU is the time to queue its work.
+    which on a GPU is the time to queue its work. refused: rows that found no room for this tick's
+    keys, and why; they are faults, and their state is as it was. kv_pages: that the rows' sessions
+    hold in global layers, by class (anchor, text, audio, video, reply).
     """
 
     token_S_K: Tensor
     mel_S_K_B: Tensor
     fault_S: Tensor
     stage_ns: dict[str, int] = field(default_factory=dict)
+    refused: dict[int, CacheError] = field(default_factory=dict)
+    kv_pages: list[int] = field(default_factory=lambda: [0] * 5)
 
 
 class Drawing(NamedTuple):
@@ -72,28 +79,27 @@ class Speaker:
         self.frontend = frontend
         self.config = backbone.config
 
-    def run_steps(self, state: ModelState, h_S_D: Tensor, slot_S: Tensor) -> TickOutput:
-        """All K steps of live rows; h is the hidden state of the first, already appended.
+    def run_steps(self, state: ModelState, h_S_D: Tensor, steps: Sequence[Pass]) -> TickOutput:
+        """All K steps of live rows; `steps` are the tick's passes, of which the first has been
+        run: h is its hidden state.
 
-        The last step is not appended: it opens the next tick's output. Updates what the state
+        The last one said is not appended: it opens the next tick's output. Updates what the state
         knows of the last step and its count of draws.
         """
-        slot_long_S = slot_S.long()
-        drawing = Drawing.of(state, slot_long_S)
-        num_rows, num_steps = len(slot_S), self.config.layout.num_steps
-        start_S1 = torch.arange(num_rows + 1, dtype=torch.int32, device=slot_S.device)
-        steps = [self._say(h_S_D, drawing, 0)]
-        for k in range(1, num_steps):
-            x_S_D = self.frontend.embed_step(steps[-1].token_S.long(), steps[-1].levels_S_F_B)
-            h_S_D = self.backbone.append_unchecked(state, x_S_D, start_S1, slot_S)
-            steps.append(self._say(h_S_D, drawing, k))
-        state.token_N[slot_long_S] = steps[-1].token_S.long()
-        state.levels_N_F_B[slot_long_S] = steps[-1].levels_S_F_B
-        state.draws_N[slot_long_S] = drawing.draws_S + num_steps
+        slot_S = steps[0].slot_S.long()
+        drawing = Drawing.of(state, slot_S)
+        said = [self._say(h_S_D, drawing, 0)]
+        for k, step in enumerate(steps[1:], start=1):
+            x_S_D = self.frontend.embed_step(said[-1].token_S.long(), said[-1].levels_S_F_B)
+            h_S_D = self.backbone.run(state, x_S_D, step)
+            said.append(self._say(h_S_D, drawing, k))
+        state.token_N[slot_S] = said[-1].token_S.long()
+        state.levels_N_F_B[slot_S] = said[-1].levels_S_F_B
+        state.draws_N[slot_S] = drawing.draws_S + len(said)
         return TickOutput(
-            token_S_K=torch.stack([step.token_S for step in steps], dim=1),
-            mel_S_K_B=torch.cat([step.mel_S_F_B for step in steps], dim=1),
-            fault_S=torch.stack([step.fault_S for step in steps]).any(0),
+            token_S_K=torch.stack([step.token_S for step in said], dim=1),
+            mel_S_K_B=torch.cat([step.mel_S_F_B for step in said], dim=1),
+            fault_S=torch.stack([step.fault_S for step in said]).any(0),
         )
 
     def _say(self, h_S_D: Tensor, drawing: Drawing, k: int) -> Step:

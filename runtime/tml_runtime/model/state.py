@@ -1,36 +1,95 @@
 """What the sessions of one model hold between calls: a fixed slot each, all of it preallocated."""
 
-# Dimension key: L layers, N slots, D model width, W samples of audio tail, F mel frames of an
-# output step, B mel bands.
+# Dimension key: L layers of a group, N slots, S session rows of a call, D model width, W samples of
+# audio tail or G * C channels of K and V, F mel frames of an output step, B mel bands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
-from .pages import CONV_TAPS, KvGroup
+from tml_kernels.kv_cache import (
+    CacheGroup,
+    GroupPages,
+    PageClass,
+    RollingKVCache,
+    Session,
+    SlotTensor,
+)
+
+from .config import HeadSpec, ModelConfig
+
+CONV_TAPS = 3  # tokens before the current one that a convolution of four taps sees
+PAGE_ROWS = 64
+
+Run = tuple[PageClass, int]  # tokens of one class, in their order
+
+
+@dataclass(frozen=True)
+class KvBudget:
+    """How many tokens of each class a session's global layers keep at least, in whole pages.
+
+    When a class has more, its oldest page goes; anchors stay, and more of them are refused. Local
+    layers keep their window and `rewind` tokens before it, which bounds how far a rewind can go.
+    """
+
+    anchor: int = 64
+    text: int = 1024
+    audio: int = 1536
+    video: int = 1024
+    reply: int = 1536
+    rewind: int = 256
+
+    def __post_init__(self) -> None:
+        for name, tokens in vars(self).items():
+            if type(tokens) is not int or tokens < 1:
+                raise ValueError(f"{name}={tokens!r}: expected a positive number of tokens")
+
+    def pages(self) -> dict[PageClass, int]:
+        """One page more than the tokens fill: the newest is still being filled."""
+        tokens = {
+            PageClass.ANCHOR: self.anchor,
+            PageClass.TEXT: self.text,
+            PageClass.AUDIO: self.audio,
+            PageClass.VIDEO: self.video,
+            PageClass.REPLY: self.reply,
+        }
+        return {page_class: -(-n // PAGE_ROWS) + 1 for page_class, n in tokens.items()}
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Of the layers with one window and head shape: their pages, and the taps of K and V."""
+
+    pages: GroupPages
+    conv_L_N_2_3_W: Tensor
+
+    @property
+    def window(self) -> int | None:
+        return self.pages.spec.window
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """All of it lives as long as the model serves; a session is a slot of it, until its reset.
+    """All of it lives as long as the model serves; every slot always holds a session, which `reset`
+    ends and replaces by a new one.
 
-    A global layer sees a session's last `max_tokens` tokens, a local layer its window. The length
-    counts every token since the reset and is never wrapped.
+    Positions count every token since the reset and are never wrapped. `cache` owns all that a
+    session holds: pages, and the tensors below by their slot; its verbs (mark, rewind, suspend,
+    save, ...) take `session(slot)`.
     """
 
     config: ModelConfig
-    max_tokens: int
+    budget: KvBudget
     max_append: int  # the longest block one pass over the layers takes; longer ones are cut
-    local: KvGroup
-    global_: KvGroup
+    cache: RollingKVCache
+    groups: tuple[LayerState, ...]
     attn_conv_L_N_3_D: Tensor
     mlp_conv_L_N_3_D: Tensor
-    length_N: Tensor  # int64, tokens appended since the reset
     tail_N_W: Tensor  # float32, the newest samples heard, which the next dMel frame needs
     token_N: Tensor  # int64, what the last output step said
     levels_N_F_B: Tensor  # uint8, the speech frames it said it in
@@ -39,78 +98,140 @@ class ModelState:
     top_k_N: Tensor  # int32, 0: off
     top_p_N: Tensor  # float32, 1: off
     seed_N: Tensor  # int64
+    _sessions: list[Session] = field(default_factory=list)
 
     @classmethod
-    def zeros(
+    def new(
         cls,
         config: ModelConfig,
         num_slots: int,
         *,
-        max_tokens: int,
+        budget: KvBudget,
         max_append: int,
         device: torch.device,
         dtype: torch.dtype,
+        page_dtype: torch.dtype,
+        global_pages: int | None = None,
     ) -> ModelState:
-        """Everything allocated, every slot as after `reset`."""
-        _check_positive(num_slots=num_slots, max_tokens=max_tokens, max_append=max_append)
-        assert config.local_heads.window is not None
-        make_group = partial(
-            KvGroup.zeros, num_slots=num_slots, max_append=max_append, device=device, dtype=dtype
-        )
-        num_global, layout = len(config.global_layers), config.layout
+        """Everything allocated, every slot as after `reset`. global_pages: of all sessions, by
+        default as many as their budgets; fewer are shared as far as they go."""
+        _check_positive(num_slots=num_slots, max_append=max_append)
+        layout = config.layout
+        longest = max(max_append, layout.max_tokens_per_tick)
+        specs = _group_specs(config, num_slots, budget, longest, global_pages)
 
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(num_slots, *shape, device=device, dtype=dtype)
+        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
 
         taps = (config.num_layers, num_slots, CONV_TAPS, config.width)
-        state = cls(
-            config=config,
-            max_tokens=max_tokens,
-            max_append=max_append,
-            local=make_group(
-                config.local_heads,
-                num_layers=config.num_layers - num_global,
-                window=config.local_heads.window,
+        by_slot = {
+            "attn_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
+            "mlp_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
+            "tail_N_W": SlotTensor(zeros(num_slots, layout.dmel.tail, dtype=torch.float32)),
+            "token_N": SlotTensor(zeros(num_slots, dtype=torch.int64), reset=config.vocab.silence),
+            "levels_N_F_B": SlotTensor(
+                zeros(
+                    num_slots, layout.mel_frames_per_step, layout.dmel.num_bands, dtype=torch.uint8
+                )
             ),
-            global_=make_group(config.global_heads, num_layers=num_global, window=max_tokens),
-            attn_conv_L_N_3_D=torch.zeros(taps, device=device, dtype=dtype),
-            mlp_conv_L_N_3_D=torch.zeros(taps, device=device, dtype=dtype),
-            length_N=zeros(dtype=torch.int64),
-            tail_N_W=zeros(layout.dmel.tail, dtype=torch.float32),
-            token_N=zeros(dtype=torch.int64),
-            levels_N_F_B=zeros(
-                layout.mel_frames_per_step, layout.dmel.num_bands, dtype=torch.uint8
-            ),
-            draws_N=zeros(dtype=torch.int64),
-            temperature_N=zeros(dtype=torch.float32),
-            top_k_N=zeros(dtype=torch.int32),
-            top_p_N=zeros(dtype=torch.float32),
-            seed_N=zeros(dtype=torch.int64),
+            "draws_N": SlotTensor(zeros(num_slots, dtype=torch.int64)),
+            "temperature_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
+            "top_k_N": _setting(zeros(num_slots, dtype=torch.int32), 0),
+            "top_p_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
+            "seed_N": _setting(zeros(num_slots, dtype=torch.int64), 0),
+        }
+        convs = [
+            zeros(spec.num_layers, num_slots, 2, CONV_TAPS, spec.num_kv_heads * spec.head_width)
+            for spec in specs
+        ]
+        cache = RollingKVCache(
+            specs,
+            max_sessions=num_slots,
+            page_dtype=page_dtype,
+            device=device,
+            slot_tensors=by_slot
+            | {f"conv_{g}": SlotTensor(conv, axis=1) for g, conv in enumerate(convs)},
         )
+        groups = tuple(map(LayerState, cache.groups, convs))
+        tensors = {name: x.tensor for name, x in by_slot.items()}
+        state = cls(config, budget, max_append, cache, groups, **tensors)
         for slot in range(num_slots):
-            state.reset(slot)
+            state._sessions.append(cache.open(budget.pages()))
+            assert state._sessions[slot].slot == slot
         return state
 
     @property
     def num_slots(self) -> int:
-        return self.length_N.shape[0]
+        return len(self._sessions)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.attn_conv_L_N_3_D.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.cache.device
+
+    def session(self, slot: int) -> Session:
+        self._check_slot(slot)
+        return self._sessions[slot]
+
+    def length(self, slot: int) -> int:
+        """Tokens appended since the reset."""
+        return self.cache.length(self.session(slot))
+
+    def kv_pages(self, slots: Iterable[int]) -> list[int]:
+        """Pages that sessions hold in global layers, by class in the order of PageClass."""
+        stats = [self.cache.session_stats(self.session(slot)) for slot in slots]
+        g = next((g for g, group in enumerate(self.groups) if group.window is None), None)
+        if g is None or not stats:
+            return [0] * 5
+        return [sum(counts) for counts in zip(*(s.pages[g] for s in stats), strict=True)]
 
     def reset(self, slot: int) -> None:
         """Make a slot as new: nothing a session left in it, NaN included, reaches the next one.
 
-        Pages are not cleared, they become unreachable: see pages.py.
+        Pages are not cleared, they go back to the pool: a page's rows are read only once written.
         """
-        self._check_slot(slot)
-        self.length_N[slot] = 0
-        for group in (self.local, self.global_):
-            group.conv_L_N_2_3_W[:, slot] = 0
-        self.attn_conv_L_N_3_D[:, slot] = 0
-        self.mlp_conv_L_N_3_D[:, slot] = 0
-        self.tail_N_W[slot] = 0
-        self.token_N[slot] = self.config.vocab.silence
-        self.levels_N_F_B[slot] = 0
-        self.draws_N[slot] = 0
-        self.set_sampling(slot)
+        self.cache.close(self.session(slot))
+        self._sessions[slot] = self.cache.open(self.budget.pages())
+        assert self._sessions[slot].slot == slot  # the slot freed last is handed out first
+
+    def fork(self, slot: int, to_slot: int) -> None:
+        """Make `to_slot` a session that goes on where `slot` is; what was in it ends."""
+        session, target = self.session(slot), self.session(to_slot)
+        if slot == to_slot:
+            raise ValueError(f"to_slot={to_slot} is the slot that is forked")
+        self.cache.close(target)
+        self._sessions[to_slot] = self.cache.fork(session)
+        assert self._sessions[to_slot].slot == to_slot
+
+    def load(self, slot: int, path: str | Path) -> None:
+        """Make `slot` the session that `cache.save` wrote; what was in it ends."""
+        self.cache.close(self.session(slot))
+        try:
+            self._sessions[slot] = self.cache.load(path)
+        except BaseException:
+            self._sessions[slot] = self.cache.open(self.budget.pages())
+            raise
+        assert self._sessions[slot].slot == slot
+
+    def reserve(self, slot: int, runs: Sequence[Run]) -> None:
+        """Begin the slot's transaction; brings it back if it was suspended. Raises CacheError."""
+        session = self.session(slot)
+        if self.cache.is_suspended(session):
+            self.cache.resume(session)
+        self.cache.reserve(session, runs)
+
+    def commit(self, slots: Iterable[int]) -> None:
+        """End the transactions of a tick, and the tick."""
+        for slot in slots:
+            self.cache.commit(self.session(slot))
+        self.cache.tick()
+
+    def roll_back(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self.cache.roll_back(self.session(slot))
 
     def set_sampling(
         self,
@@ -139,6 +260,46 @@ class ModelState:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot={slot} is not in 0..{self.num_slots - 1}")
+
+
+def _setting(tensor: Tensor, reset: float) -> SlotTensor:
+    return SlotTensor(tensor, reset=reset, is_setting=True)
+
+
+def _group_specs(
+    config: ModelConfig,
+    num_slots: int,
+    budget: KvBudget,
+    longest: int,
+    global_pages: int | None,
+) -> list[CacheGroup]:
+    """Of the local and the global layers, where there are any; in the order of `group_of`."""
+    num_global = len(config.global_layers)
+    budgets = budget.pages()
+    appended = -(-longest // PAGE_ROWS)
+    window = config.local_heads.window
+    assert window is not None
+    reach = -(-(window + budget.rewind) // PAGE_ROWS)
+    shapes: list[tuple[HeadSpec, int, int]] = [
+        (config.local_heads, config.num_layers - num_global, reach + appended + 2),
+        (config.global_heads, num_global, sum(budgets.values()) + appended + len(budgets)),
+    ]
+    return [
+        CacheGroup(
+            num_layers=num_layers,
+            num_kv_heads=heads.num_kv_heads,
+            head_width=heads.head_width,
+            pages=global_pages
+            if global_pages and heads.window is None
+            else 1 + num_slots * columns,
+            columns=columns,
+            window=heads.window,
+            history=0 if heads.window is None else budget.rewind,
+            page_rows=PAGE_ROWS,
+        )
+        for heads, num_layers, columns in shapes
+        if num_layers > 0
+    ]
 
 
 def _check_positive(**values: int) -> None:
