@@ -48,7 +48,7 @@ $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "tml-kernels needs Python >= 3.10; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 ..."; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || \
-	  { echo "no C++ compiler ($${CXX:-c++}): the tick loop cannot be built, so neither demo nor test. Install g++ or clang++, or set CXX. Without one, 'pip install .' still gives the ops and the model."; exit 1; }
+	  { echo "no C++ compiler ($${CXX:-c++}): the KV cache and the tick loop cannot be built, so neither demo nor test. Install g++ or clang++, or set CXX. Without one, 'pip install .' still gives the ops."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make $(VENV): install the venv module of $(PYTHON) (Debian: python3-venv)"; rm -rf $(VENV); exit 1; }
 	@echo "installing torch $(TORCH) (a minute or two) ..."

@@ -112,8 +112,8 @@ class Build(build_ext):
         if shutil.which(cxx) is None:
             say(
                 f"no C++ compiler: {cxx!r} not found (install g++ or set CXX), so {CORE} and "
-                f"{TICK} are not built. The ops still work through torch and Triton, and the "
-                "runtime on its virtual clock; real-time ticks do not."
+                f"{TICK} are not built. The ops still work through torch and Triton; the "
+                "KV cache and the runtime do not."
             )
             self.extensions.clear()
         else:

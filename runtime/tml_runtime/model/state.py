@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -88,6 +88,7 @@ class ModelState:
     max_append: int  # the longest block one pass over the layers takes; longer ones are cut
     cache: RollingKVCache
     groups: tuple[LayerState, ...]
+    _sessions: list[Session]  # by slot
     attn_conv_L_N_3_D: Tensor
     mlp_conv_L_N_3_D: Tensor
     tail_N_W: Tensor  # float32, the newest samples heard, which the next dMel frame needs
@@ -98,7 +99,6 @@ class ModelState:
     top_k_N: Tensor  # int32, 0: off
     top_p_N: Tensor  # float32, 1: off
     seed_N: Tensor  # int64
-    _sessions: list[Session] = field(default_factory=list)
 
     @classmethod
     def new(
@@ -153,12 +153,10 @@ class ModelState:
             | {f"conv_{g}": SlotTensor(conv, axis=1) for g, conv in enumerate(convs)},
         )
         groups = tuple(map(LayerState, cache.groups, convs))
+        sessions = [cache.open(budget.pages()) for _ in range(num_slots)]
+        assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
-        state = cls(config, budget, max_append, cache, groups, **tensors)
-        for slot in range(num_slots):
-            state._sessions.append(cache.open(budget.pages()))
-            assert state._sessions[slot].slot == slot
-        return state
+        return cls(config, budget, max_append, cache, groups, sessions, **tensors)
 
     @property
     def num_slots(self) -> int:
