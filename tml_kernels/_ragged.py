@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+ANY_SLOT = 2**31 - 1  # number of slots where there is no state to have rows for
+
 
 def check_start(start_S1: Tensor, num_tokens: int) -> None:
     """Raise ValueError unless start_S1 ascends from 0 to at most num_tokens. Synchronises."""

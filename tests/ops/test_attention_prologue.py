@@ -15,6 +15,7 @@ from kernel_attention_prologue import (
 )
 from torch.nn import functional
 
+from tml_kernels._head_tiles import SHIPPED, Problem, choose_config
 from tml_kernels._pages import FP8
 from tml_kernels.ops.attention_prologue import attention_prologue
 from tml_kernels.ops.attention_prologue.cases import (
@@ -27,7 +28,6 @@ from tml_kernels.ops.attention_prologue.cases import (
     SCALES,
     Case,
 )
-from tml_kernels.ops.attention_prologue.configs import SHIPPED, Problem, choose_config
 from tml_kernels.testing import assert_bitwise, assert_matches, randn
 
 

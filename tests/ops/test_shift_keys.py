@@ -9,11 +9,11 @@ from exact_turns import exact_turns
 from torch import Tensor
 
 from bench.harness import clone
+from tml_kernels._head_tiles import SHIPPED, Problem, choose_config
 from tml_kernels._pages import FP8, quantize_ref
 from tml_kernels._rope import rope_increments, rotate_ref
 from tml_kernels.ops.shift_keys import shift_keys
 from tml_kernels.ops.shift_keys.cases import BENCH, EDGE, FURTHEST, MODEL, Case
-from tml_kernels.ops.shift_keys.configs import SHIPPED, Problem, choose_config
 from tml_kernels.ops.shift_keys.kernel import launch_shift_keys
 from tml_kernels.ops.shift_keys.reference import shift_keys_ref
 from tml_kernels.testing import assert_bitwise, assert_matches, randn

@@ -20,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._head_tiles import SHIPPED, Config, Problem, choose_config
+from ..._ragged import ANY_SLOT
 from ..._triton.heads import heads, load_heads, rotate, write_page
 from ..._triton.ragged import session_of
-from .configs import ANY_SLOT, SHIPPED, Config, Problem, choose_config
 from .tile import convolve, normalize, write_state
 
 BLOCK_S = 128  # session ends compared at a time

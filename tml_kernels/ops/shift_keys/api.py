@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._head_tiles import MAX_HEAD_WIDTH
 from ..._pages import FP8, write_rows
 from ..._ragged import check_below, check_distinct
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
-from .configs import MAX_HEAD_WIDTH
 from .reference import shift_keys_ref
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._head_tiles import SHIPPED, Config, Problem, choose_config
 from ..._triton.heads import load_heads, rotate, write_page
-from .configs import SHIPPED, Config, Problem, choose_config
 
 
 @triton.jit(do_not_specialize=["P"])

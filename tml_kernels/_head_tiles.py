@@ -1,10 +1,10 @@
-"""How shift_keys is cut: some heads of one key of one layer per program."""
+"""How ops that work on heads are cut: some heads of one token per program, all in registers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..._configs import chooser
+from ._configs import chooser
 
 MAX_HEAD_WIDTH = 1024
 
@@ -16,7 +16,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """A tile is `block_h` heads of two halves of `block_b` columns, all in registers."""
+    """A tile is `block_h` heads of two halves of `block_b` columns."""
 
     block_h: int
     block_b: int
@@ -29,7 +29,7 @@ class Config:
         return None
 
 
-# 1024 columns each: eight heads of 128 are one program.
+# 1024 columns each: k and v of eight heads of 128 are one program, q of 32 heads four.
 SHIPPED = (
     Config(block_h=32, block_b=16, num_warps=4),
     Config(block_h=16, block_b=32, num_warps=4),
@@ -42,8 +42,8 @@ SHIPPED = (
 
 @chooser
 def choose_config(p: Problem) -> Config:
-    """Pure: the head width alone decides."""
+    """Pure: the head width alone decides, so that a token's bits do not depend on the others."""
     for config in SHIPPED:
         if config.why_not(p) is None:
             return config
-    raise ValueError(f"shift_keys: head width {p.head_width} is over {MAX_HEAD_WIDTH}, the widest")
+    raise ValueError(f"head width {p.head_width} is over {MAX_HEAD_WIDTH}, the widest")
