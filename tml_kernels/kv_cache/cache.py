@@ -173,23 +173,36 @@ class RollingKVCache:
         """Bring the device's tables up to date, before the layers run.
 
         rows, positions: of this tick's tokens, int64 [groups, T] and [T], -1 in rows for tokens of
-        nobody. Queues two copies and one launch; waits for nothing.
+        nobody. Queues one copy and one launch; waits for nothing.
         """
-        if rows.shape != (len(self.groups), len(positions)):
-            expected = (len(self.groups), len(positions))
+        num_groups, num_tokens = len(self.groups), len(positions)
+        if rows.shape != (num_groups, num_tokens):
+            expected = (num_groups, num_tokens)
             raise ValueError(f"rows: expected shape {expected}, got {rows.shape}")
-        row_K_T, position_T = to_device(rows, self.device), to_device(positions, self.device)
-        in_all = [
-            torch.where(row_T < 0, -1, row_T + group.first_row)
-            for group, row_T in zip(self.groups, row_K_T, strict=True)
+        num_deltas = self._table.take_deltas(self._deltas.data)
+        placed = [  # in the rows of all groups whose rows have positions of their own
+            np.where(row_T < 0, -1, row_T + group.first_row)
+            for group, row_T in zip(self.groups, rows, strict=True)
             if group.row_position_P_R is not None
         ]
-        nobody = position_T[:0]
-        self._apply(
-            torch.cat(in_all) if in_all else nobody,
-            position_T.repeat(len(in_all)) if in_all else nobody,
+        parts = (self._deltas[:num_deltas], rows, positions, *placed, *[positions] * len(placed))
+        staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
+        placed_size = num_tokens * len(placed)
+        delta, row, position_T, row_Z, position_Z = staged.split(
+            (4 * num_deltas, num_groups * num_tokens, num_tokens, placed_size, placed_size)
         )
-        return Rows(row_K_T, position_T)
+        if num_deltas > 0 or placed_size > 0:
+            pools = self._pools
+            apply_deltas(
+                delta.view(-1, 4),
+                row_Z,
+                position_Z,
+                page_Q=pools.page_Q,
+                base_Q=pools.base_Q,
+                rows_Q=pools.rows_Q,
+                row_position_W=pools.row_position_W,
+            )
+        return Rows(row.view(num_groups, num_tokens), position_T)
 
     def commit(self, session: Session) -> None:
         """Keep what was appended. Classes over their budget lose their oldest pages, windows what
@@ -363,18 +376,3 @@ class RollingKVCache:
             return False
         self.suspend(victim)
         return self._lag == 0
-
-    def _apply(self, row_Z: Tensor, position_Z: Tensor) -> None:
-        num_deltas = self._table.take_deltas(self._deltas.data)
-        if num_deltas == 0 and row_Z.numel() == 0:
-            return
-        pools = self._pools
-        apply_deltas(
-            to_device(self._deltas[:num_deltas], self.device),
-            row_Z,
-            position_Z,
-            page_Q=pools.page_Q,
-            base_Q=pools.base_Q,
-            rows_Q=pools.rows_Q,
-            row_position_W=pools.row_position_W,
-        )

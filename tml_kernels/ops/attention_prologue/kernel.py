@@ -28,6 +28,7 @@ from .tile import convolve, normalize, write_state
 
 BLOCK_S = 128  # session ends compared at a time
 SIZES = ["T", "S", "N", "P"]  # change from tick to tick: one compiled kernel serves all
+PER_TOKEN = ["position_ptr", "kv_row_ptr"]  # slices of a tick's, which begin anywhere
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def _keys_or_values(
         write_state(x_ptr, state_ptr, i, num_inputs, block, J, G, C, BLOCK_H, BLOCK_B)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=PER_TOKEN)
 def attention_prologue_kernel(
     qkvr_ptr,                              # in      [T, J]
     k_conv_ptr, v_conv_ptr,                # in      [G * C, 4], when HAS_CONV
@@ -201,6 +202,9 @@ def _spec(config: Config, label: str, parts: dict[str, bool]) -> AotSpec:
         signature=signature,
         constexprs=sizes | parts | blocks,
         num_warps=config.num_warps,
-        aligned=(*(name for name, kind in signature.items() if kind.startswith("*")), "J"),
+        aligned=(
+            *(n for n, kind in signature.items() if kind.startswith("*") and n not in PER_TOKEN),
+            "J",
+        ),
         label=label,
     )
