@@ -272,7 +272,7 @@ def test_stale_copy_is_gone_before_the_next_is_made(monkeypatch: pytest.MonkeyPa
         seen.append(kept())
         return prepare_moe_weights(*args, **kwargs)
 
-    monkeypatch.setattr("tml_kernels.integrations.transformers.prepare_moe_weights", spy)
+    monkeypatch.setattr("tml_kernels.integrations.transformers.experts.prepare_moe_weights", spy)
     module.down_proj.mul_(2.0)
     run(module, "tml", call)
     assert seen == [None]

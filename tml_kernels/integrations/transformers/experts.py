@@ -1,55 +1,25 @@
-"""transformers' experts on `fused_moe`: `register()`, then experts_implementation="tml"."""
+"""transformers' experts on `fused_moe`: experts_implementation="tml"."""
 
 # Dimension key: T tokens, D model width, E experts, F expert width, J = 2F gate and up rows,
 # R rows of one matrix, K experts chosen per token.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..moe import fused_moe, moe_route
-from ..moe_weights import ORDERS, CheckpointScales, MoEWeights, prepare_moe_weights
-from ..ops.expert_mlp.configs import ACTIVATIONS
-from ..ops.expert_mlp.reference import activate, split_gate_up
-from ._arguments import PLAIN
+from ...moe import fused_moe, moe_route
+from ...moe_weights import ORDERS, CheckpointScales, MoEWeights, prepare_moe_weights
+from ...ops.expert_mlp.configs import ACTIVATIONS
+from ...ops.expert_mlp.reference import activate, split_gate_up
+from .._arguments import PLAIN
+from .names import NAME
 
-NAME = "tml"
-_INTERFACES = (("moe", "ALL_EXPERTS_FUNCTIONS"), ("finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS"))
 _KEPT = "_tml_prepared"  # attribute of a module
 _INSTEAD = 'use experts_implementation="grouped_mm"'
-
-
-def register() -> None:
-    """Make `from_pretrained(..., experts_implementation="tml")` and
-    `model.set_experts_implementation("tml")` known to transformers; twice is the same as once.
-
-    Raises ImportError where transformers is missing, or has no such interface.
-    """
-    interfaces = [_interface(module, name) for module, name in _INTERFACES]
-    for interface in interfaces:
-        interface.register(NAME, experts_forward)
-
-
-def _interface(module: str, name: str) -> Any:
-    try:
-        version = importlib.import_module("transformers").__version__
-    except ImportError as error:
-        raise ImportError(
-            "transformers is not installed: pip install 'transformers>=5.17'"
-        ) from error
-    path = f"transformers.integrations.{module}"
-    try:
-        return getattr(importlib.import_module(path), name)
-    except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"transformers {version} has no {path}.{name}, where experts are registered; "
-            f"5.17 has it"
-        ) from error
 
 
 @torch.compiler.disable  # looks at addresses and versions, which a trace does not have

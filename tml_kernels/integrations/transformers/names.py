@@ -1,0 +1,3 @@
+"""What these implementations are called."""
+
+NAME = "tml"
