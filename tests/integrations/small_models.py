@@ -82,7 +82,7 @@ def randomise(module: Any) -> Any:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if "norm" in name or name.endswith("global_scale"):
             tensor.copy_(1.0 + 0.1 * torch.randn_like(tensor))
-        elif "inv_freq" not in name and tensor.is_floating_point():
+        elif "inv_freq" not in name and tensor.is_floating_point() and tensor.ndim > 0:
             tensor.copy_(randn(*tensor.shape, scale=tensor.shape[-1] ** -0.5))
     return module
 

@@ -1,22 +1,27 @@
-"""transformers' experts on the ops here."""
+"""transformers' experts and attention on the ops here, and `cache.TmlCache`, which rolls."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
+from .attention import attention_forward as attention_forward
+from .attention import causal_mask as causal_mask
 from .experts import experts_forward as experts_forward
 from .names import NAME
 
 _FUNCTIONS = (
     ("integrations.moe", "ALL_EXPERTS_FUNCTIONS", experts_forward),
     ("integrations.finegrained_fp8", "ALL_FP8_EXPERTS_FUNCTIONS", experts_forward),
+    ("modeling_utils", "ALL_ATTENTION_FUNCTIONS", attention_forward),
+    ("masking_utils", "ALL_MASK_ATTENTION_FUNCTIONS", causal_mask),
 )
 
 
 def register() -> None:
-    """Make `from_pretrained(..., experts_implementation="tml")` and
-    `model.set_experts_implementation("tml")` known to transformers; twice is the same as once.
+    """Make experts_implementation="tml" and attn_implementation="tml" known to transformers, for
+    `from_pretrained`, `model.set_experts_implementation` and `model.set_attn_implementation`; twice
+    is the same as once.
 
     Raises ImportError where transformers is missing, or has no such interface.
     """
