@@ -279,7 +279,7 @@ class Runtime:
         self._metrics.lap("model")
         for stage, ns in out.stage_ns.items():
             self._metrics.set_stage(f"model.{stage}", ns)
-        self._metrics.set_kv_pages(out.kv_pages)
+        self._metrics.set_kv_pages(out.kv_pages, out.kv_dropped)
         return out
 
     def _publish(self, tick: int, seats: list[Seat], out: TickOutput) -> None:

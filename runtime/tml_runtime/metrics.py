@@ -5,7 +5,7 @@ The tick thread is the only writer. Readers copy, and drop what may have been ov
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -32,6 +32,7 @@ RECORD = np.dtype(
         ("faults", np.int32),  # sessions ended by this tick
         ("missed", np.bool_),
         ("kv_pages", np.int32, (len(CLASS_NAMES),)),  # held in global layers, by class
+        ("kv_dropped", np.int32, (len(CLASS_NAMES),)),  # of those, since the record before
         ("stage_ns", np.int64, (MAX_STAGES,)),  # columns as in `Metrics.stages`
     ]
 )
@@ -57,6 +58,10 @@ def percentiles_ms(values_ns: np.ndarray) -> dict[str, float | None]:
     return {"p50": p50, "p99": p99, "p999": p999, "max": largest}
 
 
+def by_class(pages: Iterable[int]) -> dict[str, int]:
+    return dict(zip(CLASS_NAMES, map(int, pages), strict=True))
+
+
 class Metrics:
     """The last `capacity` records, and totals over all ticks. 18,000 ticks are an hour of 200 ms.
 
@@ -71,6 +76,8 @@ class Metrics:
         self._stages: dict[str, int] = {}
         self._totals: dict[str, int] = dict.fromkeys(COUNTS, 0)
         self._missed = 0
+        self._kv_most = np.zeros(len(CLASS_NAMES), np.int64)
+        self._kv_dropped = np.zeros(len(CLASS_NAMES), np.int64)
         self._begin_ns = self._lap_ns = 0
         self.count = 0  # ticks that ran
 
@@ -99,9 +106,11 @@ class Metrics:
             assert column < MAX_STAGES, f"more than {MAX_STAGES} stages: {self.stages}"
         self._record["stage_ns"][column] = ns
 
-    def set_kv_pages(self, pages: Sequence[int]) -> None:
-        """Pages that the tick's sessions hold, in the order of CLASS_NAMES."""
-        self._record["kv_pages"] = pages
+    def set_kv_pages(self, held: Sequence[int], dropped: Sequence[int]) -> None:
+        """Pages that the tick's sessions hold and have lost, in the order of CLASS_NAMES."""
+        self._record["kv_pages"], self._record["kv_dropped"] = held, dropped
+        np.maximum(self._kv_most, held, out=self._kv_most)
+        self._kv_dropped += dropped
 
     def add(self, name: str, amount: int) -> None:
         """Add to one of COUNTS."""
@@ -128,6 +137,8 @@ class Metrics:
 
         `tick_ms` is from the moment a tick was due to the moment its output was out, `wake_ms` how
         late it began. On a virtual clock a tick begins when due and its real duration is reported.
+        `kv_pages` is what the newest tick's sessions hold, `kv_pages_most` the most of each class
+        that any tick's did, over all sessions.
         """
         records = self.records()
         wake_ns = records["woke_ns"] - records["scheduled_ns"]
@@ -141,9 +152,8 @@ class Metrics:
                 name: percentiles_ms(records["stage_ns"][:, column])
                 for name, column in list(self._stages.items())
             },
-            "kv_pages": {
-                name: int(records["kv_pages"][-1, i]) if len(records) else 0
-                for i, name in enumerate(CLASS_NAMES)
-            },
+            "kv_pages": by_class(records["kv_pages"][-1] if len(records) else _BLANK["kv_pages"]),
+            "kv_pages_most": by_class(self._kv_most),
+            "kv_pages_dropped": by_class(self._kv_dropped),
             **self._totals,
         }

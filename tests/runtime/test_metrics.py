@@ -63,6 +63,26 @@ def test_stages_are_columns() -> None:
             metrics.set_stage(f"another {i}", 1)
 
 
+def test_pages_are_recorded_per_tick_and_summed() -> None:
+    metrics = Metrics(capacity=3)
+    names = ("anchor", "text", "audio", "video", "reply")
+    assert metrics.report()["kv_pages"] == dict.fromkeys(names, 0)
+    for tick in range(6):
+        metrics.open(tick, scheduled_ns=0, woke_ns=0)
+        if tick != 5:  # nobody took part
+            metrics.set_kv_pages([1, 0, tick, 4 - tick, 7], [0, 0, 2, tick, 0])
+        metrics.close(done_ns=1, deadline_ns=2)
+        report = metrics.report()
+        assert report["kv_pages"] == dict(
+            zip(names, metrics.records()["kv_pages"][-1], strict=True)
+        )
+    assert metrics.records()["kv_pages"].tolist() == [[1, 0, 3, 1, 7], [1, 0, 4, 0, 7], [0] * 5]
+    assert metrics.records()["kv_dropped"].tolist() == [[0, 0, 2, 3, 0], [0, 0, 2, 4, 0], [0] * 5]
+    assert list(report["kv_pages_most"].values()) == [1, 0, 4, 4, 7]
+    assert list(report["kv_pages_dropped"].values()) == [0, 0, 10, 10, 0]
+    assert all(type(n) is int for n in report["kv_pages_dropped"].values())
+
+
 def test_a_reader_beside_the_writer_sees_whole_records() -> None:
     metrics = Metrics(capacity=600)  # large enough that numpy copies it without the GIL
     writer = threading.Thread(target=fill, args=(metrics, range(20_000)))

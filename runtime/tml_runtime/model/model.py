@@ -163,6 +163,7 @@ class InteractionModel:
             raise
         state.commit(slots)
         output.kv_pages[:] = state.kv_pages(slots)
+        output.kv_dropped[:] = state.take_dropped()
         index = torch.tensor(rows, device=self.device)
         output.token_S_K[index] = said.token_S_K
         output.mel_S_K_B[index] = said.mel_S_K_B

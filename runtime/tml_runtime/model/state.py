@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tml_kernels.kv_cache import (
+    CLASSES,
     CacheGroup,
     GroupPages,
     PageClass,
@@ -89,6 +90,7 @@ class ModelState:
     cache: RollingKVCache
     groups: tuple[LayerState, ...]
     _sessions: list[Session]  # by slot
+    _dropped: list[int]  # pages by class, since take_dropped
     attn_conv_L_N_3_D: Tensor
     mlp_conv_L_N_3_D: Tensor
     tail_N_W: Tensor  # float32, the newest samples heard, which the next dMel frame needs
@@ -118,7 +120,7 @@ class ModelState:
         _check_positive(num_slots=num_slots, max_append=max_append)
         layout = config.layout
         longest = max(max_append, layout.max_tokens_per_tick)
-        specs = _group_specs(config, num_slots, budget, longest, global_pages)
+        specs = cache_groups(config, num_slots, budget, longest, global_pages)
 
         def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
@@ -156,7 +158,8 @@ class ModelState:
         sessions = [cache.open(budget.pages()) for _ in range(num_slots)]
         assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
-        return cls(config, budget, max_append, cache, groups, sessions, **tensors)
+        dropped = [0] * len(CLASSES)
+        return cls(config, budget, max_append, cache, groups, sessions, dropped, **tensors)
 
     @property
     def num_slots(self) -> int:
@@ -183,8 +186,16 @@ class ModelState:
         stats = [self.cache.session_stats(self.session(slot)) for slot in slots]
         g = next((g for g, group in enumerate(self.groups) if group.window is None), None)
         if g is None or not stats:
-            return [0] * 5
+            return [0] * len(CLASSES)
         return [sum(counts) for counts in zip(*(s.pages[g] for s in stats), strict=True)]
+
+    def take_dropped(self) -> list[int]:
+        """Pages of global layers, by class, that sessions lost to `reserve` and `commit` since the
+        last call: over a budget, or to make room. What a session holds as it ends does not count.
+        """
+        dropped = self._dropped.copy()
+        self._dropped[:] = [0] * len(CLASSES)
+        return dropped
 
     def reset(self, slot: int) -> None:
         """Make a slot as new: nothing a session left in it, NaN included, reaches the next one.
@@ -219,12 +230,18 @@ class ModelState:
         session = self.session(slot)
         if self.cache.is_suspended(session):
             self.cache.resume(session)
-        self.cache.reserve(session, runs)
+        before = self.kv_pages([slot])
+        try:
+            self.cache.reserve(session, runs)
+        finally:  # room may have been made for one that is refused
+            self._count_dropped(slot, before)
 
     def commit(self, slots: Iterable[int]) -> None:
         """End the transactions of a tick, and the tick."""
         for slot in slots:
+            before = self.kv_pages([slot])
             self.cache.commit(self.session(slot))
+            self._count_dropped(slot, before)
         self.cache.tick()
 
     def roll_back(self, slots: Iterable[int]) -> None:
@@ -255,6 +272,10 @@ class ModelState:
         self.top_p_N[slot] = top_p
         self.seed_N[slot] = seed
 
+    def _count_dropped(self, slot: int, before: Sequence[int]) -> None:
+        for c, (held, left) in enumerate(zip(before, self.kv_pages([slot]), strict=True)):
+            self._dropped[c] += held - left
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot={slot} is not in 0..{self.num_slots - 1}")
@@ -264,14 +285,15 @@ def _setting(tensor: Tensor, reset: float) -> SlotTensor:
     return SlotTensor(tensor, reset=reset, is_setting=True)
 
 
-def _group_specs(
+def cache_groups(
     config: ModelConfig,
     num_slots: int,
     budget: KvBudget,
     longest: int,
-    global_pages: int | None,
+    global_pages: int | None = None,
 ) -> list[CacheGroup]:
-    """Of the local and the global layers, where there are any; in the order of `group_of`."""
+    """Of the local and the global layers, where there are any; in the order of `group_of`. longest:
+    the most tokens that one session appends in one transaction."""
     num_global = len(config.global_layers)
     budgets = budget.pages()
     appended = -(-longest // PAGE_ROWS)
