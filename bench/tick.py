@@ -158,4 +158,7 @@ def show(result: dict[str, Any]) -> str:
     for name, stage in result["stages_ms"].items():
         if stage["p50"] is not None:
             lines.append(f"  {name:16s} p50 {stage['p50']:.3f}  max {stage['max']:.3f} ms")
+    held, dropped = result["kv_pages"], result["kv_pages_dropped"]
+    counts = ", ".join(f"{name} {held[name]} (-{dropped[name]})" for name in held)
+    lines.append(f"  pages held in global layers, and dropped: {counts}")
     return "\n".join(lines)
