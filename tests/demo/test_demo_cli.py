@@ -29,6 +29,10 @@ def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         (["--sessions", "0"], 2, "error: sessions=0 is not in"),
         (["--device", "tpu"], 2, "error: device 'tpu' is not one of"),
         (["--seed", "-5"], 2, "error: seed=-5 is not in"),
+        (["--keep", "0"], 2, "error: keep=0 is not in 0..600 (above 0)"),
+        (["--keep", "nan"], 2, "error: keep=nan is not in"),
+        (["--keep-video", "-1"], 2, "error: keep_video=-1 is not in"),
+        (["--keep", "601"], 2, "error: keep=601 is not in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -47,7 +51,9 @@ def test_error_is_one_line(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [["--seconds", "soon"], ["--fast", "--realtime"], ["--wat"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seconds", "soon"], ["--keep", "long"], ["--fast", "--realtime"], ["--wat"]]
+)
 def test_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(["demo", *arguments])
@@ -88,7 +94,17 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     for option in ("audio", "video", "preset", "seconds", "sessions", "realtime", "fast", "device"):
         assert f"--{option}" in text
-    for default in ("default: tiny", "default: 60", "default: 1", "default: auto", "out/demo"):
+    for option in ("keep SECONDS", "keep-video SECONDS"):
+        assert f"--{option}" in text
+    assert "dropped in pages of 64 tokens" in text
+    for default in (
+        "default: tiny",
+        "default: 60",
+        "default: 10",
+        "default: 1",
+        "default: auto",
+        "out/demo",
+    ):
         assert default in text
     assert "examples:" in text
     assert "shows the loop, not a conversation" in text

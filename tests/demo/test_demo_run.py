@@ -97,7 +97,8 @@ def test_report_fields_are_those_documented(made: tuple[dict, Path, str]) -> Non
     text = (ROOT / "docs" / "report.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     named = {name for row in rows for name in row.replace("`", "").replace(",", " ").split()}
-    assert set(report) | set(report["clients"][0]) == named - set(FILES)
+    fields = set(report) | set(report["clients"][0]) | set(report["kv"])
+    assert fields == named - set(FILES)
     assert (report["schema"], report["version"]) == ("tml-runtime-report", 1)
     assert set(report["backends"].values()) <= {"plain", "triton"}
     assert {"dmel", "patch_embed", "flow_head", "sample"} <= set(report["backends"])
@@ -122,7 +123,7 @@ def test_trace_is_valid_and_in_order(made: tuple[dict, Path, str]) -> None:
     assert times == sorted(times)
     assert times[0] == 0
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
-    assert {event["ph"] for event in events} == {"X", "i"}
+    assert {event["ph"] for event in events} == {"X", "i", "C"}
     ticks = [event for event in events if event["name"].startswith("tick ")]
     assert [event["name"] for event in ticks] == [f"tick {n}" for n in range(8)]
     begun = [event["ts"] for event in ticks]
@@ -208,7 +209,17 @@ def test_terminal_gets_a_live_table(talk: Path, film: Path, tmp_path: Path) -> N
     shown = Terminal()
     run_demo(fast(talk, film, tmp_path, seconds=0.6), shown)
     text = shown.getvalue()
-    for word in ("stage, ms", "prefill", "publish", "hears", "says", "of 200 ms", "misses", "█"):
+    for word in (
+        "stage, ms",
+        "prefill",
+        "publish",
+        "hears",
+        "says",
+        "of 200 ms",
+        "misses",
+        "holds",
+        "█",
+    ):
         assert word in text, word
     assert "3 ticks (0.6 s on a virtual clock), 0 misses" in text
 
@@ -280,6 +291,10 @@ def test_ctrl_c_in_real_time_writes_the_report(talk: Path, film: Path, tmp_path:
         ({"sessions": 0}, "sessions=0 is not in 1..256"),
         ({"device": "tpu"}, "device 'tpu' is not one of auto, cpu, cuda"),
         ({"seed": -1}, "seed=-1 is not in"),
+        ({"keep": 0.0}, "keep=0 is not in 0..600 (above 0)"),
+        ({"keep": float("inf")}, "keep=inf is not in"),
+        ({"keep": 600.1}, "keep=600.1 is not in"),
+        ({"keep_video": -2.0}, "keep_video=-2 is not in"),
         ({"out": Path(__file__)}, "is a file, not a folder"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(next(iter(value.items()))),

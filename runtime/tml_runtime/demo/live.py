@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TextIO
 
 import numpy as np
 
 from ..loop import Runtime
-from ..metrics import percentiles_ms
+from ..metrics import CLASS_NAMES, percentiles_ms
 from ._optional import require
 from .client import Client, printable
 
@@ -81,7 +81,9 @@ class LineView:
         if tick_ms["p50"] is not None:
             times = f"tick p50 {tick_ms['p50']:.1f} ms, max {tick_ms['max']:.1f} ms"
         text = printable(self._clients[0].answers.text[-_TAIL:]) if self._clients else ""
-        line = f"{seconds:6.1f} / {self._total_s:g} s  {times}, misses {report['misses']}  {text}"
+        held = memory_line(report["kv_pages"].values(), report["kv_pages_dropped"].values())
+        line = f"{seconds:6.1f} / {self._total_s:g} s  {times}, misses {report['misses']}  "
+        line += f"{held}  {text}"
         print(line, file=self._stream, flush=True)
 
 
@@ -129,8 +131,10 @@ class TableView:
         misses = int(records["missed"].sum() + records["skipped"].sum())
         missed = f"[bold red]{misses}[/]" if misses else "[green]0[/]"
         state = f"{seconds:.1f} / {self._total_s:g} s   ticks {len(records)}   misses {missed}"
+        held = records["kv_pages"][-1:].sum(0)
+        memory = memory_line(held, records["kv_dropped"].sum(0))
         return panel(
-            group(state, "", self._stage_table(records), "", self._session_table()),
+            group(state, memory, "", self._stage_table(records), "", self._session_table()),
             title=self._title,
             title_align="left",
             subtitle=self._note,
@@ -169,6 +173,16 @@ class TableView:
                 escape(says),
             )
         return table
+
+
+def memory_line(held: Iterable[int], dropped: Iterable[int]) -> str:
+    """Pages by class, in the order of CLASS_NAMES; classes that hold none are left out.
+
+    >>> memory_line([0, 1, 5, 5, 5], [0, 0, 2, 2, 2])
+    'holds 1 text, 5 audio, 5 video, 5 reply pages, 6 dropped'
+    """
+    counts = [f"{n} {name}" for n, name in zip(held, CLASS_NAMES, strict=True) if n]
+    return f"holds {', '.join(counts) or 'no'} pages, {sum(dropped)} dropped"
 
 
 def meter(rms: float, width: int) -> str:

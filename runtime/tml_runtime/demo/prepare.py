@@ -15,7 +15,7 @@ import torch
 from tml_kernels.ops.dmel import DmelSpec
 
 from ..loop import Runtime
-from ..model import InteractionModel, ModelConfig, TurnLayout
+from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
 from ..model.weights import empty_weights, named_tensors
 from ..vocoder import StreamingVocoder
 from . import media as media_files
@@ -30,6 +30,8 @@ MAX_SECONDS = 3600.0  # all speech is kept until it is written: 64 KB a second a
 MAX_SESSIONS = 256
 SPEECH_START_S = 6.5  # the first words of the default recording come at 6.69 s
 FRAMES_PER_TICK = 2  # of video: they make one token per patch
+MAX_KEEP_S = 600.0
+TIMED = ("audio", "video", "reply")  # what comes with the clock
 
 
 class DemoError(RuntimeError):
@@ -48,6 +50,8 @@ class Options:
     realtime: bool = True
     device: str = "auto"
     seed: int = 0
+    keep: float = 10.0  # seconds of sound, pictures and replies that stay in the model's memory
+    keep_video: float | None = None  # of pictures, where it differs
     out: Path = Path("out/demo")
 
     def __post_init__(self) -> None:
@@ -61,8 +65,15 @@ class Options:
             raise DemoError(f"sessions={self.sessions} is not in 1..{MAX_SESSIONS}")
         if not 0 <= self.seed < 2**63:
             raise DemoError(f"seed={self.seed} is not in 0..2**63-1")
+        for name, seconds in (("keep", self.keep), ("keep_video", self.keep_video)):
+            if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= MAX_KEEP_S):
+                raise DemoError(f"{name}={seconds:g} is not in 0..{MAX_KEEP_S:g} (above 0)")
         if self.out.exists() and not self.out.is_dir():
             raise DemoError(f"out: {self.out} is a file, not a folder")
+
+    def keep_s(self, name: str) -> float:
+        """Of one of TIMED."""
+        return self.keep if name != "video" or self.keep_video is None else self.keep_video
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,23 @@ class _SpeechLevels:
         self._vocoder.reset()
 
 
+def tokens_per_tick(options: Options, config: ModelConfig) -> dict[str, int]:
+    """What a session of the demo appends in every tick, by class."""
+    patch_rows, patch_columns = config.patch.grid(*_frame_size(options.preset))
+    counts = (config.layout.audio_tokens, patch_rows * patch_columns, config.layout.num_steps)
+    return dict(zip(TIMED, counts, strict=True))
+
+
+def make_budget(options: Options, config: ModelConfig) -> KvBudget:
+    """Room for the seconds to keep; text and anchors have the default."""
+    period_s = config.layout.period_ms / 1000
+    tokens = {
+        name: math.ceil(options.keep_s(name) / period_s * count)
+        for name, count in tokens_per_tick(options, config).items()
+    }
+    return KvBudget(**tokens)
+
+
 def make_runtime(options: Options, model: InteractionModel) -> Runtime:
     """A runtime with a slot per session; untrained speech is brought to the level of speech."""
     make_vocoder = _SpeechLevels if model.report.random else StreamingVocoder
@@ -116,6 +144,7 @@ def make_runtime(options: Options, model: InteractionModel) -> Runtime:
         num_slots=options.sessions,
         seed=options.seed,
         realtime=options.realtime,
+        budget=make_budget(options, model.config),
         vocoder=lambda: make_vocoder(model.config.layout.dmel),
     )
 

@@ -14,9 +14,11 @@ import numpy as np
 import tml_kernels
 
 from ..host import host_facts
-from ..model import InteractionModel
+from ..model import InteractionModel, ModelConfig
+from ..model.state import PAGE_ROWS
 from .client import Client
 from .decode import SAMPLE_RATE
+from .prepare import TIMED, Options, make_budget, tokens_per_tick
 
 SCHEMA = "tml-runtime-report"
 SCHEMA_VERSION = 1
@@ -35,14 +37,15 @@ def build_report(
     runtime_report: dict[str, Any],
     clients: Sequence[Client],
     media: dict[str, Any],
+    kv: dict[str, Any],
     speech_s: float,
     interrupted: bool,
 ) -> dict[str, Any]:
     """The report as plain data, in the order in which it is written.
 
     Of a run on a virtual clock it holds no measured time: the same options on the same machine
-    give the same report. `runtime_report` is `Runtime.report`'s; `options` and `media` go in as
-    they are.
+    give the same report. `runtime_report` is `Runtime.report`'s; `options`, `media` and `kv` go in
+    as they are.
     """
     virtual = runtime_report["mode"] == "virtual"
     counts = ("skipped", "missing", "dropped_samples", "shed_frames", "lost_outputs", "faults")
@@ -63,6 +66,7 @@ def build_report(
         if virtual
         else {name: _rounded(ms) for name, ms in runtime_report["stages_ms"].items()},
         **{name: runtime_report[name] for name in counts},
+        "kv": kv,
         "scheduling": runtime_report["scheduling"],
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -74,6 +78,31 @@ def build_report(
         "clients": [client_report(client, speech_s) for client in clients],
         "host": host_facts(),
         "tml_kernels": tml_kernels.__version__,
+    }
+
+
+def kv_report(
+    options: Options, config: ModelConfig, runtime_report: dict[str, Any]
+) -> dict[str, Any]:
+    """What was to stay in the model's memory, and the pages that it took.
+
+    `kept_s`: between these two seconds' worth is what a session keeps once its pages are dropped,
+    since the newest page holds anything from one token up to a page.
+    """
+    budget = {c.name.lower(): pages for c, pages in make_budget(options, config).pages().items()}
+    period_s = config.layout.period_ms / 1000
+    kept_s = {}
+    for name, count in tokens_per_tick(options, config).items():
+        page_s = PAGE_ROWS / count * period_s
+        kept_s[name] = [round((budget[name] - n) * page_s, 3) for n in (1, 0)]
+    return {
+        "keep_s": {name: options.keep_s(name) for name in TIMED},
+        "kept_s": kept_s,
+        "page_tokens": PAGE_ROWS,
+        "budget_pages": budget,
+        "pages": runtime_report["kv_pages"],
+        "pages_most": runtime_report["kv_pages_most"],
+        "pages_dropped": runtime_report["kv_pages_dropped"],
     }
 
 

@@ -15,7 +15,7 @@ from .client import Client
 from .decode import SAMPLE_RATE
 from .live import make_view
 from .prepare import Loaded, Options, load_media, make_model, make_runtime
-from .report import build_report, note_on, summary_lines, write_report
+from .report import build_report, kv_report, note_on, summary_lines, write_report
 from .source import Feeder, LiveSource
 from .timeline import Timeline, draw_timeline
 from .trace import write_trace
@@ -140,6 +140,7 @@ def _write_files(
         runtime_report=told,
         clients=clients,
         media=loaded.about,
+        kv=kv_report(options, model.config, told),
         speech_s=speech_s,
         interrupted=interrupted,
     )
@@ -165,8 +166,9 @@ def _write_files(
         clip_start_s=first.source.start_s,
         spoken=first.answers.pcm(speech_s),
         answers=first.answers,
-        records=records if options.realtime else None,
+        records=records,
         stages=stages,
+        has_times=options.realtime,
     )
     draw_timeline(options.out / FILES[2], timeline)
     soundfile = require("soundfile", "write speech.wav")

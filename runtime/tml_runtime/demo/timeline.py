@@ -1,4 +1,4 @@
-"""timeline.png: a run at a glance. What was heard, seen, spoken and written; what ticks took."""
+"""timeline.png: a run at a glance. What was heard, seen, spoken, written, kept; what ticks took."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import percentiles_ms
+from ..metrics import CLASS_NAMES, percentiles_ms
+from ..model.state import PAGE_ROWS
 from ._optional import require
 from .client import Answers, printable
 from .decode import SAMPLE_RATE, Clip
@@ -19,6 +20,8 @@ INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 HEARD, SPOKEN, MISS = "#2f6fab", "#c2561a", "#c81e1e"
 ACTIONS = {"delegate": ("^", "#7048a8"), "yield": ("v", "#2d8659")}
 STAGES = ("#9fb3c8", "#2f6fab", "#7cc4a4", "#e3a857", "#b56576", "#8d6a9f", "#52606d")
+# In the order of CLASS_NAMES. What is heard and spoken has its own colour in memory, too.
+CLASSES = dict(zip(CLASS_NAMES, (INK, "#7b8794", HEARD, "#2d8659", SPOKEN), strict=True))
 _MAX_BARS = 400  # more ticks than this share a bar, which shows the slowest of them
 _COLUMNS = 900  # of an envelope
 _WIDTH_IN = 12.0
@@ -37,8 +40,9 @@ class Timeline:
     clip_start_s: float
     spoken: np.ndarray
     answers: Answers
-    records: np.ndarray | None  # Metrics.records; None: no tick times (virtual clock)
+    records: np.ndarray  # Metrics.records, of all sessions
     stages: Sequence[str]
+    has_times: bool  # whether what ticks took is drawn; it differs from run to run
 
 
 def draw_timeline(path: Path, timeline: Timeline) -> None:
@@ -48,8 +52,8 @@ def draw_timeline(path: Path, timeline: Timeline) -> None:
     panels: list[tuple[float, Any]] = [(1.0, _draw_heard)]
     if timeline.clip is not None:
         panels.append((0.85, _draw_seen))
-    panels += [(1.0, _draw_spoken), (1.25, _draw_text)]
-    if timeline.records is not None:
+    panels += [(1.0, _draw_spoken), (1.25, _draw_text), (1.2, _draw_memory)]
+    if timeline.has_times:
         panels.append((1.5, _draw_ticks))
     style = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK}
     with matplotlib.rc_context(style):
@@ -160,9 +164,41 @@ def _draw_text(axis: Any, timeline: Timeline) -> None:
     _legend(axis, 2)
 
 
+def _draw_memory(axis: Any, timeline: Timeline) -> None:
+    """Pages held after every tick, class on class, and above them when pages were dropped."""
+    records, held_T_C = timeline.records, timeline.records["kv_pages"]
+    t_s = (records["tick"] + 1) * timeline.period_ms / 1000
+    t_s, held_T_C = np.append(t_s, timeline.seconds), np.concatenate([held_T_C, held_T_C[-1:]])
+    bottom_T = np.zeros(len(held_T_C))
+    top = max(1, int(held_T_C.sum(1).max(initial=0)))
+    rows = 0
+    for c, (name, color) in enumerate(CLASSES.items()):
+        if not held_T_C[:, c].any():
+            continue
+        top_T = bottom_T + held_T_C[:, c]
+        axis.fill_between(
+            t_s, bottom_T, top_T, step="post", color=color, alpha=0.75, linewidth=0, label=name
+        )
+        axis.plot(t_s, top_T, drawstyle="steps-post", color="white", linewidth=1.0)
+        bottom_T = top_T
+        dropped_s = t_s[:-1][records["kv_dropped"][:, c] > 0]
+        if len(dropped_s):
+            rows += 1
+            heights = [(0.98 + 0.15 * rows) * top] * len(dropped_s)
+            axis.plot(dropped_s, heights, "|", color=color, markersize=5, markeredgewidth=1.4)
+    axis.set_ylim(0, (1.1 + 0.15 * rows) * top)
+    axis.set_yticks([0, top])
+    dropped = int(records["kv_dropped"].sum())
+    axis.text(
+        0.0, 1.03, f"{dropped} pages dropped" + (", at the marks" if dropped else ""),
+        transform=axis.transAxes, va="bottom", fontsize=8,
+    )  # fmt: skip
+    _label(axis, "holds", f"pages of\n{PAGE_ROWS} tokens", x=-0.04)
+    _legend(axis, len(CLASSES))
+
+
 def _draw_ticks(axis: Any, timeline: Timeline) -> None:
     records, period_ms = timeline.records, timeline.period_ms
-    assert records is not None
     t_s, parts_ms, missed = tick_bars(records, timeline.stages, period_ms)
     width = min(timeline.seconds / max(1, len(t_s)), 0.8 * period_ms / 1000) * 0.9
     bottom = np.zeros(len(t_s))

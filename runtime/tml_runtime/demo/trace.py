@@ -1,4 +1,5 @@
-"""trace.json: a run as Chrome trace events, for Perfetto. Ticks, stages, misses, input, answers."""
+"""trace.json: a run as Chrome trace events, for Perfetto: ticks, stages, misses, pages held, input,
+answers."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..metrics import by_class
 from .client import Client, printable
 
 _PROCESS = 1
@@ -77,6 +79,7 @@ def _tick_events(
     records: np.ndarray, stages: Sequence[str], period_ns: int
 ) -> Iterator[dict[str, Any]]:
     free_ns = 0  # when the tick before was done
+    shown: dict[str, int] = {}  # the pages that its sessions held
     for record in records:
         tick, busy_ns = int(record["tick"]), int(record["busy_ns"])
         woke_ns = max(int(record["woke_ns"]), free_ns)
@@ -92,6 +95,12 @@ def _tick_events(
         for skipped in range(tick - int(record["skipped"]), tick):
             due_ns = int(record["scheduled_ns"]) - (tick - skipped - 1) * period_ns
             yield _instant("MISS (skipped)", due_ns, _TICKS, {"tick": skipped})
+        held = by_class(record["kv_pages"])
+        if held != shown:
+            yield _counter("pages held", free_ns, held)
+        shown = held
+        if record["kv_dropped"].any():
+            yield _instant("pages dropped", free_ns, _TICKS, by_class(record["kv_dropped"]))
 
 
 def _session_events(
@@ -135,3 +144,7 @@ def _span(name: str, ts: int, dur: int, tid: int, args: dict[str, Any]) -> dict[
 
 def _instant(name: str, ts: int, tid: int, args: dict[str, Any]) -> dict[str, Any]:
     return {"ph": "i", "s": "t", "name": name, "ts": ts, "tid": tid, "args": args}
+
+
+def _counter(name: str, ts: int, values: dict[str, int]) -> dict[str, Any]:
+    return {"ph": "C", "name": name, "ts": ts, "args": values}
