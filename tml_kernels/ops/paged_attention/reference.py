@@ -43,7 +43,7 @@ def paged_attention_ref(
     span makes no difference here.
     """
     out_T_H_C = torch.zeros(q_T_H_C.shape, dtype=dtype, device=q_T_H_C.device)
-    start, length = start_S1.tolist(), length_S.tolist()
+    start, length, count = (x.tolist() for x in (start_S1, length_S, plan.count_S))
     for s, end in enumerate(length):
         rows = slice(start[s], start[s + 1])
         first = end - (rows.stop - rows.start)
@@ -51,9 +51,9 @@ def paged_attention_ref(
             continue
         oldest = first - window + 1 if window is not None else None
         page_L, row_L, pk_L = _visible_rows(
-            plan.page_S_M[s],
-            plan.base_S_M[s],
-            plan.rows_S_M[s],
+            plan.page_S_M[s, : count[s]],
+            plan.base_S_M[s, : count[s]],
+            plan.rows_S_M[s, : count[s]],
             row_position_P_R,
             k_pages_P_G_R_C.shape[2],
             oldest,
@@ -120,8 +120,8 @@ def _visible_rows(
     if row_position_P_R is None:
         pk_M_R = base_M[:, None] + row_R
     else:
-        pk_M_R = row_position_P_R[page_M.long().clamp(min=0)]
-    seen_M_R = (pk_M_R < end) & (page_M >= 0)[:, None] & (row_R < rows_M[:, None])
+        pk_M_R = row_position_P_R[page_M.long()]
+    seen_M_R = (pk_M_R < end) & (row_R < rows_M[:, None])
     if oldest is not None:
         seen_M_R &= pk_M_R >= oldest
     column_L, row_L = seen_M_R.nonzero(as_tuple=True)
