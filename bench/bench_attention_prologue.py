@@ -34,9 +34,9 @@ def check(case: cases.Case, device: str) -> None:
             assert_matches(rows.float() * scale[..., None], value, limit=FP8_LIMIT)
         else:
             assert_matches(rows, value, dtype=rows.dtype)
-    if state is not None and expected.state_S_2_3_GC is not None:
+    if state is not None and expected.state_A_2_3_GC is not None:
         live = inputs["slot_S"] >= 0
-        state[inputs["slot_S"][live].long()] = expected.state_S_2_3_GC[live].to(state.dtype)
+        state[inputs["slot_S"][live].long()] = expected.state_A_2_3_GC.to(state.dtype)
         assert_bitwise(inputs["conv_state_N_2_3_GC"], state)
 
 
@@ -60,8 +60,8 @@ def torch_prologue(**inputs: Any) -> Tensor:
         else:
             pages = inputs[name]
         pages[page_T, :, row_T] = value
-    if result.state_S_2_3_GC is not None:
-        inputs["conv_state_N_2_3_GC"][inputs["slot_S"].long()] = result.state_S_2_3_GC
+    if result.state_A_2_3_GC is not None:
+        inputs["conv_state_N_2_3_GC"][inputs["slot_S"].long()] = result.state_A_2_3_GC
     return result.q_T_H_C
 
 

@@ -95,10 +95,10 @@ def check(case: Case, run: Run, device: str) -> None:
             untouched[kv_row] = False
             assert_bitwise(rows[untouched], rows_before[untouched])
 
-    if expected.state_S_2_3_GC is not None:
+    if expected.state_A_2_3_GC is not None:
         state = before["conv_state_N_2_3_GC"].clone()
         active = inputs["slot_S"] >= 0
-        state[inputs["slot_S"][active].long()] = expected.state_S_2_3_GC[active].to(state.dtype)
+        state[inputs["slot_S"][active].long()] = expected.state_A_2_3_GC.to(state.dtype)
         assert_bitwise(inputs["conv_state_N_2_3_GC"], state)
 
 

@@ -64,9 +64,9 @@ def _plain(
     written = (result.live_T & (kv_row >= 0)).nonzero().squeeze(1)
     write_rows(k_pages, k_scale, result.k_T_G_C[written], kv_row[written])
     write_rows(v_pages, v_scale, result.v_T_G_C[written], kv_row[written])
-    if conv_state is not None and result.state_S_2_3_GC is not None:
-        active = (slot >= 0).nonzero().squeeze(1)
-        conv_state[slot[active].long()] = result.state_S_2_3_GC[active].to(conv_state.dtype)
+    if conv_state is not None and result.state_A_2_3_GC is not None:
+        slot_A = slot[result.active_A].long()
+        conv_state[slot_A] = result.state_A_2_3_GC.to(conv_state.dtype)
 
 
 def _kernel(*args) -> None:

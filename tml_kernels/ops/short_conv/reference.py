@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._ragged import taps_of
+
 
 class ShortConvResult(NamedTuple):
     out_T_D: Tensor
@@ -38,15 +40,10 @@ def short_conv_ref(
     Worked example, start = [0, 2, 2, 3], slot = [5, 0, -1]: session row 0 has tokens 0 and 1 and
     state slot 5, row 1 has no token this time, row 2 is idle, so token 2 gives zeros.
     """
-    start_S1, slot_S = start_S1.long(), slot_S.long()
-    session_T, live_T = _sessions(start_S1, slot_S, x_T_D.shape[0])
+    live_T, tap_T_4, active_A, tail_A_3 = taps_of(start_S1, slot_S, x_T_D.shape[0])
     # All that a tap can read: three state rows of every session, then the inputs.
-    state_S_3_D = state_N_3_D[slot_S.clamp(min=0)]
-    source_R_D = torch.cat([state_S_3_D.flatten(0, 1), x_T_D])
-    t_T = torch.arange(x_T_D.shape[0], device=x_T_D.device)
-    tap_T_4 = _tap_rows(t_T, session_T, start_S1)
-    tap_T_4 = torch.where(live_T[:, None], tap_T_4, 3 * slot_S.shape[0] + t_T[:, None])
-
+    slot_S = slot_S.long()
+    source_R_D = torch.cat([state_N_3_D[slot_S.clamp(min=0)].flatten(0, 1), x_T_D])
     tap_T_4_D = source_R_D[tap_T_4].to(dtype)
     y_T_D = tap_T_4_D[:, 3] + (tap_T_4_D * weight_D_4.T.to(dtype)).sum(1)
     y_T_D = y_T_D.masked_fill(~live_T[:, None], 0.0)
@@ -60,25 +57,6 @@ def short_conv_ref(
             out_T_D = residual_out * scale_T_1 * norm_weight_D.to(dtype)
             out_T_D = out_T_D.masked_fill(~live_T[:, None], 0.0)
 
-    live_A = torch.nonzero((slot_S >= 0) & (start_S1[1:] > start_S1[:-1])).flatten()
-    last_A_3 = _tap_rows(start_S1[1:][live_A], live_A, start_S1)[:, :3]
     state_N_3_D = state_N_3_D.clone()
-    state_N_3_D[slot_S[live_A]] = source_R_D[last_A_3]
+    state_N_3_D[slot_S[active_A]] = source_R_D[tail_A_3]
     return ShortConvResult(out_T_D, state_N_3_D, residual_out, live_T)
-
-
-def _sessions(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """(session_T, live_T) of every token; padding and idle tokens are not live."""
-    t_T = torch.arange(num_tokens, device=start_S1.device)
-    session_T = torch.searchsorted(start_S1[1:].contiguous(), t_T, right=True)
-    slot_S1 = torch.cat([slot_S, slot_S.new_full((1,), -1)])  # padding belongs to row S
-    return session_T, slot_S1[session_T] >= 0
-
-
-def _tap_rows(t_A: Tensor, session_A: Tensor, start_S1: Tensor) -> Tensor:
-    """Where tokens t - 3 .. t of each session lie in the source rows; before its first, state."""
-    num_sessions = start_S1.shape[0] - 1
-    t_A_4 = t_A[:, None] + torch.arange(-3, 1, device=t_A.device)
-    before_A_4 = t_A_4 - start_S1[session_A][:, None]  # -3..-1: state row before + 3
-    state_row_A_4 = 3 * session_A[:, None] + 3 + before_A_4
-    return torch.where(before_A_4 < 0, state_row_A_4, 3 * num_sessions + t_A_4)
