@@ -20,19 +20,21 @@ def row_blocked_matmul(x_T_D: Tensor, weight_F_D: Tensor) -> Tensor:
     """
     if x_T_D.dtype == torch.float64:
         return x_T_D @ weight_F_D.T
-    num_rows, width = x_T_D.shape
+    num_rows = x_T_D.shape[0]
     num_columns = weight_F_D.shape[0]
     if num_columns < MIN_COLUMNS:
         weight_F_D = torch.nn.functional.pad(weight_F_D, (0, 0, 0, MIN_COLUMNS - num_columns))
     padded_rows = -(-num_rows // ROW_BLOCK) * ROW_BLOCK
-    if padded_rows > num_rows or not x_T_D.is_contiguous():
-        padded_P_D = x_T_D.new_zeros(padded_rows, width)
-        padded_P_D[:num_rows] = x_T_D
+    if padded_rows > num_rows:
+        padded_P_D = torch.nn.functional.pad(x_T_D, (0, 0, 0, padded_rows - num_rows))
     else:
-        padded_P_D = x_T_D
-    out_P_F = x_T_D.new_empty(padded_rows, weight_F_D.shape[0])
+        padded_P_D = x_T_D.contiguous()
     weight_D_F = weight_F_D.T
-    for begin in range(0, padded_rows, ROW_BLOCK):
-        rows = slice(begin, begin + ROW_BLOCK)
-        torch.mm(padded_P_D[rows], weight_D_F, out=out_P_F[rows])
+    if padded_rows == ROW_BLOCK:  # as in most steps: nothing to cut up
+        out_P_F = torch.mm(padded_P_D, weight_D_F)
+    else:
+        out_P_F = x_T_D.new_empty(padded_rows, weight_F_D.shape[0])
+        for begin in range(0, padded_rows, ROW_BLOCK):
+            rows = slice(begin, begin + ROW_BLOCK)
+            torch.mm(padded_P_D[rows], weight_D_F, out=out_P_F[rows])
     return out_P_F[:num_rows, :num_columns].contiguous()
