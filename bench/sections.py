@@ -24,7 +24,12 @@ INFO = "import json, tml_kernels; print(json.dumps(tml_kernels.backend_info()))"
 # Not in the quick run of the tests: what builds, installs or runs all of this again.
 LEFT_OUT = ("tests/bench", "tests/demo", "tests/test_build.py", "tests/test_readme.py")
 OPS_SECONDS = 180.0  # for the checks and times of all ops together
-SHARES = {"expert_mlp": 5.0, "moe": 3.0}  # of that time; 1 for the others
+SHARES = {  # of that time; 1 for the others
+    "expert_mlp": 5.0,
+    "moe": 3.0,
+    "paged_attention": 4.0,
+    **dict.fromkeys(("apply_deltas", "move_pages", "plan_pages", "shift_keys"), 0.5),
+}
 
 
 @dataclass(frozen=True)
