@@ -1,6 +1,7 @@
 from .apply_deltas import apply_deltas as apply_deltas
 from .attention_prologue import attention_prologue as attention_prologue
 from .dmel import dmel as dmel
+from .embed_tokens import embed_tokens as embed_tokens
 from .expert_mlp import fused_moe as fused_moe
 from .flow_head import flow_head as flow_head
 from .linear import linear as linear
