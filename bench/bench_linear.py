@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tml_kernels.ops.linear import cases, linear
+from tml_kernels.ops.linear.configs import problem_of, scratch_bytes
 from tml_kernels.ops.linear.reference import linear_ref
 from tml_kernels.testing import assert_matches
 
@@ -24,6 +25,13 @@ def check(case: cases.Case, device: str) -> None:
     valid = case.num_valid if case.num_valid is not None else out.shape[1]
     assert_matches(out[:, :valid], expected[:, :valid])
     assert (out[:, valid:] == float("-inf")).all(), f"columns from {valid} on are not -inf"
+
+
+def allocate(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As a captured step calls it: scratch is there."""
+    x = inputs["x_T_D"]
+    size = scratch_bytes(problem_of(x, inputs["weight_F_D"]))
+    return inputs | {"scratch_B": torch.zeros(size, dtype=torch.uint8, device=x.device)}
 
 
 def ours(num_valid: int | None, **inputs: Any) -> Tensor:
@@ -58,5 +66,5 @@ OP = OpBench(
     model=cases.MODEL,
     bench=cases.BENCH,
     check=check,
-    variants={"ours": Variant(ours), "torch": Variant(torch_linear)},
+    variants={"ours": Variant(ours, allocate), "torch": Variant(torch_linear)},
 )

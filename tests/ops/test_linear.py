@@ -88,9 +88,9 @@ def test_padding_columns_hide_whatever_the_weight_holds() -> None:
 def test_opcheck() -> None:
     x, weight = randn(3, 16), randn(8, 16)
     for args in (
-        (x, weight, None, None, 1.0, None, None, torch.empty(3, 8)),
-        (x, weight, randn(8), randn(3, 4), 0.5, "swiglu", None, torch.empty(3, 4)),
-        (x, weight, None, None, 1.0, None, 6, torch.empty(3, 8)),
+        (x, weight, None, None, 1.0, None, None, torch.empty(3, 8), None),
+        (x, weight, randn(8), randn(3, 4), 0.5, "swiglu", None, torch.empty(3, 4), None),
+        (x, weight, None, None, 1.0, None, 6, torch.empty(3, 8), None),
     ):
         torch.library.opcheck(torch.ops.tml_kernels.linear.default, args)
 
@@ -127,6 +127,17 @@ def test_opcheck() -> None:
             "out_T_F: expected torch.bfloat16",
         ),
         ({"x_T_D": torch.zeros(3, 8, requires_grad=True)}, RuntimeError, "no backward"),
+        ({"scratch_B": torch.zeros(8)}, TypeError, "scratch_B.*float32"),
+        ({"scratch_B": torch.zeros(9, dtype=torch.uint8)[1:]}, ValueError, "scratch_B.*16"),
+        (
+            {
+                "x_T_D": torch.zeros(3, 2048),
+                "weight_F_D": torch.zeros(6, 2048),
+                "scratch_B": torch.zeros(8, dtype=torch.uint8),
+            },
+            ValueError,
+            "scratch_B: 10240 bytes.*B=8",
+        ),
     ],
 )
 def test_bad_input(change: dict, error: type, words: str) -> None:

@@ -1,8 +1,10 @@
 """linear: check, choose, launch."""
 
-# Dimension key: T tokens, D input width, F rows of the weight, or output width.
+# Dimension key: T tokens, D input width, F rows of the weight, or output width, B bytes.
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
+from .configs import kernel_why_not, problem_of, scratch_bytes
 from .reference import linear_ref
 
 
@@ -22,6 +25,7 @@ def _plain(
     activation: str | None,
     num_valid: int | None,
     out: Tensor,
+    scratch: Tensor | None,
 ) -> None:
     result = linear_ref(
         x,
@@ -36,10 +40,19 @@ def _plain(
     out.copy_(result)
 
 
+def _kernel(x: Tensor, weight: Tensor, *rest: Any) -> None:
+    from .launch import launch_linear
+
+    why = kernel_why_not(x.dtype, weight.dtype, "plain", x.shape[1], weight.shape[0])
+    run = _plain if why else launch_linear
+    run(x, weight, *rest)
+
+
 _op = register_op(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float scale, "
-    "str? activation, int? num_valid, Tensor(a!) out) -> ()",
+    "str? activation, int? num_valid, Tensor(a!) out, Tensor(b!)? scratch) -> ()",
     plain=_plain,
+    kernel=_kernel,
 )
 
 
@@ -54,6 +67,7 @@ def linear(
     num_valid: int | None = None,
     out_dtype: torch.dtype | None = None,
     out_T_F: Tensor | None = None,
+    scratch_B: Tensor | None = None,
 ) -> Tensor:
     """act(scale * x W^T + bias) + residual, for few rows against a large weight.
 
@@ -62,9 +76,15 @@ def linear(
     from there on are -inf (the padding rows of an unembedding), whatever the weight holds.
 
     x: [T, D], float32, bfloat16 or float16; weight, bias: float32 or x's dtype; residual and out:
-    any of the three; out has `out_dtype`, x's dtype by default. Accumulates in float32 and rounds
-    once. Deterministic; row t depends on row t and the weights alone. `out_T_F` may be
-    `residual_T_F`, not `x_T_D`. Raises TypeError or ValueError naming the argument.
+    any of the three; out has `out_dtype`, x's dtype by default. CUDA tensors for which
+    `configs.kernel_why_not` gives a reason (float32 rows) take the plain path there. One launch.
+    scratch: uint8, `configs.scratch_bytes(problem)` of them or more, aligned to 16; its first
+    4 * configs.MAX_COUNTERS bytes are zero before the first call and again after every call, of
+    whatever shape. Allocates only where out or scratch is None.
+
+    Accumulates in float32 and rounds once. Deterministic; row t depends on row t and the weights
+    alone: the same bits for every T and position. `out_T_F` may be `residual_T_F`, not `x_T_D`.
+    Raises TypeError or ValueError naming the argument.
 
     Source of swiglu: Shazeer, "GLU Variants Improve Transformer", 2020, equation 5.
     """
@@ -85,8 +105,25 @@ def linear(
         out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
     refuse_grad(x_T_D, weight_F_D, bias_F, residual_T_F)
     if out_T_F.numel() > 0:
-        _op(x_T_D, weight_F_D, bias_F, residual_T_F, scale, activation, num_valid, out_T_F)
+        if scratch_B is not None:
+            needed = scratch_bytes(problem_of(x_T_D, weight_F_D))
+            _check_scratch(scratch_B, needed, x_T_D.device)
+        _op(
+            x_T_D, weight_F_D, bias_F, residual_T_F, scale, activation, num_valid, out_T_F,
+            scratch_B,
+        )  # fmt: skip
     return out_T_F
+
+
+def _check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
+    Dims().check(scratch_B=scratch, dtype=torch.uint8, device=device)
+    if scratch.numel() < needed:
+        raise ValueError(f"scratch_B: {needed} bytes are needed, got B={scratch.numel()}")
+    if scratch.storage_offset() % 16:
+        raise ValueError(
+            f"scratch_B: starts {scratch.storage_offset()} bytes into its storage, "
+            "must be a multiple of 16"
+        )
 
 
 def _output_width(num_rows: int, activation: str | None, num_valid: int | None) -> int:

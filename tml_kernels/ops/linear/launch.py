@@ -1,0 +1,117 @@
+"""Launch of linear's kernel, and what compiles it ahead of time."""
+
+# pyright: reportCallIssue=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._aot import MAX_LOOP, AotSpec
+from .configs import MAX_COUNTERS, Config, Problem, choose_config, problem_of
+from .kernel import linear_kernel
+
+
+def launch_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: float,
+    activation: str | None,
+    num_valid: int | None,
+    out: Tensor,
+    scratch: Tensor | None = None,
+    config: Config | None = None,
+) -> None:
+    """Arguments as of the op, none empty; one launch. Without a scratch the counters are cleared
+    before it."""
+    problem = problem_of(x, weight)
+    config = config or choose_config(problem)
+    counter = part = None
+    if config.parallel:
+        size = config.scratch_bytes(problem)
+        if scratch is None:
+            scratch = torch.empty(size, dtype=torch.uint8, device=x.device)
+            scratch[: 4 * MAX_COUNTERS].zero_()
+        counter = scratch[: 4 * MAX_COUNTERS].view(torch.int32)
+        part = scratch[4 * MAX_COUNTERS : size].view(torch.float32)
+    linear_kernel[(config.programs(problem),)](
+        x, weight, None, None, bias, residual, counter, part, out,
+        *x.shape, problem.rows, num_valid, scale,
+        **_constexprs(problem, config, activation == "swiglu"),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+
+
+def _constexprs(p: Problem, config: Config, swiglu: bool) -> dict[str, Any]:
+    return {
+        "FORMAT": p.format,
+        "SWIGLU": swiglu,
+        "SPLITS": p.splits,
+        "SPLIT_D": p.split_d,
+        "PARALLEL": config.parallel,
+        "EVEN_M": p.rows % config.block_m == 0,
+        "EVEN_W": p.width % p.step == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+_TYPES = {"x_ptr": "*bf16", "residual_ptr": "*bf16", "scale": "fp32", "out_ptr": "*bf16"}
+_TYPES |= dict.fromkeys(("bias_ptr", "part_ptr"), "*fp32") | {"counter_ptr": "*i32"}
+_TENSORS = {  # Triton types of a format's data, scale and zero
+    "plain": ("*bf16", None, None),
+    "fp8": ("*i16", "*fp32", None),
+    "fp8_channel": ("*i16", "*fp32", None),
+    "int4": ("*i16", "*i32", None),
+}
+# Name, tokens, D, F, what of the kernel's optional arguments is there.
+_EVERY = ("swiglu", "bias_ptr", "residual_ptr")
+_SHAPES = (
+    ("odd", (16,), 1100, 335, ("bias_ptr",)),
+    ("every-step", (16, 64, 128, 1024), 4096, 4096, _EVERY),
+    ("qkvr", (16, 64), 4096, 6656, ()),
+    ("unembedding", (16, 32, 64), 4096, 201024, ("num_valid",)),
+    ("gate-up", (16, 32, 64, 1024), 4096, 32768, ("swiglu",)),
+    ("out", (16, 32, 64, 128, 1024), 4096, 4096, ()),
+)
+
+
+def aot_specs() -> list[AotSpec]:
+    """The public model's shapes in bf16, for few tokens and for many; the widest last."""
+    return [
+        _spec(name, Problem(num_tokens, width, rows, "plain"), given)
+        for name, tokens, width, rows, given in _SHAPES
+        for num_tokens in tokens
+    ]
+
+
+def _spec(name: str, p: Problem, given: tuple[str, ...]) -> AotSpec:
+    config = choose_config(p)
+    constexprs = _constexprs(p, config, "swiglu" in given)
+    types = dict(zip(("w_ptr", "w_scale_ptr", "w_zero_ptr"), _TENSORS[p.format], strict=True))
+    absent = [n for n in ("bias_ptr", "residual_ptr", "num_valid") if n not in given]
+    absent += [n for n, kind in types.items() if kind is None]
+    absent += [] if config.parallel else ["counter_ptr", "part_ptr"]
+    constexprs |= dict.fromkeys(absent)
+    signature = {n: (types | _TYPES).get(n, "i32") for n in linear_kernel.arg_names}
+    signature = {n: kind for n, kind in signature.items() if n not in constexprs}
+    if "num_valid" in given:
+        signature["out_ptr"] = "*fp32"
+    even = [n for n, size in (("D", p.width), ("F", p.rows)) if size % 16 == 0]
+    return AotSpec(
+        kernel=linear_kernel,
+        config=config,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        aligned=(*(n for n, kind in signature.items() if kind[0] == "*"), *even),
+        label=f"{name},{p.format},T={p.num_tokens}",
+        mma="HGMMA",
+        weights_per_step=(config.block_m * p.step,),
+        max_loop=MAX_LOOP if p.format == "int4" and config.block_n <= 32 else None,
+    )
