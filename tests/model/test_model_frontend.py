@@ -105,8 +105,10 @@ def test_patches_with_the_extra_column(height: int, width: int) -> None:
     assert_bitwise(divide_frames(frames, spec), inkling_pixels(frames, spec).contiguous())
 
 
-def test_a_row_is_text_video_audio_and_the_first_step() -> None:
-    model = InteractionModel.random(CONFIG)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_text_video_audio_and_the_first_step(dtype: torch.dtype) -> None:
+    """With the bits of its parts made by themselves, of two sizes of frames among them."""
+    model = InteractionModel.random(CONFIG, dtype=dtype)
     state = model.new_state(3)
     state.token_N[:] = torch.tensor([5, 6, 7])
     state.levels_N_F_B[:] = torch.tensor([3, 4, 5], dtype=torch.uint8)[:, None, None]
@@ -127,6 +129,18 @@ def test_a_row_is_text_video_audio_and_the_first_step() -> None:
         parts = [model.embed_text(ids[row]), *seen, model.embed_levels(levels[row]), said]
         assert_bitwise(x_T_D[start_S1[row] : start_S1[row + 1]], torch.cat(parts))
     assert start_S1[-1] == len(x_T_D)
+
+
+def test_a_step_of_several_frames_adds_them_in_order() -> None:
+    layout = TurnLayout(num_steps=2, mel_frames_per_step=2)
+    model = InteractionModel.random(replace(CONFIG, layout=layout), dtype=torch.bfloat16)
+    token_S = int32(5, 6, 7)
+    levels_S_F_B = torch.randint(16, (3, 2, 80), dtype=torch.uint8)
+    x_S_D = model.frontend.embed_step(token_S, levels_S_F_B)
+    expected = model.embed_text([5, 6, 7])
+    for f in range(2):
+        expected = expected + model.embed_levels(levels_S_F_B[:, f].contiguous())
+    assert_bitwise(x_S_D, expected)
 
 
 def test_block_order_is_the_layout_s() -> None:

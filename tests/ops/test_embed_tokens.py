@@ -25,7 +25,7 @@ def run_public(inputs: dict) -> Tensor:
 
 def run_kernel(inputs: dict) -> Tensor:
     out = inputs["embed_V_D"].new_empty(len(inputs["kind_T"]), inputs["embed_V_D"].shape[1])
-    args = (*inputs.values(), 1e-6, out)
+    args: Any = (*inputs.values(), 1e-6, out)
     if len(out):
         launch_embed_tokens(*args)
     return out

@@ -2,7 +2,7 @@
 
 # Dimension key: S session rows, T tokens, D model width, W samples of a tick, N frame groups,
 # L frames in a group, Y and X height and width of a frame, F mel frames of an output step,
-# B mel bands.
+# B mel bands, K blocks of a row, P embedded patches, A dMel frames of all rows.
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
-from tml_kernels.ops.dmel import dmel, dmel_embed
+from tml_kernels.ops.dmel import dmel_embed, dmel_levels
+from tml_kernels.ops.embed_tokens import TokenKind, embed_tokens
 from tml_kernels.ops.patch_embed import patch_embed
 from tml_kernels.ops.rms_norm import rms_norm
 
@@ -26,6 +27,12 @@ from .weights import ModelWeights
 
 Frames = Tensor | np.ndarray
 CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
+KIND_OF = {
+    "text": TokenKind.TEXT,
+    "video": TokenKind.EMBEDDED,
+    "audio": TokenKind.LEVELS,
+    "step": TokenKind.STEP,
+}
 
 
 @dataclass(frozen=True)
@@ -129,11 +136,9 @@ class Frontend:
 
     def embed_step(self, token_S: Tensor, levels_S_F_B: Tensor) -> Tensor:
         """[S, D], the input of an output step: what the step before said, in both its forms."""
-        x_S_D = self.embed_text(token_S)
-        speech_SF_D = self.embed_levels(levels_S_F_B.flatten(0, 1))
-        for speech_S_D in speech_SF_D.unflatten(0, (x_S_D.shape[0], -1)).unbind(1):
-            x_S_D = x_S_D + speech_S_D
-        return x_S_D
+        row_S = torch.arange(len(token_S), dtype=torch.int32, device=token_S.device)
+        kind_S = torch.full_like(row_S, TokenKind.STEP)
+        return self._embed(kind_S, row_S, token_N=token_S, levels_N_F_B=levels_S_F_B)
 
     def embed_tick(self, state: ModelState, tick: TickInput) -> tuple[Tensor, Tensor]:
         """(x_T_D, start_S1) of live rows: each row's input blocks, then its first output step.
@@ -141,74 +146,81 @@ class Frontend:
         The first step's input is known before the tick runs, it is what the session said last; so
         the step is part of the same pass. Advances the audio tails and nothing else.
         """
-        slot_S = tick.slot_S.long()
-        tokens: dict[str, Tensor] = {}
-        counts: dict[str, list[int]] = {}
-        tokens["text"], counts["text"] = self._text(tick)
-        tokens["video"], counts["video"] = self._video(tick)
-        tokens["audio"], counts["audio"] = self._audio(state, tick)
-        tokens["step"] = self.embed_step(state.token_N[slot_S], state.levels_N_F_B[slot_S])
-        counts["step"] = [1] * len(slot_S)
-        return _interleave(tokens, counts, (*self.config.layout.blocks, "step"))
+        rows = {"text": self._text(tick)}
+        x_P_D, rows["video"] = self._video(tick)
+        levels_S_F_B = dmel_levels(
+            tick.pcm_S_W, state.tail_N_W, tick.slot_S, spec=self.config.layout.dmel
+        )
+        frames = np.arange(levels_S_F_B.shape[0] * levels_S_F_B.shape[1])
+        rows["audio"] = list(frames.reshape(levels_S_F_B.shape[:2]))
+        rows["step"] = [np.array([slot]) for slot in tick.slot_S.tolist()]
+        start_S1, kind_T, index_T = _describe(
+            rows, (*self.config.layout.blocks, "step"), tick.slot_S.device
+        )
+        x_T_D = self._embed(
+            kind_T,
+            index_T,
+            levels_A_B=levels_S_F_B.flatten(0, 1),
+            x_P_D=x_P_D,
+            token_N=state.token_N,
+            levels_N_F_B=state.levels_N_F_B,
+        )
+        return x_T_D, start_S1
 
-    def _text(self, tick: TickInput) -> tuple[Tensor, list[int]]:
+    def _embed(self, kind_T: Tensor, index_T: Tensor, **sources: Tensor | None) -> Tensor:
+        return embed_tokens(
+            kind_T,
+            index_T,
+            self.weights.embed_V_D,
+            self.weights.embed_norm_D,
+            self.weights.audio_table_Y_D,
+            self.weights.audio_norm_D,
+            num_levels=self.config.layout.dmel.num_levels,
+            eps=self.config.norm_eps,
+            **sources,
+        )
+
+    def _text(self, tick: TickInput) -> list[np.ndarray]:
+        """Each row's token ids."""
         marker = (self.config.vocab.missing,)
         missing = tick.missing_S.tolist()
-        rows = [
-            (*marker, *ids) if lost else ids for lost, ids in zip(missing, tick.text, strict=True)
+        return [
+            np.array((*marker, *ids) if lost else ids, np.int64)
+            for lost, ids in zip(missing, tick.text, strict=True)
         ]
-        ids_T = torch.tensor([i for ids in rows for i in ids], dtype=torch.int64)
-        return self.embed_text(ids_T.to(tick.slot_S.device)), [len(ids) for ids in rows]
 
-    def _video(self, tick: TickInput) -> tuple[Tensor, list[int]]:
+    def _video(self, tick: TickInput) -> tuple[Tensor | None, list[np.ndarray]]:
+        """Embedded patches of all rows, and each row's share of them."""
         by_size: dict[torch.Size, list[tuple[int, Tensor]]] = {}
         for row, frames in enumerate(tick.frames):
             if frames is not None and len(frames) > 0:
                 group = _as_tensor(frames, tick.slot_S.device)
                 by_size.setdefault(group.shape[1:], []).append((row, group))
-        tokens = [self.weights.embed_V_D[:0]] * len(tick.frames)
+        share = [np.arange(0)] * len(tick.frames)
+        embedded, offset = [], 0
         for rows in by_size.values():  # sessions with frames of one size share a call
-            x_T_D = self.embed_frames(torch.cat([group for _, group in rows]))
-            per_group = len(x_T_D) // sum(len(group) for _, group in rows)
-            split = x_T_D.split([len(group) * per_group for _, group in rows])
-            for (row, _), row_tokens in zip(rows, split, strict=True):
-                tokens[row] = row_tokens
-        return torch.cat(tokens), [len(row_tokens) for row_tokens in tokens]
-
-    def _audio(self, state: ModelState, tick: TickInput) -> tuple[Tensor, list[int]]:
-        tokens_S_F_D, _ = dmel(
-            tick.pcm_S_W,
-            state.tail_N_W,
-            tick.slot_S,
-            self.weights.audio_table_Y_D,
-            self.weights.audio_norm_D,
-            spec=self.config.layout.dmel,
-            eps=self.config.norm_eps,
-        )
-        return tokens_S_F_D.flatten(0, 1), [tokens_S_F_D.shape[1]] * len(tick.slot_S)
+            embedded.append(self.embed_frames(torch.cat([group for _, group in rows])))
+            per_group = len(embedded[-1]) // sum(len(group) for _, group in rows)
+            for row, group in rows:
+                share[row] = np.arange(offset, offset + len(group) * per_group)
+                offset += len(share[row])
+        return (torch.cat(embedded) if embedded else None), share
 
 
-def _interleave(
-    tokens: dict[str, Tensor], counts: dict[str, list[int]], blocks: tuple[str, ...]
-) -> tuple[Tensor, Tensor]:
-    """Blocks that hold all rows one after the other -> rows that hold all blocks: (x, start)."""
-    order, start = [], [0]
-    at, offset = {}, 0
-    for block in blocks:
-        at[block] = offset
-        offset += sum(counts[block])
-    for row in range(len(counts["step"])):
-        for block in blocks:
-            count = counts[block][row]
-            order.extend(range(at[block], at[block] + count))
-            at[block] += count
-        start.append(len(order))
-    x_T_D = torch.cat([tokens[block] for block in blocks])
-    device = x_T_D.device
-    return (
-        x_T_D[torch.tensor(order, device=device)],
-        torch.tensor(start, dtype=torch.int32, device=device),
+def _describe(
+    rows: dict[str, list[np.ndarray]], blocks: tuple[str, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(start_S1, kind_T, index_T), int32: row by row its blocks' indices, in one transfer."""
+    parts = [rows[block][s] for s in range(len(rows["step"])) for block in blocks]
+    count_S_K = np.array([len(part) for part in parts]).reshape(-1, len(blocks))
+    kind_SK = np.tile([KIND_OF[block] for block in blocks], len(count_S_K))
+    kind_T, index_T = np.repeat(kind_SK, count_S_K.ravel()), np.concatenate(parts)
+    end_S = np.cumsum(count_S_K.sum(1))
+    packed = np.concatenate([[0], end_S, kind_T, index_T]).astype(np.int32)
+    start_S1, kind_T, index_T = (
+        torch.from_numpy(packed).to(device).split([len(end_S) + 1, len(kind_T), len(index_T)])
     )
+    return start_S1, kind_T, index_T
 
 
 def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:

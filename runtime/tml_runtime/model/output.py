@@ -92,7 +92,7 @@ class Speaker:
         drawing = Drawing.of(state, slot_S)
         said = [self._say(h_S_D, drawing, 0)]
         for k, step in enumerate(steps[1:], start=1):
-            x_S_D = self.frontend.embed_step(said[-1].token_S.long(), said[-1].levels_S_F_B)
+            x_S_D = self.frontend.embed_step(said[-1].token_S, said[-1].levels_S_F_B)
             h_S_D = self.backbone.run(state, x_S_D, step)
             said.append(self._say(h_S_D, drawing, k))
         state.token_N[slot_S] = said[-1].token_S.long()
