@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,13 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from tml_kernels._philox import FLOW_STREAM, normal
-from tml_kernels.ops.flow_head import FlowWeights, flow_head
+from tml_kernels.ops.flow_head import FlowWeights, flow_head, flow_work_size
 from tml_kernels.ops.flow_head.cases import EDGE, MODEL, Case
+from tml_kernels.ops.flow_head.kernel import noise_kernel
+from tml_kernels.ops.flow_head.launch import launch_flow_head
 from tml_kernels.ops.flow_head.reference import flow_head_ref
 from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
 
 SMALL = Case(5, 32, 16, 2, 8, num_steps=3)
 PER_ROW = ("cond_S_D", "seed_S", "counter_S")
+# 34 rows evaluated in three tiles, 208 features in seven; the interpreter takes a second per case.
+TILES = Case(17, 72, 52, 1, 20, num_steps=2, guidance=1.5)
+
+
+def run_kernel(inputs: dict) -> Tensor:
+    """The launches with scratch of exactly the size they ask for, NaN at first."""
+    out = inputs["cond_S_D"].new_empty(
+        len(inputs["cond_S_D"]), len(inputs["weights"].output_bias_B), dtype=torch.float32
+    )
+    sizes: dict[str, Any] = {name: inputs[name] for name in ("num_steps", "guidance")}
+    work = out.new_full((flow_work_size(len(out), inputs["weights"], **sizes),), math.nan)
+    if len(out):
+        arguments: Any = (*inputs.values(), work, out.fill_(math.nan))
+        launch_flow_head(*arguments)
+    return out
 
 
 def check(case: Case, device: str) -> None:
@@ -29,15 +47,32 @@ def test_public(case: Case) -> None:
     check(case, "cpu")
 
 
+@pytest.mark.parametrize("case", [*EDGE, TILES], ids=str)
+def test_kernel(case: Case, device: str) -> None:
+    inputs = case.make_inputs(device)
+    assert_matches(run_kernel(inputs), flow_head_ref(**inputs))
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", EDGE + MODEL, ids=str)
+@pytest.mark.parametrize("case", [*EDGE, TILES, *MODEL], ids=str)
 def test_gpu(case: Case) -> None:
     check(case, "cuda")
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_used_in_float32(dtype: torch.dtype) -> None:
-    check(Case(3, 32, 16, 2, 8, dtype=dtype), "cpu")
+def test_narrow_weights_are_used_in_float32(dtype: torch.dtype, place: str) -> None:
+    check(Case(3, 32, 16, 2, 8, dtype=dtype), place)
+
+
+@pytest.mark.parametrize("num_columns", [1, 7, 80])
+def test_kernel_s_noise_is_philox_s(num_columns: int, device: str) -> None:
+    """For seeds and counters with both words set, some of them negative."""
+    seed = torch.randint(-(2**62), 2**62, (50,))
+    counter = torch.randint(-(2**40), 2**40, (50,))
+    x = torch.empty(50, num_columns, device=device)
+    noise_kernel[(50,)](seed.to(device), counter.to(device), x, num_columns, BLOCK_I=32)
+    assert_matches(x, normal(seed, counter, num_columns, FLOW_STREAM, torch.float64), limit=5e-7)
 
 
 def velocity(x: Tensor, t: float, c: Tensor, w: FlowWeights) -> Tensor:
@@ -106,20 +141,47 @@ def test_guidance_one_reads_no_null_condition() -> None:
     assert flow_head(**inputs | {"weights": poisoned, "guidance": 2.0}).isnan().all()
 
 
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_row_does_not_depend_on_neighbours(guidance: float) -> None:
-    inputs = Case(19, 64, 32, 2, 80, guidance=guidance).make_inputs("cpu")
+def test_row_does_not_depend_on_neighbours(guidance: float, place: str) -> None:
+    inputs = Case(19, 64, 32, 2, 80, guidance=guidance).make_inputs(place)
     together = flow_head(**inputs)
     for s in range(19):
         alone = inputs | {name: inputs[name][s : s + 1].clone() for name in PER_ROW}
         assert_bitwise(flow_head(**alone), together[s : s + 1])
 
 
-def test_nan_row_stays_in_its_row() -> None:
-    inputs = SMALL.make_inputs("cpu")
-    expected = flow_head(**inputs)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_kernel_s_row_does_not_depend_on_neighbours(guidance: float, device: str) -> None:
+    """Whatever they are and however many. Rows keep their places in the tiles: the interpreter's
+    product, numpy's, sums a tile's columns in different orders."""
+    case = Case(18, 32, 16, 1, 8, num_steps=1, guidance=guidance)
+    inputs = case.make_inputs(device)
+    together = run_kernel(inputs)
+    others = torch.arange(18, device=device) != 16
+    for name in PER_ROW:
+        inputs[name][others] = 7
+    assert_bitwise(run_kernel(inputs)[16], together[16])
+    if guidance == 1.0:  # rows without condition stand behind those with one
+        fewer = inputs | {name: inputs[name][:17].clone() for name in PER_ROW}
+        assert_bitwise(run_kernel(fewer)[16], together[16])
+
+
+def test_kernel_reads_no_null_condition_at_guidance_one(device: str) -> None:
+    inputs = SMALL.make_inputs(device)
+    expected = run_kernel(inputs)
+    nan = torch.full((16,), math.nan, device=device)
+    inputs["weights"] = inputs["weights"]._replace(null_W=nan)
+    assert_bitwise(run_kernel(inputs), expected)
+    assert run_kernel(inputs | {"guidance": 2.0}).isnan().all()
+
+
+@pytest.mark.parametrize("run", [lambda inputs: flow_head(**inputs), run_kernel])
+def test_nan_row_stays_in_its_row(run, device: str) -> None:
+    inputs = SMALL.make_inputs(device)
+    expected = run(inputs)
     inputs["cond_S_D"][2, 3] = math.nan
-    out = flow_head(**inputs)
+    out = run(inputs)
     others = [0, 1, 3, 4]
     assert out[2].isnan().all()
     assert_bitwise(out[others], expected[others])
@@ -136,13 +198,32 @@ def test_writes_into_out() -> None:
 def test_opcheck(guidance: float) -> None:
     inputs = SMALL.make_inputs("cpu") | {"guidance": guidance}
     inputs["weights"] = list(inputs["weights"])
-    args = (*inputs.values(), torch.empty(5, 8))
+    args = (*inputs.values(), torch.empty(0), torch.empty(5, 8))
     torch.library.opcheck(torch.ops.tml_kernels.flow_head.default, args)
+
+
+@pytest.mark.gpu
+def test_gpu_captured_with_the_caller_s_scratch() -> None:
+    """In a graph, allocating nothing, the same bits; too little scratch is refused."""
+    case = MODEL[1]
+    inputs = case.make_inputs("cuda")
+    expected = flow_head(**inputs)
+    sizes: dict[str, Any] = {name: inputs[name] for name in ("num_steps", "guidance")}
+    size = flow_work_size(case.num_rows, inputs["weights"], **sizes)
+    work, out = torch.empty(size, device="cuda"), torch.zeros_like(expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flow_head(**inputs, out_S_B=out, work=work)
+    work.fill_(math.nan)
+    graph.replay()
+    assert_bitwise(out, expected)
+    with pytest.raises(ValueError, match=f"work: expected at least {size} values"):
+        flow_head(**inputs, work=work[:-1])
 
 
 def test_cost_reads_every_matrix_once() -> None:
     weights = Case(1, 48, 16, 2, 8).make_weights("cpu")
-    sizes = {name: tensor.numel() for name, tensor in weights._asdict().items()}
+    sizes: dict[str, Any] = {name: tensor.numel() for name, tensor in weights._asdict().items()}
     matrices = sum(size for name, size in sizes.items() if "bias" not in name)
     assert Case(0, 48, 16, 2, 8).cost().bytes == 4 * (matrices - 16)  # all but the null condition
 
@@ -169,6 +250,8 @@ def weights_with(**change: Tensor) -> dict:
         ({"num_steps": 0}, ValueError, "num_steps.*got 0"),
         ({"guidance": math.inf}, ValueError, "guidance.*inf"),
         ({"out_S_B": torch.zeros(5, 8).bfloat16()}, TypeError, "out_S_B.*bfloat16"),
+        ({"work": torch.zeros(5).half()}, TypeError, "work_W.*float16"),
+        ({"work": torch.zeros(5, 8)}, ValueError, "work_W: expected 1 axes"),
         ({"cond_S_D": torch.zeros(5, 32, requires_grad=True)}, RuntimeError, "no backward"),
     ],
 )

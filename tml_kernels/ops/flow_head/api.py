@@ -13,6 +13,7 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
+from .configs import Problem
 from .reference import FlowWeights, flow_head_ref
 
 
@@ -23,6 +24,7 @@ def _plain(
     counter: Tensor,
     num_steps: int,
     guidance: float,
+    work: Tensor,
     out: Tensor,
 ) -> None:
     result = flow_head_ref(
@@ -37,10 +39,17 @@ def _plain(
     out.copy_(result)
 
 
+def _kernel(*args) -> None:
+    from .launch import launch_flow_head
+
+    launch_flow_head(*args)
+
+
 _op = register_op(
     "flow_head(Tensor cond, Tensor[] weights, Tensor seed, Tensor counter, int num_steps, "
-    "float guidance, Tensor(a!) out) -> ()",
+    "float guidance, Tensor(a!) work, Tensor(b!) out) -> ()",
     plain=_plain,
+    kernel=_kernel,
 )
 
 
@@ -53,6 +62,7 @@ def flow_head(
     num_steps: int,
     guidance: float = 1.0,
     out_S_B: Tensor | None = None,
+    work: Tensor | None = None,
 ) -> Tensor:
     """Mel values of one output step per row, by a flow-matching head conditioned on cond.
 
@@ -64,9 +74,12 @@ def flow_head(
     1.0 evaluates the conditioned branch alone. `counter` is how many draws the session made before.
 
     cond: [S, D], float32, bfloat16 or float16; weights: each float32 or cond's dtype; seed,
-    counter: int64. Returns float32 [S, B] (log10 mel), in `out_S_B` when given. float32 throughout.
-    Deterministic; row s depends on row s and the weights alone. Raises TypeError or ValueError
-    naming the argument.
+    counter: int64. Returns float32 [S, B] (log10 mel), in `out_S_B` when given. float32 throughout,
+    on a GPU by three tf32 products each. Deterministic; row s depends on row s and the weights
+    alone. `work`, one axis of float32, is scratch of the kernels, its contents unspecified: on a
+    GPU at least `flow_work_size`, on a CPU none. Allocates only outputs and scratch that are not
+    given; the first call for a number of steps, width and device also makes the sinusoids, so warm
+    up before capturing a graph. Raises TypeError or ValueError naming the argument.
 
     Source: Lipman et al., "Flow matching for generative modeling", 2023; AdaLN of Peebles and Xie,
     "Scalable diffusion models with transformers", 2023; Ho and Salimans, "Classifier-free diffusion
@@ -91,7 +104,32 @@ def flow_head(
         out_S_B = cond_S_D.new_empty(dims["S"], dims["B"], dtype=torch.float32)
     else:
         dims.check(out_S_B=out_S_B, dtype=torch.float32, device=device)
+    work = _scratch(cond_S_D, weights, num_steps, guidance, work)
     refuse_grad(cond_S_D, *weights)
     if out_S_B.numel() > 0:
-        _op(cond_S_D, list(weights), seed_S, counter_S, num_steps, guidance, out_S_B)
+        _op(cond_S_D, list(weights), seed_S, counter_S, num_steps, guidance, work, out_S_B)
     return out_S_B
+
+
+def flow_work_size(
+    num_rows: int, weights: FlowWeights, *, num_steps: int, guidance: float = 1.0
+) -> int:
+    """float32 values of scratch that `flow_head` takes on a GPU."""
+    num_blocks, inner = weights.up_bias_L_U.shape
+    width, guided = weights.null_W.shape[0], guidance != 1.0
+    return Problem(num_rows, width, inner, num_blocks, num_steps, guided).work_size()
+
+
+def _scratch(
+    cond_S_D: Tensor, weights: FlowWeights, num_steps: int, guidance: float, work: Tensor | None
+) -> Tensor:
+    """The caller's scratch, checked, or new one; the CPU path needs none."""
+    size = 0
+    if cond_S_D.device.type != "cpu":
+        size = flow_work_size(len(cond_S_D), weights, num_steps=num_steps, guidance=guidance)
+    if work is None:
+        return cond_S_D.new_empty(size, dtype=torch.float32)
+    Dims(W=work.numel()).check(work_W=work, dtype=torch.float32, device=cond_S_D.device)
+    if work.numel() < size:
+        raise ValueError(f"work: expected at least {size} values, got {work.numel()}")
+    return work

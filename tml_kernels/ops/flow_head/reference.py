@@ -101,13 +101,19 @@ def _modulation(cond_Q_W: Tensor, w: FlowWeights, num_steps: int) -> tuple[Tenso
     return mod_N_Q_L_3_W, final.view(num_steps, num_rows, 2, width)
 
 
-def _time_embedding(num_steps: int, w: FlowWeights) -> Tensor:
-    """time_N_W: cos then sin of TIME_SCALE * n / N at W / 2 frequencies, through a SiLU MLP."""
-    like, half = w.time_in_W_W, w.time_in_W_W.shape[0] // 2
-    index = torch.arange(half, device=like.device, dtype=torch.float64)
-    t_N = torch.arange(num_steps, device=like.device, dtype=torch.float64) / num_steps
+def time_wave(num_steps: int, width: int, device: torch.device) -> Tensor:
+    """wave_N_W, float64: cos then sin of TIME_SCALE * n / N at W / 2 frequencies."""
+    half = width // 2
+    index = torch.arange(half, device=device, dtype=torch.float64)
+    t_N = torch.arange(num_steps, device=device, dtype=torch.float64) / num_steps
     angle = TIME_SCALE * t_N[:, None] * torch.exp(index * (-math.log(TIME_BASE) / half))
-    wave_N_W = torch.cat([angle.cos(), angle.sin()], dim=1).to(like.dtype)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _time_embedding(num_steps: int, w: FlowWeights) -> Tensor:
+    """time_N_W: the sinusoids through a SiLU MLP."""
+    like = w.time_in_W_W
+    wave_N_W = time_wave(num_steps, like.shape[0], like.device).to(like.dtype)
     h_N_W = silu(_linear(wave_N_W, w.time_in_W_W, w.time_in_bias_W))
     return _linear(h_N_W, w.time_out_W_W, w.time_out_bias_W)
 
