@@ -13,6 +13,7 @@ from torch import Tensor
 from tml_kernels.ops.linear import cases, linear
 from tml_kernels.ops.linear.configs import problem_of, scratch_bytes
 from tml_kernels.ops.linear.reference import linear_ref
+from tml_kernels.quant import PackedExperts, dequantize
 from tml_kernels.testing import assert_matches
 
 from .harness import OpBench, Variant
@@ -38,6 +39,14 @@ def ours(num_valid: int | None, **inputs: Any) -> Tensor:
     """Logits, the only ones with padding columns, are stored in float32."""
     out_dtype = None if num_valid is None else torch.float32
     return linear(**inputs, num_valid=num_valid, out_dtype=out_dtype)
+
+
+def unpacked(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A packed weight in x's dtype: what torch would read instead."""
+    weight = inputs["weight_F_D"]
+    if isinstance(weight, PackedExperts):
+        weight = dequantize(weight, 0).to(inputs["x_T_D"].dtype)
+    return inputs | {"weight_F_D": weight}
 
 
 def torch_linear(
@@ -66,5 +75,5 @@ OP = OpBench(
     model=cases.MODEL,
     bench=cases.BENCH,
     check=check,
-    variants={"ours": Variant(ours, allocate), "torch": Variant(torch_linear)},
+    variants={"ours": Variant(ours, allocate), "torch": Variant(torch_linear, unpacked)},
 )

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
 
 from tml_kernels.ops.linear import linear
+from tml_kernels.ops.linear.api import flatten
 from tml_kernels.ops.linear.cases import EDGE, MODEL, Case
 from tml_kernels.ops.linear.reference import linear_ref
+from tml_kernels.quant import PackedExperts, dequantize, pack_matrix
 from tml_kernels.testing import assert_bitwise, assert_matches, randn
 
 
@@ -85,12 +90,50 @@ def test_padding_columns_hide_whatever_the_weight_holds() -> None:
     assert (out[:, 5:] == float("-inf")).all()
 
 
+PLAIN = (None, None, "plain")
+TWO = replace(pack_matrix(torch.ones(6, 8), "fp8"), data=torch.zeros(2, 1, 6, 64).short())
+
+
+def test_opcheck_of_a_packed_weight() -> None:
+    args = (randn(3, 300), *flatten(pack_matrix(randn(10, 300), "int4")))
+    more = (randn(10), None, 0.5, "swiglu", None, torch.empty(3, 5), None)
+    torch.library.opcheck(torch.ops.tml_kernels.linear.default, (*args, *more))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "fp8_channel", "int4", "int4_f16"])
+def test_packed_weight_is_what_it_stands_for(precision: str) -> None:
+    x, packed = randn(5, 300), pack_matrix(randn(130, 300), precision)
+    assert_bitwise(linear(x, packed), linear(x, dequantize(packed, 0)))
+
+
+def test_packed_form_of_a_plain_weight_is_that_weight() -> None:
+    x, weight = randn(5, 30), randn(7, 30)
+    packed = pack_matrix(weight, "fp32")
+    assert isinstance(packed, PackedExperts)
+    assert_bitwise(linear(x, packed), linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("weight", "precision", "error", "words"),
+    [
+        (torch.zeros(3, 4), "fp5", ValueError, "precision: 'fp5'"),
+        (torch.zeros(3), "fp8", ValueError, "weight_R_K: expected 2 axes"),
+        (torch.zeros(3, 4).double(), "fp8", TypeError, "weight_R_K.*float64"),
+        (torch.zeros(3, 0), "fp8", ValueError, "weight_R_K: is empty"),
+        (torch.full((3, 4), float("nan")), "fp8", ValueError, "weight_R_K.*NaN"),
+    ],
+)
+def test_pack_matrix_refuses(weight: torch.Tensor, precision: str, error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        pack_matrix(weight, precision)
+
+
 def test_opcheck() -> None:
     x, weight = randn(3, 16), randn(8, 16)
     for args in (
-        (x, weight, None, None, 1.0, None, None, torch.empty(3, 8), None),
-        (x, weight, randn(8), randn(3, 4), 0.5, "swiglu", None, torch.empty(3, 4), None),
-        (x, weight, None, None, 1.0, None, 6, torch.empty(3, 8), None),
+        (x, weight, *PLAIN, None, None, 1.0, None, None, torch.empty(3, 8), None),
+        (x, weight, *PLAIN, randn(8), randn(3, 4), 0.5, "swiglu", None, torch.empty(3, 4), None),
+        (x, weight, *PLAIN, None, None, 1.0, None, 6, torch.empty(3, 8), None),
     ):
         torch.library.opcheck(torch.ops.tml_kernels.linear.default, args)
 
@@ -110,6 +153,22 @@ def test_opcheck() -> None:
             ValueError,
             "residual_T_F: F=6, but F=3",
         ),
+        (
+            {"weight_F_D": pack_matrix(torch.ones(6, 9), "fp8")},
+            ValueError,
+            "weight_F_D: D=9, but D=8",
+        ),
+        (
+            {"weight_F_D": pack_matrix(torch.ones(6, 8), "mxfp4")},
+            ValueError,
+            "weight_F_D.*int4.*got mxfp4",
+        ),
+        (
+            {"weight_F_D": pack_matrix(torch.ones(6, 8), "int4"), "bias_F": torch.zeros(5)},
+            ValueError,
+            "bias_F: F=5, but F=6",
+        ),
+        ({"weight_F_D": TWO}, ValueError, "weight_F_D: expected one matrix, got E=2"),
         ({"activation": "gelu"}, ValueError, "activation.*'gelu'"),
         ({"activation": "swiglu", "num_valid": 3}, ValueError, "num_valid.*got 3"),
         (
@@ -141,6 +200,7 @@ def test_opcheck() -> None:
     ],
 )
 def test_bad_input(change: dict, error: type, words: str) -> None:
-    inputs = {"x_T_D": torch.zeros(3, 8), "weight_F_D": torch.zeros(6, 8)} | change
+    inputs: dict[str, Any] = {"x_T_D": torch.zeros(3, 8), "weight_F_D": torch.zeros(6, 8)}
+    inputs |= change
     with pytest.raises(error, match=words):
         linear(**inputs)

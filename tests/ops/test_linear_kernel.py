@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from tml_kernels.ops.linear import linear
+from tml_kernels.ops.linear.api import flatten
 from tml_kernels.ops.linear.cases import EDGE, MODEL, Case
 from tml_kernels.ops.linear.configs import (
     FULL,
     MAX_COUNTERS,
+    STEP,
     Config,
     Problem,
     choose_config,
@@ -28,6 +30,10 @@ from tml_kernels.testing import assert_bitwise, assert_matches, randn
 NARROW = (torch.bfloat16, torch.float16)
 SPLIT = Case(5, 2100, 70, bias=True, residual=True, scale=0.5)  # two parts, the last one shorter
 GATED = Case(5, 2100, 70, activation="swiglu", bias=True, residual=True)
+FP8 = replace(SPLIT, precision="fp8")
+CHANNEL = replace(GATED, precision="fp8_channel")
+INT4 = replace(GATED, precision="int4")
+CUT = [SPLIT, GATED, FP8, CHANNEL, INT4, replace(SPLIT, precision="int4_f16")]
 
 
 def launch(
@@ -36,13 +42,18 @@ def launch(
     scratch: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    x, weight = inputs["x_T_D"], inputs["weight_F_D"]
-    rows = problem_of(x, weight).rows
+    x = inputs["x_T_D"]
+    rows = problem_of(x, inputs["weight_F_D"]).rows
     width = rows // 2 if inputs["activation"] == "swiglu" else rows
     out = torch.full((x.shape[0], width), float("nan"), dtype=out_dtype or x.dtype, device=x.device)
     if out.numel():
-        launch_linear(*inputs.values(), out=out, scratch=scratch, config=config)
+        launch_linear(*arguments(inputs), out=out, scratch=scratch, config=config)
     return out
+
+
+def arguments(inputs: dict[str, Any]) -> list[Any]:
+    x, weight, *rest = inputs.values()
+    return [x, *flatten(weight), *rest]
 
 
 def on(case: Case, device: str) -> Case:
@@ -67,7 +78,7 @@ def check(case: Case, device: str) -> None:
 SLOW = [pytest.param(case, marks=pytest.mark.slow) for case in MODEL if case.rows > 6000]
 
 
-@pytest.mark.parametrize("case", [*EDGE, SPLIT, GATED, *MODEL[:3], MODEL[4], *SLOW], ids=str)
+@pytest.mark.parametrize("case", [*EDGE, *CUT, *MODEL[:3], MODEL[4], *SLOW], ids=str)
 def test_kernel(case: Case, device: str) -> None:
     check(on(case, device), device)
 
@@ -75,8 +86,10 @@ def test_kernel(case: Case, device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("num_tokens", [1, 17, 64, 65, 200])
-@pytest.mark.parametrize("case", [*EDGE[1:], SPLIT, GATED, *MODEL], ids=str)
+@pytest.mark.parametrize("case", [*EDGE[1:], *CUT, *MODEL], ids=str)
 def test_gpu_every_block(case: Case, num_tokens: int, dtype: torch.dtype) -> None:
+    if case.precision:
+        dtype = torch.bfloat16  # what packed weights are decoded to
     check(replace(case, num_tokens=num_tokens, dtype=dtype), "cuda")
 
 
@@ -90,12 +103,12 @@ def configs_of(p: Problem) -> list[Config]:
     ]
 
 
-@pytest.mark.parametrize("case", [SPLIT, GATED], ids=str)
+@pytest.mark.parametrize("case", CUT, ids=str)
 def test_who_adds_the_parts_does_not_change_the_bits(case: Case, device: str) -> None:
     inputs = on(case, device).make_inputs(device)
     p = problem_of(inputs["x_T_D"], inputs["weight_F_D"])
     assert p.splits == 2
-    for block_m in (64, 128):
+    for block_m in (64, 128) if case.precision is None else (128,):
         alone, together = (
             launch(inputs, replace(choose_config(p), block_m=block_m, parallel=parallel))
             for parallel in (False, True)
@@ -103,7 +116,7 @@ def test_who_adds_the_parts_does_not_change_the_bits(case: Case, device: str) ->
         assert_bitwise(together, alone)
 
 
-@pytest.mark.parametrize("case", [SPLIT, GATED, Case(5, 77, 33)], ids=str)
+@pytest.mark.parametrize("case", [SPLIT, INT4, Case(5, 77, 33)], ids=str)
 def test_row_does_not_depend_on_its_place_or_neighbours(case: Case, device: str) -> None:
     """Of one block size: numpy's products have other bits for other numbers of columns."""
     inputs = on(replace(case, num_tokens=23), device).make_inputs(device)
@@ -126,6 +139,9 @@ def test_row_does_not_depend_on_its_place_or_neighbours(case: Case, device: str)
         Case(1024, 16384, 4096, scale=0.3, residual=True),
         Case(1024, 4096, 8192, activation="swiglu", residual=True),
         Case(1024, 1100, 334, bias=True),
+        Case(1024, 4096, 4096, bias=True, scale=0.3, precision="fp8"),
+        Case(1024, 4096, 6656, residual=True, precision="fp8_channel"),
+        Case(1024, 4096, 8192, activation="swiglu", residual=True, precision="int4"),
     ],
     ids=str,
 )
@@ -140,16 +156,15 @@ def test_gpu_rows_have_the_same_bits_in_any_number(case: Case) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_configurations_have_the_same_bits() -> None:
-    inputs = Case(64, 4096, 4096, residual=True, scale=0.3, dtype=torch.bfloat16).make_inputs(
-        "cuda"
-    )
+@pytest.mark.parametrize("precision", [None, "fp8", "fp8_channel", "int4"])
+def test_gpu_configurations_have_the_same_bits(precision: str | None) -> None:
+    case = Case(64, 4096, 4096, residual=True, scale=0.3, precision=precision)
+    inputs = on(case, "cuda").make_inputs("cuda")
     p = problem_of(inputs["x_T_D"], inputs["weight_F_D"])
     expected = launch(inputs)
     for config in configs_of(p):
-        for block_n, num_warps in ((16, 4), (32, 4), (64, 4), (128, 8)):
-            if config.block_m == 64:
-                num_warps = 4
+        for block_n in (16, 32, 64, 128):
+            num_warps = 8 if config.block_m == 128 and block_n >= 64 else 4
             cut = replace(config, block_n=block_n, num_warps=num_warps, num_stages=3)
             if cut.why_not(p) is None:
                 assert_bitwise(launch(inputs, cut), expected)
@@ -189,7 +204,7 @@ def test_output_may_be_the_residual(device: str) -> None:
     for case in (SPLIT, GATED):
         inputs = on(case, device).make_inputs(device)
         expected, residual = launch(inputs), inputs["residual_T_F"]
-        launch_linear(*inputs.values(), out=residual)
+        launch_linear(*arguments(inputs), out=residual)
         assert_bitwise(residual, expected)
 
 
@@ -208,7 +223,7 @@ def test_one_scratch_serves_calls_of_any_shape(device: str) -> None:
     assert (scratch[needed:] == 0xA5).all()
 
 
-@pytest.mark.parametrize("format", ["plain"])
+@pytest.mark.parametrize("format", STEP)
 @pytest.mark.parametrize(
     ("width", "rows"),
     [(1, 1), (128, 320), (1100, 64), (4096, 4096), (4096, 6656), (16384, 4096), (4096, 32768),
@@ -224,6 +239,7 @@ def test_parts_follow_from_the_weight_alone(width: int, rows: int, format: str) 
         assert (p.splits, p.split_d) == (first.splits, first.split_d)
         assert config.why_not(p) is None
         assert config.block_m in (64, 128)  # the widest instruction's rows: one order of adding
+        assert config.block_m == 128 or format == "plain"
         assert config.num_warps in (4, 8)
         assert config.num_warps == 4 or config.block_m == 128
         assert not config.parallel or p.splits > 1
@@ -248,14 +264,26 @@ def test_too_many_counters_are_refused() -> None:
     assert "over 512" in (config.why_not(p) or "")
 
 
+def test_too_wide_blocks_are_refused() -> None:
+    p = Problem(64, 4096, 4096, "int4")
+    assert "over 32" in (replace(choose_config(p), block_n=64).why_not(p) or "")
+
+
 @pytest.mark.parametrize(
-    ("dtype", "weight_dtype", "width", "words"),
+    ("dtype", "weight_dtype", "format", "width", "words"),
     [
-        (torch.float32, torch.float32, 64, "float32 rows"),
-        (torch.bfloat16, torch.float32, 64, "torch.float32 with rows of torch.bfloat16"),
-        (torch.bfloat16, torch.bfloat16, 0, "D=0"),
+        (torch.float32, torch.float32, "plain", 64, "float32 rows"),
+        (torch.bfloat16, torch.float32, "plain", 64, "torch.float32 with rows of torch.bfloat16"),
+        (torch.bfloat16, torch.bfloat16, "plain", 0, "D=0"),
+        (torch.float16, torch.int16, "fp8", 64, "fp8 weights are multiplied in bfloat16"),
+        (torch.bfloat16, torch.int16, "int4", 2**25, "64 x 33554432 has over"),
     ],
 )
-def test_why_not(dtype: torch.dtype, weight_dtype: torch.dtype, width: int, words: str) -> None:
-    assert words in (kernel_why_not(dtype, weight_dtype, "plain", width, 64) or "")
+def test_why_not(
+    dtype: torch.dtype, weight_dtype: torch.dtype, format: str, width: int, words: str
+) -> None:
+    assert words in (kernel_why_not(dtype, weight_dtype, format, width, 64) or "")
     assert kernel_why_not(torch.float16, torch.float16, "plain", 64, 64) is None
+    assert kernel_why_not(torch.bfloat16, torch.int16, format, 4096, 64) is None or (
+        format == "plain"
+    )

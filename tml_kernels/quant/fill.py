@@ -11,8 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .._dims import Dims
+from ..precision import ACTIVATIONS
 from .codes import FP8_BLOCK, Scales, choose_scales, decode, encode, extremes
-from .formats import Format
+from .formats import FORMATS, Format
 from .pack import pack_scales, pack_words
 from .packed import PackedExperts, data_shape, scale_dtype, scale_shape
 
@@ -126,6 +128,19 @@ def pack_experts(
         fmt, packed.data, packed.scale, packed.zero, packed.outer_E, num_rows, num_columns,
         source.error_E(),
     )  # fmt: skip
+
+
+def pack_matrix(weight_R_K: Tensor, precision: str) -> PackedExperts:
+    """One matrix in float32, bfloat16 or float16, rounded to a packed format or converted: what
+    `linear` takes. Allocates the result and leaves the source as it is. Raises TypeError or
+    ValueError naming the argument."""
+    if precision not in FORMATS:
+        raise ValueError(f"precision: {precision!r} is not one of {', '.join(FORMATS)}")
+    Dims().check(weight_R_K=weight_R_K, dtype=ACTIVATIONS)
+    if weight_R_K.numel() == 0:
+        raise ValueError(f"weight_R_K: is empty, shape {tuple(weight_R_K.shape)}")
+    fmt = FORMATS[precision]
+    return pack_experts(FloatSource("weight_R_K", weight_R_K.detach()[None], fmt, False), fmt)
 
 
 def convert_experts(

@@ -12,13 +12,17 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
-from .configs import kernel_why_not, problem_of, scratch_bytes
+from ...quant import FORMATS, PackedExperts
+from .configs import STEP, kernel_why_not, problem_of, scratch_bytes
 from .reference import linear_ref
 
 
 def _plain(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+    format: str,
     bias: Tensor | None,
     residual: Tensor | None,
     scale: float,
@@ -27,9 +31,13 @@ def _plain(
     out: Tensor,
     scratch: Tensor | None,
 ) -> None:
+    given: Tensor | PackedExperts = weight
+    if format != "plain":
+        sizes = (weight.shape[-2], x.shape[1])
+        given = PackedExperts(FORMATS[format], weight, weight_scale, weight_zero, None, *sizes)
     result = linear_ref(
         x,
-        weight,
+        given,
         bias_F=bias,
         residual_T_F=residual,
         scale=scale,
@@ -40,17 +48,25 @@ def _plain(
     out.copy_(result)
 
 
-def _kernel(x: Tensor, weight: Tensor, *rest: Any) -> None:
+def _kernel(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+    format: str,
+    *rest: Any,
+) -> None:
     from .launch import launch_linear
 
-    why = kernel_why_not(x.dtype, weight.dtype, "plain", x.shape[1], weight.shape[0])
+    why = kernel_why_not(x.dtype, weight.dtype, format, x.shape[1], weight.shape[-2])
     run = _plain if why else launch_linear
-    run(x, weight, *rest)
+    run(x, weight, weight_scale, weight_zero, format, *rest)
 
 
 _op = register_op(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float scale, "
-    "str? activation, int? num_valid, Tensor(a!) out, Tensor(b!)? scratch) -> ()",
+    "linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? weight_zero, str format, "
+    "Tensor? bias, Tensor? residual, float scale, str? activation, int? num_valid, "
+    "Tensor(a!) out, Tensor(b!)? scratch) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -58,7 +74,7 @@ _op = register_op(
 
 def linear(
     x_T_D: Tensor,
-    weight_F_D: Tensor,
+    weight_F_D: Tensor | PackedExperts,
     *,
     bias_F: Tensor | None = None,
     residual_T_F: Tensor | None = None,
@@ -75,7 +91,8 @@ def linear(
     and the residual are F / 2 wide and hold silu(gate) * up (+ residual). `num_valid`: the columns
     from there on are -inf (the padding rows of an unembedding), whatever the weight holds.
 
-    x: [T, D], float32, bfloat16 or float16; weight, bias: float32 or x's dtype; residual and out:
+    x: [T, D], float32, bfloat16 or float16; weight, bias: float32 or x's dtype; weight also one
+    matrix packed as fp8, fp8_channel, int4 or int4_f16 (`quant.pack_matrix`); residual and out:
     any of the three; out has `out_dtype`, x's dtype by default. CUDA tensors for which
     `configs.kernel_why_not` gives a reason (float32 rows) take the plain path there. One launch.
     scratch: uint8, `configs.scratch_bytes(problem)` of them or more, aligned to 16; its first
@@ -88,9 +105,8 @@ def linear(
 
     Source of swiglu: Shazeer, "GLU Variants Improve Transformer", 2020, equation 5.
     """
-    dims = Dims()
-    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
-    dims.check(weight_F_D=weight_F_D, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
+    weight, weight_scale, weight_zero, format = flatten(weight_F_D)
+    dims = _check_products(x_T_D, weight_F_D)
     if bias_F is not None:
         dims.check(bias_F=bias_F, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
     out_dims = Dims(T=dims["T"], F=_output_width(dims["F"], activation, num_valid))
@@ -103,16 +119,49 @@ def linear(
     else:
         wanted = ACTIVATIONS if out_dtype is None else out_dtype
         out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
-    refuse_grad(x_T_D, weight_F_D, bias_F, residual_T_F)
+    refuse_grad(x_T_D, weight, bias_F, residual_T_F)
     if out_T_F.numel() > 0:
         if scratch_B is not None:
             needed = scratch_bytes(problem_of(x_T_D, weight_F_D))
             _check_scratch(scratch_B, needed, x_T_D.device)
         _op(
-            x_T_D, weight_F_D, bias_F, residual_T_F, scale, activation, num_valid, out_T_F,
-            scratch_B,
+            x_T_D, weight, weight_scale, weight_zero, format, bias_F, residual_T_F, scale,
+            activation, num_valid, out_T_F, scratch_B,
         )  # fmt: skip
     return out_T_F
+
+
+def _check_products(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Dims:
+    """The sizes of x and the weight, T, D and F."""
+    dims = Dims()
+    dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    if not isinstance(weight_F_D, PackedExperts) or not weight_F_D.format.packed:
+        weight_F_D = flatten(weight_F_D)[0]
+        dims.check(weight_F_D=weight_F_D, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
+        return dims
+    if weight_F_D.num_columns != dims["D"]:
+        raise ValueError(
+            f"weight_F_D: D={weight_F_D.num_columns}, but D={dims['D']} was bound earlier"
+        )
+    if weight_F_D.device != x_T_D.device:
+        raise ValueError(f"weight_F_D: expected device {x_T_D.device}, got {weight_F_D.device}")
+    return Dims(**dims, F=weight_F_D.num_rows)
+
+
+def flatten(
+    weight: Tensor | PackedExperts,
+) -> tuple[Tensor, Tensor | None, Tensor | None, str]:
+    """Data, scale, zero and format of a weight, as the op's schema takes them."""
+    if not isinstance(weight, PackedExperts):
+        return weight, None, None, "plain"
+    if weight.num_experts != 1:
+        raise ValueError(f"weight_F_D: expected one matrix, got E={weight.num_experts} experts")
+    if not weight.format.packed:
+        return weight.data[0], None, None, "plain"
+    if weight.format.name not in STEP:
+        packed = ", ".join(name for name in STEP if name != "plain")
+        raise ValueError(f"weight_F_D: expected one of {packed}, got {weight.format.name}")
+    return weight.data, weight.scale, weight.zero, weight.format.name
 
 
 def _check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:

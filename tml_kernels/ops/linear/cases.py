@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...quant import FORMATS, pack_matrix
 from ...testing import Cost, randn
 
 
@@ -21,13 +22,14 @@ class Case:
     num_valid: int | None = None
     out_dtype: torch.dtype | None = None
     dtype: torch.dtype = torch.float32
+    precision: str | None = None  # of a packed weight
 
     def __str__(self) -> str:
         kind = self.activation or (f"valid{self.num_valid}" if self.num_valid else "plain")
         extra = ("-bias" if self.bias else "") + ("-add" if self.residual else "")
         return (
             f"T{self.num_tokens}-D{self.width}-F{self.rows}-{kind}{extra}-"
-            f"{str(self.dtype).removeprefix('torch.')}"
+            f"{self.precision or str(self.dtype).removeprefix('torch.')}"
         )
 
     @property
@@ -37,10 +39,11 @@ class Case:
     def make_inputs(self, device: str) -> dict:
         # The weight is drawn on the device: the unembedding has 0.8 G values.
         weight = torch.randn(self.rows, self.width, device=device, dtype=self.dtype)
+        weight.mul_(max(self.width, 1) ** -0.5)
         residual = (self.num_tokens, self.out_width)
         return {
             "x_T_D": randn(self.num_tokens, self.width, device=device, dtype=self.dtype),
-            "weight_F_D": weight.mul_(max(self.width, 1) ** -0.5),
+            "weight_F_D": pack_matrix(weight, self.precision) if self.precision else weight,
             "bias_F": randn(self.rows, device=device) if self.bias else None,
             "residual_T_F": randn(*residual, device=device, dtype=self.dtype)
             if self.residual
@@ -52,7 +55,8 @@ class Case:
 
     def cost(self) -> Cost:
         size, out_size = self.dtype.itemsize, (self.out_dtype or self.dtype).itemsize
-        moved = size * (self.rows * self.width + self.num_tokens * self.width)
+        per_weight = FORMATS[self.precision].bytes_per_weight if self.precision else size
+        moved = int(per_weight * self.rows * self.width) + size * self.num_tokens * self.width
         moved += self.num_tokens * self.out_width * (out_size + (size if self.residual else 0))
         return Cost(
             bytes=moved + (4 * self.rows if self.bias else 0),
@@ -71,6 +75,10 @@ EDGE = [
     Case(6, 77, 66, activation="swiglu", bias=True, residual=True),  # everything at once
     Case(3, 32, 20, num_valid=1, scale=0.5),  # one valid column
     Case(3, 32, 20, num_valid=20),  # every column valid
+    Case(3, 77, 66, activation="swiglu", bias=True, precision="fp8"),  # less than a step
+    Case(9, 130, 33, residual=True, scale=0.5, precision="fp8_channel"),  # a step and a bit
+    Case(5, 300, 40, num_valid=30, precision="int4"),
+    Case(1, 256, 130, precision="int4_f16"),  # a tile of rows and a bit
 ]
 MODEL = [
     Case(23, 128, 320),  # tiny: the joint projection of a tick
@@ -79,24 +87,24 @@ MODEL = [
     Case(2, 4096, 6656),  # inkling-small: qkvr
     Case(2, 4096, 512, activation="swiglu"),  # its width, few rows: the CPU is slow
 ]
+BF16 = torch.bfloat16
+LOGITS = {"scale": 1 / 16, "num_valid": 200058, "out_dtype": torch.float32, "dtype": BF16}
 BENCH = [
-    case
-    for t in (1, 8, 32, 64, 256)
-    for case in (
-        Case(t, 4096, 6656, dtype=torch.bfloat16),  # q, k, v, r
-        Case(t, 4096, 4096, dtype=torch.bfloat16),  # attention output
-        Case(t, 4096, 32768, activation="swiglu", dtype=torch.bfloat16),  # dense gate and up
-        Case(t, 16384, 4096, dtype=torch.bfloat16),  # dense down
-    )
-] + [
-    Case(
-        t,
-        4096,
-        201024,
-        scale=1 / 16,
-        num_valid=200058,
-        out_dtype=torch.float32,
-        dtype=torch.bfloat16,
-    )
-    for t in (1, 8, 32)
+    *(
+        case
+        for t in (1, 8, 32, 64, 256, 1024)
+        for case in (
+            Case(t, 4096, 6656, dtype=BF16),  # q, k, v, r
+            Case(t, 4096, 4096, dtype=BF16),  # attention output
+            Case(t, 4096, 32768, activation="swiglu", dtype=BF16),  # dense gate and up
+            Case(t, 16384, 4096, dtype=BF16),  # dense down
+        )
+    ),
+    *(Case(t, 4096, 201024, **LOGITS) for t in (1, 8, 32)),
+    *(
+        Case(t, 4096, rows, activation=activation, dtype=BF16, precision=precision)
+        for t in (1, 8, 32, 256)
+        for precision in ("fp8", "int4")
+        for rows, activation in ((6656, None), (4096, None), (32768, "swiglu"))
+    ),
 ]

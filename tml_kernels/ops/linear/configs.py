@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..._configs import chooser
+from ...quant import PackedExperts
 
 # Programs that fill the largest chip twice over (132 or 148 processors); less than this half of
 # them leaves some of it idle.
@@ -27,6 +28,10 @@ MAX_COUNTERS = 512
 
 # Columns that a program takes at a time; a width that is no multiple needs masks.
 STEP = {"plain": 64, "fp8": 128, "fp8_channel": 128, "int4": 256, "int4_f16": 256}
+
+# Tokens of the widest block. Decoding takes registers; and a step of int4 has eight products with
+# sums of their own, which for 64 tokens exceed sm_100's tensor memory of 512 columns.
+WIDEST = {"plain": 128, "fp8": 64, "fp8_channel": 64, "int4": 32, "int4_f16": 32}
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Problem:
             and 2 * splits * MIN_SPLIT <= self.width
         ):
             splits *= 2
-        return -(-self.width // (256 * splits)) * 256
+        return max(1, -(-self.width // (256 * splits))) * 256
 
     @property
     def splits(self) -> int:
@@ -58,8 +63,12 @@ class Problem:
         return STEP[self.format]
 
 
-def problem_of(x_T_D: Tensor, weight_F_D: Tensor) -> Problem:
-    return Problem(x_T_D.shape[0], x_T_D.shape[1], weight_F_D.shape[0], "plain")
+def problem_of(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Problem:
+    num_tokens, width = x_T_D.shape
+    if isinstance(weight_F_D, Tensor):
+        return Problem(num_tokens, width, weight_F_D.shape[0], "plain")
+    format = weight_F_D.format.name if weight_F_D.format.packed else "plain"
+    return Problem(num_tokens, width, weight_F_D.num_rows, format)
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,8 @@ class Config:
 
     def why_not(self, p: Problem) -> str | None:
         """The one statement of what is legal; used by the chooser and the tests."""
+        if self.block_n > WIDEST[p.format]:
+            return f"{self.block_n=} is over {WIDEST[p.format]}, the widest block of {p.format}"
         if self.parallel and self.tiles(p) * self.blocks(p) > MAX_COUNTERS:
             return f"{self.tiles(p)} tiles of {self.blocks(p)} blocks are over {MAX_COUNTERS}"
         return None
@@ -100,8 +111,7 @@ def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock. Taken from the cubins' registers and
     shared memory, not from timings. The tile is always one of the matrix unit's wide instructions
     (64 rows and 4 warps, or multiples): narrower ones add up in another order."""
-    widest = 128 if p.format == "plain" else 64
-    block_n = next(n for n in (16, 32, 64, 128) if n >= min(p.num_tokens, widest))
+    block_n = next(n for n in (16, 32, 64, 128) if n >= min(p.num_tokens, WIDEST[p.format]))
     blocks = -(-p.num_tokens // block_n)
     lowest = 64 if p.format == "plain" else 128
     parallel = p.splits > 1 and -(-p.rows // lowest) * blocks < HALF_FULL

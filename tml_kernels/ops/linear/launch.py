@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from ..._aot import MAX_LOOP, AotSpec
-from .configs import MAX_COUNTERS, Config, Problem, choose_config, problem_of
+from .configs import MAX_COUNTERS, Config, Problem, choose_config
 from .kernel import linear_kernel
 
 
 def launch_linear(
     x: Tensor,
     weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+    format: str,
     bias: Tensor | None,
     residual: Tensor | None,
     scale: float,
@@ -28,7 +31,7 @@ def launch_linear(
 ) -> None:
     """Arguments as of the op, none empty; one launch. Without a scratch the counters are cleared
     before it."""
-    problem = problem_of(x, weight)
+    problem = Problem(*x.shape, weight.shape[-2], format)
     config = config or choose_config(problem)
     counter = part = None
     if config.parallel:
@@ -39,7 +42,7 @@ def launch_linear(
         counter = scratch[: 4 * MAX_COUNTERS].view(torch.int32)
         part = scratch[4 * MAX_COUNTERS : size].view(torch.float32)
     linear_kernel[(config.programs(problem),)](
-        x, weight, None, None, bias, residual, counter, part, out,
+        x, weight, weight_scale, weight_zero, bias, residual, counter, part, out,
         *x.shape, problem.rows, num_valid, scale,
         **_constexprs(problem, config, activation == "swiglu"),
         num_warps=config.num_warps, num_stages=config.num_stages,
@@ -67,24 +70,30 @@ _TENSORS = {  # Triton types of a format's data, scale and zero
     "fp8": ("*i16", "*fp32", None),
     "fp8_channel": ("*i16", "*fp32", None),
     "int4": ("*i16", "*i32", None),
+    "int4_f16": ("*i16", "*i32", "*i32"),  # AWQ has zero points
 }
-# Name, tokens, D, F, what of the kernel's optional arguments is there.
+# Name, formats, tokens, D, F, what of the kernel's optional arguments is there.
+_PLAIN, _PACKED = ("plain",), ("fp8", "fp8_channel", "int4", "int4_f16")
 _EVERY = ("swiglu", "bias_ptr", "residual_ptr")
 _SHAPES = (
-    ("odd", (16,), 1100, 335, ("bias_ptr",)),
-    ("every-step", (16, 64, 128, 1024), 4096, 4096, _EVERY),
-    ("qkvr", (16, 64), 4096, 6656, ()),
-    ("unembedding", (16, 32, 64), 4096, 201024, ("num_valid",)),
-    ("gate-up", (16, 32, 64, 1024), 4096, 32768, ("swiglu",)),
-    ("out", (16, 32, 64, 128, 1024), 4096, 4096, ()),
+    ("odd", _PLAIN, (16,), 1100, 335, ("bias_ptr",)),
+    ("every-step", _PLAIN, (16, 64, 128, 1024), 4096, 4096, _EVERY),
+    ("every-step", _PACKED[:3], (16, 64), 4096, 4096, _EVERY),
+    ("gate-up", _PACKED[::2], (16, 32), 4096, 32768, ("swiglu",)),
+    ("out", _PACKED, (16, 64, 1024), 4096, 4096, ()),
+    ("qkvr", _PLAIN, (16, 64), 4096, 6656, ()),
+    ("unembedding", _PLAIN, (16, 32, 64), 4096, 201024, ("num_valid",)),
+    ("gate-up", _PLAIN, (16, 32, 64, 1024), 4096, 32768, ("swiglu",)),
+    ("out", _PLAIN, (16, 32, 64, 128, 1024), 4096, 4096, ()),
 )
 
 
 def aot_specs() -> list[AotSpec]:
     """The public model's shapes in bf16, for few tokens and for many; the widest last."""
     return [
-        _spec(name, Problem(num_tokens, width, rows, "plain"), given)
-        for name, tokens, width, rows, given in _SHAPES
+        _spec(name, Problem(num_tokens, width, rows, format), given)
+        for name, formats, tokens, width, rows, given in _SHAPES
+        for format in formats
         for num_tokens in tokens
     ]
 
@@ -113,5 +122,5 @@ def _spec(name: str, p: Problem, given: tuple[str, ...]) -> AotSpec:
         label=f"{name},{p.format},T={p.num_tokens}",
         mma="HGMMA",
         weights_per_step=(config.block_m * p.step,),
-        max_loop=MAX_LOOP if p.format == "int4" and config.block_n <= 32 else None,
+        max_loop=MAX_LOOP if p.format.startswith("int4") and config.block_n <= 32 else None,
     )

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..._plain import row_blocked_matmul
 from ..._pointwise import swiglu
+from ...quant import PackedExperts, dequantize
 
 
 def linear_ref(
     x_T_D: Tensor,
-    weight_F_D: Tensor,
+    weight_F_D: Tensor | PackedExperts,
     *,
     bias_F: Tensor | None = None,
     residual_T_F: Tensor | None = None,
@@ -27,6 +28,8 @@ def linear_ref(
 
     act is the identity, or "swiglu": silu(y[2f]) * y[2f + 1], half as wide as the weight has rows.
     """
+    if isinstance(weight_F_D, PackedExperts):
+        weight_F_D = dequantize(weight_F_D, 0)
     y_T_J = row_blocked_matmul(x_T_D.to(dtype), weight_F_D.to(dtype))
     if scale != 1.0:
         y_T_J *= scale
