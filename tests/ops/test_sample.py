@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_sample import PER_ROW, rows_of
 from scipy import stats
 from torch import Tensor
 
@@ -11,28 +12,6 @@ from tml_kernels.ops.sample.reference import sample_ref
 from tml_kernels.testing import assert_bitwise, randn
 
 NAN, INF = float("nan"), float("inf")
-PER_ROW = ("logits_S_V", "temperature_S", "top_k_S", "top_p_S", "seed_S", "counter_S")
-
-
-def rows_of(
-    logits: Tensor,
-    num_rows: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 5,
-) -> dict:
-    """`num_rows` draws of one row of logits, by one session."""
-    return {
-        "logits_S_V": logits.expand(num_rows, -1).contiguous(),
-        "temperature_S": torch.full((num_rows,), temperature),
-        "top_k_S": torch.full((num_rows,), top_k, dtype=torch.int32),
-        "top_p_S": torch.full((num_rows,), top_p),
-        "seed_S": torch.full((num_rows,), seed),
-        "counter_S": torch.arange(num_rows),
-        "fallback": 0,
-    }
 
 
 def check(case: Case, device: str) -> None:
@@ -76,12 +55,16 @@ def kept_probabilities(logits: Tensor, temperature: float, top_k: int, top_p: fl
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 0, 1.0), (1.0, 5, 1.0), (1.0, 0, 0.7), (1.3, 6, 0.8)],
 )
-def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float) -> None:
+@pytest.mark.parametrize("place", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_draws_follow_the_distribution(
+    place: str, temperature: float, top_k: int, top_p: float
+) -> None:
     n, logits = 20_000, 1.5 * torch.sin(torch.arange(20.0) ** 2)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    token, fault = sample(**rows_of(logits, n, **options))
+    token, fault = sample(
+        **rows_of(logits.to(place), n, temperature=temperature, top_k=top_k, top_p=top_p)
+    )
     assert not fault.any()
-    observed = torch.bincount(token.long(), minlength=20)
+    observed = torch.bincount(token.long().cpu(), minlength=20)
     expected = n * kept_probabilities(logits, temperature, top_k, top_p)
     kept = expected > 0
     assert (observed[~kept] == 0).all()
@@ -199,7 +182,8 @@ def test_writes_into_out() -> None:
 def test_opcheck() -> None:
     inputs = Case(5, 20).make_inputs("cpu")
     out, fault = torch.empty(5, dtype=torch.int32), torch.empty(5, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.tml_kernels.sample.default, (*inputs.values(), out, fault))
+    args = (*inputs.values(), out, fault, None)
+    torch.library.opcheck(torch.ops.tml_kernels.sample.default, args)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +205,8 @@ def test_opcheck() -> None:
         ({"fallback": -1}, ValueError, "fallback: .*got -1"),
         ({"out_S": torch.zeros(2).long()}, TypeError, "out_S.*int64"),
         ({"fault_S": torch.zeros(3).bool()}, ValueError, "fault_S: S=3, but S=2"),
+        ({"scratch_M": torch.zeros(99)}, TypeError, "scratch_M.*float32"),
+        ({"scratch_M": torch.zeros(45).int()}, ValueError, "scratch_M: 46 words.*M=45"),
         ({"logits_S_V": torch.zeros(2, 8, requires_grad=True)}, RuntimeError, "no backward"),
     ],
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
+from .configs import scratch_words
 from .reference import sample_ref
 
 
@@ -22,6 +23,7 @@ def _plain(
     fallback: int,
     out: Tensor,
     fault: Tensor,
+    scratch: Tensor | None,
 ) -> None:
     _check_range("temperature_S", temperature, 0.0, torch.finfo(torch.float32).max)
     _check_range("top_k_S", top_k, 0, torch.iinfo(torch.int32).max)
@@ -47,10 +49,17 @@ def _check_range(name: str, values: Tensor, low: float, high: float) -> None:
             raise ValueError(f"{name}: expected values in {low}..{high}, got {value}")
 
 
+def _kernel(*args) -> None:
+    from .kernel import launch_sample
+
+    launch_sample(*args)
+
+
 _op = register_op(
     "sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor seed, "
-    "Tensor counter, int fallback, Tensor(a!) out, Tensor(b!) fault) -> ()",
+    "Tensor counter, int fallback, Tensor(a!) out, Tensor(b!) fault, Tensor(c!)? scratch) -> ()",
     plain=_plain,
+    kernel=_kernel,
 )
 
 
@@ -65,6 +74,7 @@ def sample(
     fallback: int,
     out_S: Tensor | None = None,
     fault_S: Tensor | None = None,
+    scratch_M: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token per row: temperature, then top-k, then top-p, then an exact draw.
 
@@ -80,8 +90,15 @@ def sample(
 
     logits: float32 [S, V]; temperature, top_p: float32; top_k: int32; seed, counter: int64. Returns
     (token int32 [S], fault bool [S]), written into `out_S` and `fault_S` when given. float32, the
-    top-p mass summed in float64. Deterministic. Raises TypeError or ValueError naming the argument;
-    on the plain path also for temperature < 0, top_k < 0, and top_p outside 0..1.
+    top-p mass summed in float64. Deterministic. On CUDA one launch, for V up to
+    2^20; scratch: int32,
+    `configs.scratch_words(S, V)` or more, zeros at first, for one call after another of this S and
+    V; without it some is made, with one more launch that clears it. Raises TypeError or ValueError
+    naming the argument; on the plain path also for temperature < 0, top_k < 0, and top_p outside
+    0..1, of which the kernel takes the first two as 0 and a larger top_p as 1.
+
+    A kernel's draw can differ from the oracle's where the two best scores, or the mass before a
+    token and p, are within about 1e-6 of each other, relative.
 
     Source: Maddison, Tarlow, Minka, "A* sampling", 2014 (the Gumbel-max trick).
     """
@@ -101,10 +118,15 @@ def sample(
         fault_S = logits_S_V.new_empty(dims["S"], dtype=torch.bool)
     else:
         dims.check(fault_S=fault_S, dtype=torch.bool, device=device)
+    if scratch_M is not None:
+        needed = scratch_words(dims["S"], dims["V"])
+        dims.check(scratch_M=scratch_M, dtype=torch.int32, device=device)
+        if dims["M"] < needed:
+            raise ValueError(f"scratch_M: {needed} words are needed, got M={dims['M']}")
     refuse_grad(logits_S_V)
     if dims["S"] > 0:
         _op(
             logits_S_V, temperature_S, top_k_S, top_p_S, seed_S, counter_S,
-            fallback, out_S, fault_S,
+            fallback, out_S, fault_S, scratch_M,
         )  # fmt: skip
     return out_S, fault_S
