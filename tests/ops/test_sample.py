@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_sample import PER_ROW, rows_of
+from kernel_sample import PER_ROW, random_options, rows_of, take_rows
 from scipy import stats
 from torch import Tensor
 
 from tml_kernels.ops.sample import sample
 from tml_kernels.ops.sample.cases import EDGE, MODEL, Case
-from tml_kernels.ops.sample.reference import sample_ref
+from tml_kernels.ops.sample.reference import edit_ref, sample_ref
 from tml_kernels.testing import assert_bitwise, randn
 
 NAN, INF = float("nan"), float("inf")
@@ -169,6 +169,58 @@ def test_several_infinite_logits_share_the_draw() -> None:
     assert set(token.tolist()) == {1}
 
 
+def test_edits_follow_their_definition() -> None:
+    inputs = random_options(Case(6, 77).make_inputs("cpu"))
+    logits, bias_id, bias = (inputs[n] for n in ("logits_S_V", "bias_id_S_N", "bias_S_N"))
+    words, penalty = inputs["seen_S_W"], inputs["penalty_S"]
+    bias_id[:, 2] = bias_id[:, 1]  # twice the same id
+    edited = edit_ref(logits.double(), bias_id, bias, words, penalty)
+    for s in range(6):
+        for v in range(77):
+            value = float(logits[s, v])
+            value += sum(float(bias[s, n]) for n in range(5) if bias_id[s, n] == v)
+            if int(words[s, v // 32]) >> (v % 32) & 1:
+                value = value / float(penalty[s]) if value > 0 else value * float(penalty[s])
+            assert float(edited[s, v]) == pytest.approx(value, rel=1e-12)
+
+
+def test_forbidden_ids_are_never_drawn() -> None:
+    inputs = rows_of(torch.zeros(6), 300, top_p=0.9)
+    inputs["bias_id_S_N"] = torch.tensor([0, 3, 5]).int().repeat(300, 1)
+    inputs["bias_S_N"] = torch.full((300, 3), -INF)
+    token, fault = sample(**inputs)
+    assert not fault.any()
+    assert set(token.tolist()) == {1, 2, 4}
+    token, _ = sample(**inputs | {"temperature_S": torch.zeros(300)})
+    assert (token == 1).all()
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, 4), (0.2, 3), (0.5, 2), (0.6, 1), (1.0, 1)])
+def test_min_p_keeps_what_is_near_the_best(min_p: float, kept: int) -> None:
+    """At temperature 2 the probabilities are as 1, 0.55, 0.3 and 0.1."""
+    logits = 2.0 * torch.tensor([1.0, 0.55, 0.3, 0.1]).log()
+    inputs = rows_of(logits, 500, temperature=2.0) | {"min_p_S": torch.full((500,), min_p)}
+    assert set(sample(**inputs)[0].tolist()) == set(range(kept))
+
+
+def test_options_that_change_nothing() -> None:
+    inputs = Case(20, 77).make_inputs("cpu")
+    options = random_options(inputs)
+    options["min_p_S"] = torch.zeros(20)
+    options["penalty_S"] = torch.ones(20)
+    options["bias_id_S_N"] = torch.full_like(options["bias_id_S_N"], -1)
+    assert_bitwise(sample(**options)[0], sample(**inputs)[0])
+
+
+def test_options_are_a_rows_own() -> None:
+    inputs = random_options(Case(12, 77).make_inputs("cpu"))
+    together, _ = sample(**inputs)
+    expected, _ = sample_ref(**inputs)
+    assert_bitwise(together, expected)
+    for s in range(12):
+        assert_bitwise(sample(**take_rows(inputs, slice(s, s + 1)))[0], together[s : s + 1])
+
+
 def test_writes_into_out() -> None:
     inputs = Case(5, 20).make_inputs("cpu")
     out, fault = torch.empty(5, dtype=torch.int32), torch.empty(5, dtype=torch.bool)
@@ -182,8 +234,21 @@ def test_writes_into_out() -> None:
 def test_opcheck() -> None:
     inputs = Case(5, 20).make_inputs("cpu")
     out, fault = torch.empty(5, dtype=torch.int32), torch.empty(5, dtype=torch.bool)
-    args = (*inputs.values(), out, fault, None)
-    torch.library.opcheck(torch.ops.tml_kernels.sample.default, args)
+    *rest, fallback = inputs.values()
+    given = list(random_options(inputs).values())[-5:]
+    for options in ([None] * 5, given):
+        args = (*rest, *options, fallback, out, fault, None)
+        torch.library.opcheck(torch.ops.tml_kernels.sample.default, args)
+
+
+def biased(ids: list, bias: float) -> dict:
+    id_S_N = torch.tensor(ids * 2, dtype=torch.int32)
+    return {"bias_id_S_N": id_S_N, "bias_S_N": torch.full(id_S_N.shape, bias)}
+
+
+def seen(num_words: int, penalty: float) -> dict:
+    words = torch.zeros(2, num_words, dtype=torch.int32)
+    return {"seen_S_W": words, "penalty_S": torch.full((2,), penalty)}
 
 
 @pytest.mark.parametrize(
@@ -205,8 +270,20 @@ def test_opcheck() -> None:
         ({"fallback": -1}, ValueError, "fallback: .*got -1"),
         ({"out_S": torch.zeros(2).long()}, TypeError, "out_S.*int64"),
         ({"fault_S": torch.zeros(3).bool()}, ValueError, "fault_S: S=3, but S=2"),
+        ({"min_p_S": torch.tensor([0.5, 1.5])}, ValueError, "min_p_S: .*got 1.5"),
+        ({"min_p_S": torch.zeros(3)}, ValueError, "min_p_S: S=3, but S=2"),
+        ({"bias_S_N": torch.zeros(2, 1)}, ValueError, "bias_id_S_N: goes with bias_S_N"),
+        ({"seen_S_W": torch.zeros(2, 1).int()}, ValueError, "penalty_S: goes with seen_S_W"),
+        (biased([[3]], 0.5) | {"bias_S_N": torch.zeros(2, 2)}, ValueError, "N=2, but N=1"),
+        (biased([[8]], 0.5), ValueError, "bias_id_S_N: .*-1..7, got 8"),
+        (biased([[-2]], 0.5), ValueError, "bias_id_S_N: .*got -2"),
+        (biased([[3]], INF), ValueError, "bias_S_N: .*got inf"),
+        (biased([[3]], NAN), ValueError, "bias_S_N: .*got nan"),
+        (seen(1, 0.0), ValueError, "penalty_S: .*got 0.0"),
+        (seen(1, INF), ValueError, "penalty_S: .*got inf"),
+        (seen(2, 1.0), ValueError, "seen_S_W: V=8 takes 1 words, got W=2"),
         ({"scratch_M": torch.zeros(99)}, TypeError, "scratch_M.*float32"),
-        ({"scratch_M": torch.zeros(45).int()}, ValueError, "scratch_M: 46 words.*M=45"),
+        ({"scratch_M": torch.zeros(45).int()}, ValueError, "scratch_M: 78 words.*M=45"),
         ({"logits_S_V": torch.zeros(2, 8, requires_grad=True)}, RuntimeError, "no backward"),
     ],
 )

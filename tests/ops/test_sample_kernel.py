@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_sample import SMALL, rows_of, run_kernel, take_rows
+from kernel_sample import SMALL, random_options, rows_of, run_kernel, take_rows
 from torch import Tensor
 
 from tml_kernels.ops.sample import sample
@@ -86,6 +86,35 @@ def test_top_k_of_nearly_all(top_k: int, device: str) -> None:
     logits = randn(100, device=device)
     logits[::3] = -INF
     assert_as_oracle(rows_of(logits, 2, top_k=top_k, top_p=0.8))
+
+
+@pytest.mark.parametrize("case", [Case(7, 77), Case(3, 33)], ids=str)
+def test_options(case: Case, device: str) -> None:
+    inputs = few_rows(case, device)
+    plain, _ = run_kernel(inputs)
+    token, fault = assert_as_oracle(random_options(inputs))
+    assert not fault.any()
+    assert (token != plain).any()
+
+
+@pytest.mark.parametrize(
+    "names", [("min_p_S",), ("bias_id_S_N", "bias_S_N"), ("seen_S_W", "penalty_S")]
+)
+def test_one_option_alone(names: tuple, device: str) -> None:
+    inputs = take_rows(Case(6, 90).make_inputs(device), slice(1, 6, 2))
+    given = random_options(inputs)
+    given["min_p_S"] = torch.full_like(given["min_p_S"], 0.2)
+    assert_as_oracle(inputs | {name: given[name] for name in names})
+
+
+def test_everything_forbidden_is_a_fault(device: str) -> None:
+    inputs = rows_of(randn(3, device=device), 2, top_p=0.9) | {"fallback": 1}
+    inputs["bias_id_S_N"] = torch.tensor([[2, 1, 0], [2, 1, 2]], device=device).int()
+    inputs["bias_S_N"] = torch.full((2, 3), -INF, device=device)
+    inputs["logits_S_V"][:, 1] = INF  # also what is infinite
+    token, fault = run_kernel(inputs)
+    assert fault.tolist() == [True, False]
+    assert token.tolist() == [1, 0]
 
 
 def test_mass_within_rounding_of_p(device: str) -> None:
@@ -199,6 +228,13 @@ def test_every_vocabulary_has_a_config() -> None:
     assert Config(run_v=128, block_v=64).why_not(Problem(320)) is not None
     with pytest.raises(ValueError, match="V=1048577"):
         choose_config(Problem((1 << 20) + 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 7, 64])
+def test_gpu_options_at_full_size(num_rows: int) -> None:
+    inputs = Case(num_rows, 201024, num_hidden=966).make_inputs("cuda")
+    assert_as_oracle(random_options(inputs), config=None)
 
 
 @pytest.mark.gpu

@@ -25,8 +25,8 @@ class Config:
     whose largest logit says that they do not matter, and takes the others `block_v` at a time."""
 
     run_v: int
-    block_v: int = 1024
-    num_warps: int = 8
+    block_v: int = 2048
+    num_warps: int = 16
 
     def why_not(self, p: Problem) -> str | None:
         """The one statement of what is legal; used by the chooser and the tests."""

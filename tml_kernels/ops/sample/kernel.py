@@ -2,8 +2,8 @@
 
 A program takes a block of a row's columns: its largest logit, the best of its logits with noise,
 its mass, and the maxima of its runs of columns. The last program of a row to arrive puts the blocks
-together in order; where top-k or top-p narrow the draw it looks again at what it has to, in L2.
-No program waits for another.
+together in order; where top-k, top-p or min-p narrow the draw it looks again at what it has to, in
+L2. No program waits for another.
 
 Logits order the columns as they are; the plain path orders them after the division, where float32
 may have made two of them equal. Scores of one block are compared relative to its own maximum, then
@@ -14,7 +14,8 @@ best scores, or p and the mass before a column, are within rounding: about 1e-6,
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
 # Triton's types know no launch options.
 
-# Dimension key: S session rows, V vocabulary, B blocks, N runs of RUN columns; n and v of a tile.
+# Dimension key: S session rows, V vocabulary, J biases of a row, W words of 32 ids, B blocks,
+# N runs of RUN columns; n and v of a tile.
 
 from __future__ import annotations
 
@@ -45,12 +46,12 @@ def _is_last(counter_ptr, num_arrivals):
 
 @triton.jit
 def _draw_block(
-    logits_ptr, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter, V, B,
+    row, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter, V, B,
     RUN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Store what the row needs of block b."""
     run_n = b * TILE_N + tl.arange(0, TILE_N)
-    x_n_v, v_n_v = load_tile(logits_ptr, run_n, V, RUN)
+    x_n_v, v_n_v = load_tile(row, run_n, V, RUN)
     max_n = tl.max(x_n_v, axis=1)
     tl.store(max_ptr + run_n, max_n)
     x_max = tl.max(max_n, axis=0)
@@ -72,30 +73,39 @@ def _draw_block(
         tl.store(block_id_ptr + B + b, best)
 
 
-@triton.jit(do_not_specialize=["fallback"])
+@triton.jit(do_not_specialize=["fallback", "num_biases"])
 def sample_kernel(
     logits_ptr,               # in   [S, V]
     temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, counter_ptr,  # in   [S]
+    min_p_ptr,                # in   [S]     or None
+    bias_id_ptr, bias_ptr,    # in   [S, J]  or None
+    seen_ptr, penalty_ptr,    # in   [S, W], [S], or None
     arrived_ptr,              # work [S]        zeros before and after
     block_f_ptr,              # work [S, 4, B]  see `configs`
     block_id_ptr,             # work [S, 2, B]
     max_ptr, list_ptr,        # work [S, N]
     token_ptr, fault_ptr,     # out  [S]
-    V, fallback,
+    V, num_biases, fallback,
     RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     B = tl.cdiv(V, RUN * TILE_N)
     N = B * TILE_N
     s = (tl.program_id(0) // B).to(tl.int64)
     b = tl.program_id(0) % B
+    temperature = tl.load(temperature_ptr + s)
     logits_ptr += s * V
+    biased, seen = (), ()
+    if bias_id_ptr is not None:
+        biased = (bias_id_ptr + s * num_biases, bias_ptr + s * num_biases, num_biases)
+    if seen_ptr is not None:
+        seen = (seen_ptr + s * tl.cdiv(V, 32), tl.load(penalty_ptr + s))
+    row = (logits_ptr, biased, seen)
     block_f_ptr += s * 4 * B
     block_id_ptr += s * 2 * B
     max_ptr += s * N
-    temperature = tl.load(temperature_ptr + s)
     seed = tl.load(seed_ptr + s)
     counter = tl.load(counter_ptr + s)
-    _draw_block(logits_ptr, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter,
+    _draw_block(row, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter,
                 V, B, RUN, TILE_N)  # fmt: skip
     if _is_last(arrived_ptr + s, B):
         offs_b = tl.arange(0, BLOCK_B)
@@ -107,10 +117,13 @@ def sample_kernel(
         x_max = tl.max(max_b, axis=0)
         fault = has_nan | (x_max == float("-inf"))
         token = tl.min(tl.where(max_b == x_max, largest_b, NO_ID), axis=0)
+        min_p = 0.0
+        if min_p_ptr is not None:
+            min_p = tl.load(min_p_ptr + s)
         if (temperature > 0) & (fault == 0):
             token = _draw_row(
-                logits_ptr, block_f_ptr, block_id_ptr, max_ptr, list_ptr + s * N, max_b, x_max,
-                token, tl.load(top_k_ptr + s), tl.load(top_p_ptr + s), temperature, seed, counter,
+                row, block_f_ptr, block_id_ptr, max_ptr, list_ptr + s * N, max_b, x_max, token,
+                tl.load(top_k_ptr + s), tl.load(top_p_ptr + s), min_p, temperature, seed, counter,
                 V, N, B, RUN, TILE_N, BLOCK_N,
             )  # fmt: skip
         tl.store(token_ptr + s, tl.where(fault, fallback, token))
@@ -119,8 +132,8 @@ def sample_kernel(
 
 @triton.jit
 def _draw_row(
-    logits_ptr, block_f_ptr, block_id_ptr, max_ptr, list_ptr, max_b, x_max, largest,
-    top_k, top_p, temperature, seed, counter, V, N, B,
+    row, block_f_ptr, block_id_ptr, max_ptr, list_ptr, max_b, x_max, largest,
+    top_k, top_p, min_p, temperature, seed, counter, V, N, B,
     RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The token of a row, whose last block has been stored."""
@@ -135,13 +148,13 @@ def _draw_row(
     score_b = tl.where(is_drawn_b, scale_logit(x_b, x_max, temperature) + noise_b, float("-inf"))
     token = tl.min(tl.where(score_b == tl.max(score_b, axis=0), best_b, NO_ID), axis=0)
     x = tl.max(tl.where(best_b == token, x_b, float("-inf")), axis=0)
-    if ((top_k > 0) & (top_k < V)) | (top_p < 1.0):
+    if ((top_k > 0) & (top_k < V)) | (top_p < 1.0) | (min_p > 0.0):
         share_b = tl.exp(scale_logit(max_b, x_max, temperature))
         mass_b = tl.where(is_drawn_b, mass_b * share_b, 0.0)
         token = narrow(
             x, token, tl.sum(mass_b.to(tl.float64), axis=0), largest, x_max,
-            top_k, top_p, temperature, seed, counter,
-            logits_ptr, max_ptr, list_ptr, V, N, RUN, TILE_N, BLOCK_N,
+            top_k, top_p, min_p, temperature, seed, counter,
+            row, max_ptr, list_ptr, V, N, RUN, TILE_N, BLOCK_N,
         )  # fmt: skip
     return token
 
@@ -153,6 +166,11 @@ def launch_sample(
     top_p: Tensor,
     seed: Tensor,
     counter: Tensor,
+    min_p: Tensor | None,
+    bias_id: Tensor | None,
+    bias: Tensor | None,
+    seen: Tensor | None,
+    penalty: Tensor | None,
     fallback: int,
     out: Tensor,
     fault: Tensor,
@@ -169,8 +187,9 @@ def launch_sample(
     arrived, block_f, block_id, run_max, listed = scratch[: sum(sizes)].split(sizes)
     sample_kernel[(num_rows * triton.cdiv(vocabulary, config.block_v),)](
         logits, temperature, top_k, top_p, seed, counter,
+        min_p, bias_id, bias, seen, penalty,
         arrived, block_f.view(torch.float32), block_id, run_max.view(torch.float32), listed,
-        out, fault.view(torch.uint8), vocabulary, fallback,
+        out, fault.view(torch.uint8), vocabulary, 0 if bias is None else bias.shape[1], fallback,
         **_constexprs(vocabulary, config), num_warps=config.num_warps,
     )  # fmt: skip
 
@@ -191,17 +210,24 @@ def aot_specs() -> list[AotSpec]:
     interaction model's."""
     shapes = [(SHIPPED[0], 201024), (SHIPPED[0], 320)]
     shapes += [(config, config.run_v * MAX_RUNS) for config in SHIPPED[1:]]
-    return [_spec(config, vocabulary) for config, vocabulary in shapes]
+    plain = [_spec(config, vocabulary, {}) for config, vocabulary in shapes]
+    return [*plain, _spec(SHIPPED[0], 201024, OPTIONS)]
 
 
-def _spec(config: Config, vocabulary: int) -> AotSpec:
-    constexprs = _constexprs(vocabulary, config)
+OPTIONS = {
+    "min_p_ptr": "*fp32", "bias_id_ptr": "*i32", "bias_ptr": "*fp32", "seen_ptr": "*i32",
+    "penalty_ptr": "*fp32",
+}  # fmt: skip
+
+
+def _spec(config: Config, vocabulary: int, options: dict[str, str]) -> AotSpec:
+    constexprs = _constexprs(vocabulary, config) | dict.fromkeys(OPTIONS.keys() - options.keys())
     types = {
         "logits_ptr": "*fp32", "temperature_ptr": "*fp32", "top_p_ptr": "*fp32",
         "top_k_ptr": "*i32", "seed_ptr": "*i64", "counter_ptr": "*i64",
         "arrived_ptr": "*i32", "block_f_ptr": "*fp32", "block_id_ptr": "*i32",
         "max_ptr": "*fp32", "list_ptr": "*i32", "token_ptr": "*i32", "fault_ptr": "*u8",
-        "V": "i32", "fallback": "i32",
+        "V": "i32", "num_biases": "i32", "fallback": "i32", **options,
     }  # fmt: skip
     return AotSpec(
         kernel=sample_kernel,
@@ -210,5 +236,5 @@ def _spec(config: Config, vocabulary: int) -> AotSpec:
         constexprs=constexprs,
         num_warps=config.num_warps,
         aligned=("logits_ptr", "V") if vocabulary % 16 == 0 else ("logits_ptr",),
-        label=f"V{vocabulary}",
+        label=f"V{vocabulary}" + ("-options" if options else ""),
     )

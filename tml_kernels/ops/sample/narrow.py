@@ -1,4 +1,4 @@
-"""Device functions of sample that find a row's token under top-k and top-p, in one program.
+"""Device functions of sample that find a row's token under top-k, top-p and min-p, in one program.
 
 What is kept is a prefix of the order, so the best draw of all columns is the token if it is kept.
 If not, nothing after it is kept either: the best draw of the columns before it is next. Each look
@@ -40,15 +40,13 @@ def list_runs(max_ptr, list_ptr, least, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_listed(
-    list_ptr, begin, num_listed, logits_ptr, V, RUN: tl.constexpr, TILE_N: tl.constexpr
-):
+def load_listed(list_ptr, begin, num_listed, row, V, RUN: tl.constexpr, TILE_N: tl.constexpr):
     """(runs, logits, columns) of the next TILE_N runs of the list; behind its end all are -inf."""
     i_n = begin + tl.arange(0, TILE_N)
     run_n = tl.load(
         list_ptr + i_n, mask=i_n < num_listed, other=tl.cdiv(V, RUN), cache_modifier=".cg"
     )
-    x_n_v, v_n_v = load_tile(logits_ptr, run_n, V, RUN)
+    x_n_v, v_n_v = load_tile(row, run_n, V, RUN)
     return run_n, x_n_v, v_n_v
 
 
@@ -71,7 +69,7 @@ def largest_maximum(max_ptr, k, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def kth_largest(
-    list_ptr, num_listed, logits_ptr, k, V, RUN: tl.constexpr, TILE_N: tl.constexpr
+    list_ptr, num_listed, row, k, V, RUN: tl.constexpr, TILE_N: tl.constexpr
 ):  # fmt: skip
     """The k-th largest logit of the listed runs, two bits of its key at a time."""
     key = tl.full([], 0, tl.uint32)
@@ -81,7 +79,7 @@ def kth_largest(
         count2_n_v = tl.zeros([TILE_N, RUN], tl.int32)
         count3_n_v = tl.zeros([TILE_N, RUN], tl.int32)
         for i in range(0, num_listed, TILE_N):
-            _run_n, x_n_v, _v_n_v = load_listed(list_ptr, i, num_listed, logits_ptr, V, RUN, TILE_N)
+            _run_n, x_n_v, _v_n_v = load_listed(list_ptr, i, num_listed, row, V, RUN, TILE_N)
             key_n_v = order_key(x_n_v)
             count1_n_v += (key_n_v >= key + step).to(tl.int32)
             count2_n_v += (key_n_v >= key + 2 * step).to(tl.int32)
@@ -94,17 +92,17 @@ def kth_largest(
 
 @triton.jit
 def last_tie(
-    list_ptr, num_listed, logits_ptr, x, k, V, RUN: tl.constexpr, TILE_N: tl.constexpr
+    list_ptr, num_listed, row, x, k, V, RUN: tl.constexpr, TILE_N: tl.constexpr
 ):  # fmt: skip
     """The column at which the columns above x, and those equal to it in order, make k."""
     above_n_v = tl.zeros([TILE_N, RUN], tl.int32)
     for i in range(0, num_listed, TILE_N):
-        _run_n, x_n_v, _v_n_v = load_listed(list_ptr, i, num_listed, logits_ptr, V, RUN, TILE_N)
+        _run_n, x_n_v, _v_n_v = load_listed(list_ptr, i, num_listed, row, V, RUN, TILE_N)
         above_n_v += (x_n_v > x).to(tl.int32)
     before = tl.sum(above_n_v)
     last = before * 0 - 1
     for i in range(0, num_listed, TILE_N):
-        _run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, logits_ptr, V, RUN, TILE_N)
+        _run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, row, V, RUN, TILE_N)
         tie_n_v = (x_n_v == x).to(tl.int32)
         ties_n = tl.sum(tie_n_v, axis=1)
         rank_n_v = (tl.cumsum(ties_n, axis=0) - ties_n)[:, None] + tl.cumsum(tie_n_v, axis=1)
@@ -116,13 +114,13 @@ def last_tie(
 
 @triton.jit
 def prefix_mass(
-    list_ptr, num_listed, logits_ptr, last_x, last_id, x_max, temperature, V,
+    list_ptr, num_listed, row, last_x, last_id, x_max, temperature, V,
     RUN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Sum of exp(scaled logit) over a prefix, in float64."""
     mass_n_v = tl.zeros([TILE_N, RUN], tl.float64)
     for i in range(0, num_listed, TILE_N):
-        _run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, logits_ptr, V, RUN, TILE_N)
+        _run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, row, V, RUN, TILE_N)
         mask_n_v = in_prefix(x_n_v, v_n_v, last_x, last_id) & (x_n_v > float("-inf"))
         p_n_v = tl.exp(scale_logit(x_n_v, x_max, temperature))
         mass_n_v += tl.where(mask_n_v, p_n_v, 0.0).to(tl.float64)
@@ -131,7 +129,7 @@ def prefix_mass(
 
 @triton.jit
 def best_draw(
-    list_ptr, num_listed, logits_ptr, last_x, last_id, x_max, temperature, seed, counter, V,
+    list_ptr, num_listed, row, last_x, last_id, x_max, temperature, seed, counter, V,
     RUN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """(logit, column) of the largest scaled logit + noise of a prefix."""
@@ -139,7 +137,7 @@ def best_draw(
     best_x_n_v = tl.full([TILE_N, RUN], float("-inf"), tl.float32)
     best_v_n_v = tl.full([TILE_N, RUN], NO_ID, tl.int32)
     for i in range(0, num_listed, TILE_N):
-        run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, logits_ptr, V, RUN, TILE_N)
+        run_n, x_n_v, v_n_v = load_listed(list_ptr, i, num_listed, row, V, RUN, TILE_N)
         mask_n_v = in_prefix(x_n_v, v_n_v, last_x, last_id) & (x_n_v > float("-inf"))
         next_n_v = scale_logit(x_n_v, x_max, temperature) + gumbel_tile(seed, counter, run_n, RUN)
         # Columns ascend from tile to tile: of equal draws the first stays.
@@ -156,31 +154,34 @@ def best_draw(
 def narrow(
     x, token, mass,           # the best draw of all columns, and the mass of all
     largest, x_max,           # the column of the largest logit, and that
-    top_k, top_p, temperature, seed, counter,
-    logits_ptr,               # in   [V]
+    top_k, top_p, min_p, temperature, seed, counter,
+    row,                      # see `load_tile`
     max_ptr,                  # in   [N]  maxima of the runs
     list_ptr,                 # work [N]
     V, N,
     RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The best draw of what top-k and top-p keep."""
-    if (top_k > 0) & (top_k < V):
+    """The best draw of what top-k, top-p and min-p keep."""
+    num_listed, last_x, last_id = 0, x, token
+    drawing = (top_k > 0) & (top_k < V)
+    if drawing:
         least = largest_maximum(max_ptr, top_k, N, BLOCK_N)
         num_listed = list_runs(max_ptr, list_ptr, least, N, BLOCK_N)
-        last_x = kth_largest(list_ptr, num_listed, logits_ptr, top_k, V, RUN, TILE_N)
-        last_id = last_tie(list_ptr, num_listed, logits_ptr, last_x, top_k, V, RUN, TILE_N)
-        mass = prefix_mass(list_ptr, num_listed, logits_ptr, last_x, last_id,
+        last_x = kth_largest(list_ptr, num_listed, row, top_k, V, RUN, TILE_N)
+        last_id = last_tie(list_ptr, num_listed, row, last_x, top_k, V, RUN, TILE_N)
+        mass = prefix_mass(list_ptr, num_listed, row, last_x, last_id,
                            x_max, temperature, V, RUN, TILE_N)  # fmt: skip
-        x, token = best_draw(list_ptr, num_listed, logits_ptr, last_x, last_id,
-                             x_max, temperature, seed, counter, V, RUN, TILE_N)  # fmt: skip
-    searching = (top_p < 1.0) & (token != largest)
+    searching = True
     while searching:
-        num_listed = list_runs(max_ptr, list_ptr, x, N, BLOCK_N)
-        before = prefix_mass(list_ptr, num_listed, logits_ptr, x, token - 1,
-                             x_max, temperature, V, RUN, TILE_N)  # fmt: skip
-        searching = before >= top_p.to(tl.float64) * mass
-        if searching:
-            x, token = best_draw(list_ptr, num_listed, logits_ptr, x, token - 1,
+        if drawing:
+            x, token = best_draw(list_ptr, num_listed, row, last_x, last_id,
                                  x_max, temperature, seed, counter, V, RUN, TILE_N)  # fmt: skip
-            searching = token != largest
+        drawing = (token != largest) & (tl.exp(scale_logit(x, x_max, temperature)) < min_p)
+        last_x, last_id = x, token - 1
+        num_listed = list_runs(max_ptr, list_ptr, x, N, BLOCK_N)
+        if (token != largest) & (top_p < 1.0) & (drawing == 0):
+            before = prefix_mass(list_ptr, num_listed, row, last_x, last_id,
+                                 x_max, temperature, V, RUN, TILE_N)  # fmt: skip
+            drawing = before >= top_p.to(tl.float64) * mass
+        searching = drawing
     return token

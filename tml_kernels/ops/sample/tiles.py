@@ -23,10 +23,26 @@ NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def load_tile(logits_ptr, run_n, V, RUN: tl.constexpr):
-    """(logits, columns) of runs; +inf counts as the largest float32, columns from V on as -inf."""
+def load_tile(row, run_n, V, RUN: tl.constexpr):
+    """(logits, columns) of runs; +inf counts as the largest float32, columns from V on as -inf.
+
+    row: pointer to its logits [V]; pointers to its bias ids and values [J], and J; pointer to its
+    words of seen ids [W], and its penalty. Edited as `reference.edit_ref` does.
+    """
     v_n_v = run_n[:, None] * RUN + tl.arange(0, RUN)[None, :]
-    x_n_v = tl.load(logits_ptr + v_n_v, mask=v_n_v < V, other=float("-inf"))
+    mask_n_v = v_n_v < V
+    logits_ptr, biased, seen = row
+    x_n_v = tl.load(logits_ptr + v_n_v, mask=mask_n_v, other=float("-inf"))
+    x_n_v = tl.where(x_n_v > LARGEST, LARGEST, x_n_v)
+    if len(biased) > 0:
+        for i in range(biased[2]):
+            biased_n_v = x_n_v + tl.load(biased[1] + i)
+            x_n_v = tl.where(v_n_v == tl.load(biased[0] + i), biased_n_v, x_n_v)
+    if len(seen) > 0:
+        word_n_v = tl.load(seen[0] + v_n_v // 32, mask=mask_n_v, other=0)
+        seen_n_v = ((word_n_v >> (v_n_v % 32)) & 1) > 0
+        penalised_n_v = tl.where(x_n_v > 0.0, tl.div_rn(x_n_v, seen[1]), x_n_v * seen[1])
+        x_n_v = tl.where(seen_n_v, penalised_n_v, x_n_v)
     return tl.where(x_n_v > LARGEST, LARGEST, x_n_v), v_n_v
 
 
