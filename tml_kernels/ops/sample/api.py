@@ -106,30 +106,30 @@ def sample(
 
     Temperature 0 takes the largest logit, ties to the lowest id. Else the token is the arg max of
     logit / temperature + Gumbel noise over what top-k (0: off; ties at the edge keep the lowest
-    ids) and top-p (1: off; the shortest prefix by descending probability that reaches p of the
-    top-k's mass) keep, which draws from their renormalised softmax. Noise is Philox-4x32-10 keyed
+    ids), top-p (1: off; the shortest prefix by descending probability that reaches p of the top-k's
+    mass) and min-p (of that, at least min_p times the best one's probability) keep, which draws
+    from their renormalised softmax. Noise is Philox-4x32-10 keyed
     (seed, counter, column): a draw does not depend on the row, the batch or the device's generator;
     count `counter` up by one per draw.
 
-    bias [S, N] is added to the logits of bias_id, int32 [S, N] with -1 where unused; -inf forbids a
-    token, and an id that comes twice gets both. With `seen`, words of 32 ids, int32
-    [S, ceil(V / 32)], id v in bit v % 32 of word v // 32, the logits of those are divided by
-    penalty where positive and multiplied by it else. min_p keeps tokens of at least min_p times
-    the best one's probability. Bias and penalty act on greedy rows too.
+    bias, float32 [S, N], is added to the logits of bias_id, int32 [S, N] with -1 where unused; -inf
+    forbids a token, and an id that comes twice gets both. Of seen ids, logits are divided by
+    penalty, float32 [S], where positive and multiplied by it else; bit v % 32 of word v // 32 of
+    seen, int32 [S, W] with W = ceil(V / 32), says so of id v. Both act on greedy rows too.
 
     A row with a NaN, or with nothing but -inf, gives `fallback` and fault = True; the others are
     untouched. Logits of +inf share the draw between them.
 
-    logits: float32 [S, V]; temperature, top_p: float32; top_k: int32; seed, counter: int64. Returns
-    (token int32 [S], fault bool [S]), written into `out_S` and `fault_S` when given. float32, the
-    top-p mass summed in float64. Deterministic. On CUDA one launch, for V up to
-    2^20; scratch: int32,
-    `configs.scratch_words(S, V)` or more, zeros at first, for one call after another of this S and
-    V; without it some is made, with one more launch that clears it. Raises TypeError or ValueError
-    naming the argument; on the plain path also for temperature < 0, top_k < 0, top_p or min_p
-    outside 0..1, ids outside -1..V - 1, a bias of +inf or NaN, and a penalty that is not positive
-    and finite. The kernel takes the first two as 0, a larger top_p as 1, such ids as unused, and a
-    row that such a bias or penalty gives a NaN is a fault.
+    logits: float32 [S, V]; temperature, top_p, min_p: float32; top_k: int32; seed, counter: int64.
+    Returns (token int32 [S], fault bool [S]), written into `out_S` and `fault_S` when given.
+    float32, the top-p mass summed in float64. Deterministic. On CUDA one launch, for V up to 2^20.
+    scratch: int32, `configs.scratch_words(S, V)` or more, zeros at first, for one call after
+    another of this S and V; without it some is made, with one more launch that clears it.
+
+    Raises TypeError or ValueError naming the argument; on the plain path also for temperature < 0,
+    top_k < 0, top_p or min_p outside 0..1, ids outside -1..V - 1, a bias of +inf or NaN, and a
+    penalty that is not positive and finite. The kernel takes the first two as 0, a larger top_p as
+    1, a larger min_p as 1, such ids as unused, and a row that gets a NaN is a fault.
 
     A kernel's draw can differ from the oracle's where the two best scores, or the mass before a
     token and p, are within about 1e-6 of each other, relative.
