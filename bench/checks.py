@@ -20,7 +20,7 @@ from .report import clip, rate, read_json
 
 Result = Literal["passed", "failed", "skipped"]
 TEXT_LIMIT = 4000  # characters of one failure that are kept
-MAX_FAILURES = 60  # of one section that are listed one by one
+MAX_FAILURES = 200  # of one section that are listed one by one
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ CPU path say nothing about a kernel's speed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .machine import clocks, describe, machine
 from .peers import peer_versions
 from .report import rate, read_json, text_table, write_json
 from .timing import CudaTimer, l2_bytes
+from .turns import turn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--smoke", action="store_true", help="fewest cases and repetitions")
     parser.add_argument("--quick", action="store_true", help="fewer cases of ops with slow ones")
-    parser.add_argument("--seconds", type=float, default=120.0, help="start no case after this")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time no case after this")
     parser.add_argument("--ceilings", type=Path, metavar="FILE", help="measured just before")
+    parser.add_argument(
+        "--turns", type=Path, metavar="DIR", help="take turns with the other ops started with DIR"
+    )
+    parser.add_argument("--of", type=int, default=1, metavar="N", help="how many ops take turns")
 
 
 @torch.no_grad()
@@ -71,9 +77,12 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
             write_json(args.out / f"{args.command}.json", result)
 
     save()
-    if not result["not_timed"]:
-        _time(args, op, result, save, started)
-        save()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    with turn(args.turns, args.command, args.of) if args.turns else contextlib.nullcontext():
+        if not result["not_timed"]:
+            _time(args, op, result, save)
+            save()
     return result
 
 
@@ -88,8 +97,8 @@ def _time(
     op: harness.OpBench,
     result: dict[str, Any],
     save: Callable[[], None],
-    started: float,
 ) -> None:
+    started = time.monotonic()
     timer = CudaTimer()
     if args.ceilings and args.ceilings.exists():
         known = ceilings.Ceilings(**read_json(args.ceilings)["ceilings"])

@@ -1,7 +1,7 @@
 """The sections of `bench accept`: which commands, for how long, and who reads what they leave.
 
-Phases follow one another. Sections of one phase run side by side, so everything that is timed has a
-phase of its own. Limits add up to less than eight minutes on an H200 machine with 16 cores.
+Phases follow one another, what needs a GPU first. Sections of one phase run side by side; so what
+is timed has a phase of its own, but for the ops, which start together and then take turns.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from .checks import Check
 from .paths import ROOT, bench_names
 from .process import Finished
 
+_OP = "op "  # begins the names of their sections
 BENCH = (sys.executable, "-m", "bench")
 INFO = "import json, tml_kernels; print(json.dumps(tml_kernels.backend_info()))"
 # Not in the quick run of the tests: what builds, installs or runs all of this again.
 LEFT_OUT = ("tests/bench", "tests/demo", "tests/test_build.py", "tests/test_readme.py")
-OPS_SECONDS = 180.0  # for the checks and times of all ops together
-SHARES = {  # of that time; 1 for the others
+SHARES = {  # of the time for the times of all ops; 1 for the others
     "expert_mlp": 5.0,
     "moe": 3.0,
     "paged_attention": 4.0,
@@ -44,23 +44,40 @@ class Section:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def plan(scratch: Path, *, smoke: bool, gpu: bool) -> list[list[Section]]:
-    """Phases of sections; what commands write goes under `scratch`."""
+def plan(
+    scratch: Path,
+    *,
+    smoke: bool,
+    gpu: bool,
+    ops_seconds: float = 180.0,
+    only: Sequence[str] | None = None,
+) -> list[list[Section]]:
+    """Phases of sections; what commands write goes under `scratch`.
+
+    ops_seconds: for the times of all ops. only: names of sections; SystemExit if there is no such.
+    """
     no_gpu = "" if gpu else "no GPU"
+    ops = [_OP + op for op in (["rms_norm"] if smoke else bench_names())]
+    ops = [name for name in ops if only is None or name in only]
+    shares = {name: SHARES.get(name.removeprefix(_OP), 1.0) for name in ops}
+    seconds = {name: ops_seconds * n / sum(shares.values()) for name, n in shares.items()}
     phases = [
         [_build(smoke)],
         [_backends()],
+        [_tests("gpu tests", scratch / "gpu.xml", gpu=True, why_not=no_gpu)],
+        [_ceilings(scratch / "ceilings.json", no_gpu)],
+        [_op(name, scratch, seconds, smoke, gpu) for name in ops],
+        [_tick(scratch / "tick.json", smoke)],
         [
             _compile(scratch / "compile.json", smoke),
-            _tests("gpu tests", scratch / "gpu.xml", gpu=True, why_not=no_gpu),
             _tests("tests", scratch / "tests.xml", smoke=smoke),
         ],
-        [_tick(scratch / "tick.json", smoke)],
-        [_ceilings(scratch / "ceilings.json", no_gpu)],
     ]
-    shares = {op: SHARES.get(op, 1.0) for op in (["rms_norm"] if smoke else bench_names())}
-    share_s = OPS_SECONDS / sum(shares.values())
-    return phases + [[_op(op, scratch, share_s * n, smoke, gpu)] for op, n in shares.items()]
+    names = [section.name for phase in phases for section in phase]
+    unknown = sorted(set(only or ()) - set(names))
+    if unknown:
+        raise SystemExit(f"no section {unknown}; sections: {names}")
+    return [[s for s in phase if only is None or s.name in only] for phase in phases]
 
 
 def _build(smoke: bool) -> Section:
@@ -111,19 +128,21 @@ def _tests(
     kind = "gpu" if gpu else "not gpu and not slow"
     left_out = [path for path in LEFT_OUT if not (gpu and path == "tests/bench")]
     which = ["tests/test_dims.py"] if smoke else ["tests", *(f"--ignore={p}" for p in left_out)]
-    workers = min(6, _cores() // 2)
+    workers = max(1, _cores() - 2 if gpu else _cores() // 2)
     parallel = workers > 1 and not smoke and importlib.util.find_spec("xdist") is not None
+    timeout = ("--timeout", "90", "--timeout-method", "thread")  # a hung kernel takes no signal
     return Section(
         name,
         (
             sys.executable, "-m", "pytest", *which, "-m", kind, "-q", "-ra", "--strict-markers",
             "-o", "addopts=", "-p", "no:cacheprovider", f"--junitxml={report}",
             *(("-n", str(workers)) if parallel else ()),
+            *(timeout if importlib.util.find_spec("pytest_timeout") else ()),
         ),
         lambda done: checks.from_pytest(name, done, report, all_needed=gpu),
-        limit_s=150,
+        limit_s=180,
         why_not=why_not or ("" if importlib.util.find_spec("pytest") else "not installed: pytest"),
-        env={"OMP_NUM_THREADS": "2"} if parallel else {},
+        env={"OMP_NUM_THREADS": "1"} if parallel else {},
     )  # fmt: skip
 
 
@@ -137,16 +156,20 @@ def _ceilings(report: Path, why_not: str) -> Section:
     )
 
 
-def _op(op: str, scratch: Path, seconds: float, smoke: bool, gpu: bool) -> Section:
+def _op(name: str, scratch: Path, seconds: Mapping[str, float], smoke: bool, gpu: bool) -> Section:
+    """seconds: for the times alone, by op, from when it is its turn."""
+    op = name.removeprefix(_OP)
     report = scratch / "ops" / f"{op}.json"
-    options = ["--out", str(report.parent), "--seconds", f"{seconds:.0f}"]
+    options = ["--out", str(report.parent), "--seconds", f"{seconds[name]:.0f}"]
     if gpu:
         options += ["--quick", "--ceilings", str(scratch / "ceilings.json")]
+        options += ["--turns", str(scratch / "turns"), "--of", str(len(seconds))]
     return Section(
-        f"op {op}",
+        name,
         (*BENCH, op, *options, *(["--smoke"] if smoke else [])),
-        lambda done: checks.from_op(f"op {op}", done, report),
-        limit_s=seconds + 45,  # to start, to check, and for the case that was begun in time
+        lambda done: checks.from_op(name, done, report),
+        limit_s=sum(seconds.values())
+        + 120,  # all of them, to start, to check, and for cases begun in time
     )
 
 

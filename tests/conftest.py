@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 
@@ -23,6 +24,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device; see `bench accept`"))
+
+
+def pytest_runtest_logfinish() -> None:
+    """A fault on the GPU spoils every later call of its process, so that process ends; beside
+    others a new one takes over, and no test fails for another's fault. Memory is given back."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            pytest.exit(f"the GPU faulted: {error}", returncode=3)
+        time.sleep(0.5)  # for the report of the test to be sent
+        os._exit(3)
+    if torch.cuda.memory_reserved() > 1 << 30:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

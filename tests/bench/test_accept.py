@@ -247,8 +247,12 @@ def test_plan_times_nothing_beside_anything_else() -> None:
         for smoke in (True, False):
             phases = sections.plan(Path("x"), smoke=smoke, gpu=gpu)
             for phase in phases:
-                timing = [s for s in phase if s.name.startswith(("op ", "ceilings", "tick"))]
-                assert not timing or len(phase) == 1
+                alone = [s for s in phase if s.name in ("ceilings", "tick")]
+                assert not alone or len(phase) == 1
+                ops = [s for s in phase if s.name.startswith("op ")]
+                assert not ops or len(phase) == len(ops)
+                for op in ops if gpu else []:  # take turns, all of them
+                    assert op.command[op.command.index("--of") + 1] == str(len(ops))
             names = [s.name for phase in phases for s in phase]
             assert len(names) == len(set(names))
     gpu_only = [s.name for p in sections.plan(Path("x"), smoke=True, gpu=False) for s in p
@@ -259,19 +263,30 @@ def test_plan_times_nothing_beside_anything_else() -> None:
 def test_limits_leave_room_for_the_ops() -> None:
     """The deadline holds in any case; here, that no section may use up the time of all others."""
     phases = sections.plan(Path("x"), smoke=False, gpu=True)
-    others = [p for p in phases if not p[0].name.startswith("op ")]
-    worst = sum(max(s.limit_s for s in phase) for phase in others)
+    before = phases[: next(i for i, p in enumerate(phases) if p[0].name.startswith("op "))]
+    worst = sum(max(s.limit_s for s in phase) for phase in before)
     assert worst < 8 * 60 - 60
 
 
 def test_time_of_the_ops_is_shared_out() -> None:
-    plan = sections.plan(Path("x"), smoke=False, gpu=True)
-    ops = {phase[0].name: phase[0].command for phase in plan if phase[0].name.startswith("op ")}
+    plan = sections.plan(Path("x"), smoke=False, gpu=True, ops_seconds=90)
+    ops = {s.name: s.command for phase in plan for s in phase if s.name.startswith("op ")}
     seconds = {name: float(c[c.index("--seconds") + 1]) for name, c in ops.items()}
     assert {"op expert_mlp", "op moe", "op rms_norm"} <= set(ops)
-    assert sum(seconds.values()) == pytest.approx(sections.OPS_SECONDS, abs=len(ops))
+    assert sum(seconds.values()) == pytest.approx(90, abs=len(ops))
     assert seconds["op expert_mlp"] > seconds["op moe"] > seconds["op rms_norm"]
     assert all("--quick" in command for command in ops.values())
+
+
+def test_a_part_of_the_plan() -> None:
+    plan = sections.plan(Path("x"), smoke=False, gpu=True, only=["op moe", "op route", "build"])
+    assert [[s.name for s in phase] for phase in plan if phase] == [
+        ["build"], ["op moe", "op route"]
+    ]  # fmt: skip
+    moe = next(s for phase in plan for s in phase if s.name == "op moe").command
+    assert moe[moe.index("--of") + 1] == "2"
+    with pytest.raises(SystemExit, match=r"no section.*op none"):
+        sections.plan(Path("x"), smoke=False, gpu=True, only=["op none"])
 
 
 @pytest.mark.slow

@@ -201,7 +201,7 @@ def changed(state: ModelState, before: ModelState) -> list[str]:
         ({"frames": [random_frames(1, 8, 9), None]}, ValueError, "width 9 is not a multiple of 8"),
         ({"frames": [random_frames(5, 64, 64), None]}, ValueError, "320 tokens, a tick takes 256"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
 def test_bad_tick_changes_nothing(change: dict, error: type, words: str) -> None:
     model = InteractionModel.random(CONFIG)

@@ -358,7 +358,7 @@ def test_a_state_of_another_model_is_refused() -> None:
         (lambda model: model.new_state(1).set_sampling(0, seed=2**63), "seed="),
         (lambda model: model.new_state(1).set_sampling(3, seed=1), "slot=3"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_state_arguments(call, words: str) -> None:
     with pytest.raises(ValueError, match=words):
