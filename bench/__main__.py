@@ -14,6 +14,7 @@ COMMANDS = {
     "tick": "the runtime's tick: histogram and misses",
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
+    "tune": "an op's cases under other configurations than the shipped one",
     "compare": "two result files: what became slower, what fails now",
 }
 

@@ -122,15 +122,21 @@ def gate(op: OpBench, device: str, *, smoke: bool = False, quick: bool = False) 
     return Gate(len(cases), failures)
 
 
-def resolve(op: OpBench, device: str) -> tuple[dict[str, Variant], dict[str, str]]:
-    """The variants that can run here, and why the others cannot."""
+def resolve(
+    op: OpBench, device: str, *, only: Sequence[str] | None = None
+) -> tuple[dict[str, Variant], dict[str, str]]:
+    """The variants that can run here, and why the others cannot. only: ours and those of a name."""
     variants = dict(op.variants)
     missing = {}
     if "torch" in variants and device == "cuda":
         eager = variants["torch"]
         compiled = torch.compile(eager.run, dynamic=False)
         variants["torch.compile"] = dataclasses.replace(eager, run=compiled)
+    if only is not None:
+        variants = {n: v for n, v in variants.items() if n == "ours" or n in only}
     for name, build in op.peers.items():
+        if only is not None and name not in only:
+            continue
         try:
             variants[name] = build()
         except Exception as error:  # peers are other people's code: not installed, or changed

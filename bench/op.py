@@ -31,6 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/<op>.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--smoke", action="store_true", help="fewest cases and repetitions")
+    parser.add_argument(
+        "--case", action="append", metavar="TEXT", help="time cases whose name has it"
+    )
+    parser.add_argument("--variant", action="append", metavar="NAME", help="time ours and these")
     parser.add_argument("--quick", action="store_true", help="fewer cases of ops with slow ones")
     parser.add_argument("--seconds", type=float, default=120.0, help="time no case after this")
     parser.add_argument("--ceilings", type=Path, metavar="FILE", help="measured just before")
@@ -106,8 +110,10 @@ def _time(
         known = ceilings.measure(timer)
     result["ceilings"] = asdict(known)
     result["clocks"] = {"before": clocks()}
-    variants, result["missing"] = harness.resolve(op, "cuda")
+    variants, result["missing"] = harness.resolve(op, "cuda", only=args.variant)
     cases = op.timed(quick=args.quick)
+    if args.case:
+        cases = [case for case in cases if any(text in str(case) for text in args.case)]
     for case in cases[:1] if args.smoke else cases:
         elapsed = time.monotonic() - started
         if elapsed > args.seconds:

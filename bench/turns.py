@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PATIENCE_S = 60.0  # for the others, after being ready oneself: one may have crashed
+PATIENCE_S = 120.0  # for the others, after being ready oneself: one may have crashed
 
 
 @contextlib.contextmanager

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Hashable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 from ._env import print_configs
 
 Problem = TypeVar("Problem", bound=Hashable)
 Config = TypeVar("Config")
+
+_changes: dict[str, dict[str, Any]] = {}  # by op; empty but within `changed`
 
 
 def chooser(choose: Callable[[Problem], Config]) -> Callable[[Problem], Config]:
@@ -24,5 +28,24 @@ def chooser(choose: Callable[[Problem], Config]) -> Callable[[Problem], Config]:
             print(f"{op}: {choose.__name__}({problem}) = {config}", file=sys.stderr)
         return config
 
-    functools.update_wrapper(choose_once, choose)
-    return choose_once
+    @functools.wraps(choose)
+    def choose_now(problem: Problem) -> Config:
+        config = choose_once(problem)
+        changes = _changes.get(op)
+        return dataclasses.replace(config, **changes) if changes else config  # type: ignore
+
+    return choose_now
+
+
+@contextlib.contextmanager
+def changed(op: str, **fields: Any) -> Iterator[None]:
+    """For tuning: within it the op's choosers answer with these fields of their configurations
+    replaced. For this process, not for other threads' calls beside it."""
+    before = _changes.get(op)
+    _changes[op] = fields
+    try:
+        yield
+    finally:
+        _changes.pop(op)
+        if before is not None:
+            _changes[op] = before

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench import aot
-from bench.aot import Job, loop_cost, read_code, read_loops, read_usage, specs_of
+from bench.aot import Job, check_fences, loop_cost, read_code, read_loops, read_usage, specs_of
 from bench.compile import Outcome, select, update
 from bench.paths import TABLE
 from bench.table import Allowance, Limit, Row, Table, arch_of, compare
@@ -239,3 +239,32 @@ def test_specs_come_from_launch_where_an_op_has_one(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(aot.importlib, "import_module", module)
     assert specs_of("expert_mlp") == specs_of("rms_norm") == []
     assert seen == ["tml_kernels.ops.expert_mlp.launch", "tml_kernels.ops.rms_norm.kernel"]
+
+
+STORE, FENCE, BARRIER, WGMMA = (
+    "st.shared.b16 [%r1], %rs1;\n",
+    "fence.proxy.async.shared::cta;\n",
+    "bar.sync 0;\n",
+    "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {};\n",
+)
+
+
+@pytest.mark.parametrize(
+    "ptx",
+    [
+        STORE + FENCE + BARRIER + WGMMA,
+        STORE + BARRIER + FENCE + BARRIER + WGMMA,
+        STORE + BARRIER + WGMMA,  # of something else: Triton asks for no fence
+        STORE + BARRIER + STORE + FENCE + BARRIER + WGMMA + WGMMA,
+        BARRIER + FENCE + WGMMA,
+        STORE + BARRIER + FENCE,
+    ],
+)
+def test_fences_before_the_barrier_are_fine(ptx: str) -> None:
+    check_fences(ptx)
+
+
+@pytest.mark.parametrize("store", [STORE, "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {};\n"])
+def test_fence_after_the_barrier_of_the_stores_is_refused(store: str) -> None:
+    with pytest.raises(ValueError, match="after their barrier"):
+        check_fences(STORE + FENCE + BARRIER + WGMMA + store + BARRIER + FENCE + WGMMA)

@@ -281,6 +281,9 @@ def test_gpu_tick_follows_the_cpu() -> None:
     )
     for target, source in copies:
         target.view.copy_(source.view)
+    gpu = InteractionModel(
+        CONFIG, gpu.weights, gpu.report
+    )  # which reads scales of the weights once
     tick = make_tick({0: Client(CONFIG, 1).next()})
     moved = TickInput(
         *(t.cuda() for t in (tick.slot_S, tick.pcm_S_W, tick.missing_S)), tick.frames, tick.text

@@ -37,8 +37,8 @@ def _low_part(size):
 
 
 @triton.jit
-def _norm_gelu(x_c_r, ssq_r, norm_c, C: tl.constexpr, eps):
-    return gelu(x_c_r * tl.rsqrt(ssq_r / C + eps)[None, :] * norm_c[:, None])
+def _norm_gelu(x_r_c, ssq_r, norm_c, C: tl.constexpr, eps):
+    return gelu(x_r_c * tl.rsqrt(ssq_r / C + eps)[:, None] * norm_c[None, :])
 
 
 @triton.jit
@@ -84,16 +84,16 @@ def _load_pixels(
     frame_ptr_r, y_r, x_r, mask_r, offs_k, H, W,
     FOLD: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Bytes [K, R] of the first fold's blocks (y, x), K ordered (dy, dx, channel)."""
+    """Bytes [R, K] of the first fold's blocks (y, x), K ordered (dy, dx, channel)."""
     dy_k = offs_k // (FOLD * 3)
     run_k = offs_k % (FOLD * 3)
-    inside_k_r = (dy_k < FOLD)[:, None] & mask_r[None, :]
+    inside_r_k = mask_r[:, None] & (dy_k < FOLD)[None, :]
     if RAGGED:
-        inside_k_r &= dy_k[:, None] + y_r[None, :] * FOLD < H
-        inside_k_r &= run_k[:, None] + x_r[None, :] * (FOLD * 3) < W * 3
+        inside_r_k &= dy_k[None, :] + y_r[:, None] * FOLD < H
+        inside_r_k &= run_k[None, :] + x_r[:, None] * (FOLD * 3) < W * 3
     ptr_r = frame_ptr_r + (y_r * W + x_r) * (FOLD * 3)
-    ptr_k_r = ptr_r[None, :] + (dy_k * (W * 3) + run_k)[:, None]
-    return tl.load(ptr_k_r, mask=inside_k_r, other=0), inside_k_r
+    ptr_r_k = ptr_r[:, None] + (dy_k * (W * 3) + run_k)[None, :]
+    return tl.load(ptr_r_k, mask=inside_r_k, other=0), inside_r_k
 
 
 @triton.jit
@@ -131,29 +131,32 @@ def stem_kernel(
     weight_c_k, shift_c = _first_weights(weight_1_ptr, offs_c, offs_k, FOLD_1, C1, MEAN, STD)
     norm_c = load_norm(norm_1_ptr, offs_c, C1)
 
-    acc_a_r = tl.zeros([PART_A, BLOCK_R], tl.float32)
+    # Rows are the products' M side: BLOCK_R < 64 keeps them off wgmma, which must not read h: it is
+    # stored to shared memory, and Triton fences it only after the barrier of the weights' copies.
+    tl.static_assert(BLOCK_R < 64)
+    acc_r_a = tl.zeros([BLOCK_R, PART_A], tl.float32)
     if C2 > PART_A:
         offs_b = PART_A + tl.arange(0, _tile(C2 - PART_A))
-        acc_b_r = tl.zeros([_tile(C2 - PART_A), BLOCK_R], tl.float32)
+        acc_r_b = tl.zeros([BLOCK_R, _tile(C2 - PART_A)], tl.float32)
     for q in range(Q):
         y_q_r, x_q_r = y_r * FOLD_2 + q // FOLD_2, x_r * FOLD_2 + q % FOLD_2
-        byte_k_r, inside_k_r = _load_pixels(
+        byte_r_k, inside_r_k = _load_pixels(
             frame_ptr_r, y_q_r, x_q_r, r < R, offs_k, H, W, FOLD_1, RAGGED
         )
-        pixel_k_r = tl.where(inside_k_r, byte_k_r.to(dtype), -1.0)
-        h_c_r = tl.dot(weight_c_k, pixel_k_r, input_precision="ieee") - shift_c[:, None]
-        h_c_r = _norm_gelu(h_c_r, tl.sum(h_c_r * h_c_r, axis=0), norm_c, C1, eps).to(dtype)
+        pixel_r_k = tl.where(inside_r_k, byte_r_k.to(dtype), -1.0)
+        h_r_c = tl.dot(pixel_r_k, tl.trans(weight_c_k), input_precision="ieee") - shift_c[None, :]
+        h_r_c = _norm_gelu(h_r_c, tl.sum(h_r_c * h_r_c, axis=1), norm_c, C1, eps).to(dtype)
         weight_a_c = _second_weights(weight_2_ptr, offs_a, offs_c, q, C1, C2, Q)
-        acc_a_r = tl.dot(weight_a_c, h_c_r, acc_a_r, input_precision="ieee")
+        acc_r_a = tl.dot(h_r_c, tl.trans(weight_a_c), acc_r_a, input_precision="ieee")
         if C2 > PART_A:
             weight_b_c = _second_weights(weight_2_ptr, offs_b, offs_c, q, C1, C2, Q)
-            acc_b_r = tl.dot(weight_b_c, h_c_r, acc_b_r, input_precision="ieee")
+            acc_r_b = tl.dot(h_r_c, tl.trans(weight_b_c), acc_r_b, input_precision="ieee")
 
-    ssq_r = tl.sum(acc_a_r * acc_a_r, axis=0)
+    ssq_r = tl.sum(acc_r_a * acc_r_a, axis=1)
     if C2 > PART_A:
-        ssq_r += tl.sum(acc_b_r * acc_b_r, axis=0)
+        ssq_r += tl.sum(acc_r_b * acc_r_b, axis=1)
         norm_b = load_norm(norm_2_ptr, offs_b, C2)
-        out_b_r = _norm_gelu(acc_b_r, ssq_r, norm_b, C2, eps)
-        store_rows(out_ptr, r, offs_b, out_b_r, R, C2)
-    out_a_r = _norm_gelu(acc_a_r, ssq_r, load_norm(norm_2_ptr, offs_a, C2), C2, eps)
-    store_rows(out_ptr, r, offs_a, out_a_r, R, C2)
+        out_r_b = _norm_gelu(acc_r_b, ssq_r, norm_b, C2, eps)
+        store_rows(out_ptr, r, offs_b, tl.trans(out_r_b), R, C2)
+    out_r_a = _norm_gelu(acc_r_a, ssq_r, load_norm(norm_2_ptr, offs_a, C2), C2, eps)
+    store_rows(out_ptr, r, offs_a, tl.trans(out_r_a), R, C2)
