@@ -81,11 +81,16 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
             write_json(args.out / f"{args.command}.json", result)
 
     save()
-    if device == "cuda":
+    variants: dict[str, harness.Variant] = {}
+    if not result["not_timed"]:
         torch.cuda.empty_cache()
+        compile = not args.quick and (args.variant is None or "torch.compile" in args.variant)
+        variants, result["missing"] = harness.resolve(
+            op, "cuda", only=args.variant, compile=compile
+        )
     with turn(args.turns, args.command, args.of) if args.turns else contextlib.nullcontext():
         if not result["not_timed"]:
-            _time(args, op, result, save)
+            _time(args, op, variants, result, save)
             save()
     return result
 
@@ -99,6 +104,7 @@ def _why_not_timed(checked: harness.Gate, device: str) -> str:
 def _time(
     args: argparse.Namespace,
     op: harness.OpBench,
+    variants: dict[str, harness.Variant],
     result: dict[str, Any],
     save: Callable[[], None],
 ) -> None:
@@ -110,7 +116,6 @@ def _time(
         known = ceilings.measure(timer)
     result["ceilings"] = asdict(known)
     result["clocks"] = {"before": clocks()}
-    variants, result["missing"] = harness.resolve(op, "cuda", only=args.variant)
     cases = op.timed(quick=args.quick)
     if args.case:
         cases = [case for case in cases if any(text in str(case) for text in args.case)]
@@ -122,7 +127,8 @@ def _time(
         if elapsed > args.seconds / 2 and "torch.compile" in variants:
             del variants["torch.compile"]  # compiling takes longer than all the rest
             result["missing"][f"torch.compile from {case} on"] = "no time left"
-        torch._dynamo.reset()  # else torch.compile gives up, unsaid, after a few shapes
+        if "torch.compile" in variants:
+            torch._dynamo.reset()  # else it gives up, unsaid, after a few shapes
         torch.cuda.empty_cache()
         timed = harness.time_case(
             variants,

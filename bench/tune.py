@@ -1,7 +1,7 @@
 """`python -m bench tune OP --vary FIELD=A,B,...`: an op's cases under other configurations.
 
-Every combination of the varied fields replaces those of the shipped configuration, is checked
-against it and timed beside it with a cold L2. Prints a table, the shipped one first; a combination
+Every combination of the varied fields replaces those of the shipped configuration, is compared with
+it and timed beside it with a cold L2. Prints a table, the shipped one first; a combination
 that does not compile or fit is named with the reason. Says what to ship, changes nothing.
 """
 
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     if not cases:
         raise SystemExit(f"no case of {args.op} has any of {args.case}")
     variants = dict(_variants(args.op, op.variants[SHIPPED], [_parse(v) for v in args.vary]))
-    _compile(cases, variants)
+    same_bits = _compile(cases, variants)
     result: dict[str, Any] = {
         "kind": "tune",
         "op": args.op,
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     name = args.out.stem if args.out else args.op
     with turn(args.turns, name, args.of) if args.turns else contextlib.nullcontext():
         for row in _time(args, op, cases, variants):
-            result["results"].append(row)
+            result["results"].append(row | {"same_bits": same_bits[row["case"]]})
             result["clocks"] = clocks()
             if args.out:
                 write_json(args.out, result)
@@ -115,15 +115,25 @@ def _under(op: str, fields: dict[str, Any], function: Callable) -> Callable:
     return run
 
 
-def _compile(cases: list, variants: dict[str, Variant]) -> None:
-    """A first call of each, so that nothing compiles once others wait for their turn."""
+def _compile(cases: list, variants: dict[str, Variant]) -> dict[str, list[str]]:
+    """A first call of each, so that nothing compiles once others wait for their turn; for each case
+    which variants give the shipped one's bits."""
+    same: dict[str, list[str]] = {}
     for case in cases:
-        inputs = case.make_inputs("cuda")
-        for variant in variants.values():
+        torch.manual_seed(0)
+        inputs, results = case.make_inputs("cuda"), {}
+        for name, variant in variants.items():
             with contextlib.suppress(Exception):  # told when it is timed
-                variant.run(**variant.prepare(inputs))
-        torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+                given = variant.prepare(harness.clone(inputs))
+                results[name] = [t.clone() for t in harness.tensors(variant.run(**given))]
+        ours = results.get(SHIPPED, [])
+        same[str(case)] = [
+            name
+            for name, found in results.items()
+            if len(found) == len(ours) and all(map(torch.equal, found, ours))
+        ]
+        torch.cuda.empty_cache()
+    return same
 
 
 def _time(
@@ -155,11 +165,16 @@ def show(result: dict[str, Any]) -> str:
     parts = []
     for case in result["results"]:
         rows = [
-            (name, f"{row['cold_us']['median']:.2f}", f"{100 * row['fraction']:.1f} %")
+            (
+                name,
+                f"{row['cold_us']['median']:.2f}",
+                f"{100 * row['fraction']:.1f} %",
+                "same" if name in case["same_bits"] else "other",
+            )
             for name, row in case["variants"].items()
         ]
         rows[1:] = sorted(rows[1:], key=lambda row: float(row[1]))
         parts.append(f"{case['case']}  floor {case['floor_us']:.2f} us, noise {case['noise']}")
-        parts.append(text_table(("configuration", "us", "of ceiling"), rows))
+        parts.append(text_table(("configuration", "us", "of ceiling", "bits"), rows))
         parts += [f"not timed: {name}: {why}" for name, why in case["skipped"].items()]
     return "\n".join(parts)

@@ -20,6 +20,8 @@ from kernel_paged_attention import (
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.paged_attention.cases import BENCH, EDGE, FAR, FP8, MODEL, Case, Row
 from tml_kernels.ops.paged_attention.configs import (
+    ALONE,
+    ALONE_WIDE,
     LARGE,
     SMALL,
     Config,
@@ -33,7 +35,7 @@ from tml_kernels.ops.paged_attention.configs import (
 from tml_kernels.ops.paged_attention.reference import paged_attention_ref
 from tml_kernels.testing import assert_bitwise, assert_matches
 
-CONFIGS = [SMALL, LARGE]
+CONFIGS = [ALONE, SMALL, LARGE]
 LONG = Case(
     (Row(9, 1300), Row(1, 600), Row(0, 5), Row(3, 3)), 2, 1, extent=700, tau_floor=9.0, padding=2
 )
@@ -271,10 +273,12 @@ def make_problem(**changes: Any) -> Problem:
 
 
 def test_choice() -> None:
-    assert choose_config(make_problem()) is SMALL
+    assert choose_config(make_problem(num_tokens=32, num_rows=32)) is ALONE
+    assert choose_config(make_problem(num_tokens=1, num_rows=1, page_dtype=FP8)) is ALONE_WIDE
+    assert choose_config(make_problem(num_tokens=1, num_rows=1, head_width=256)) is ALONE_WIDE
+    assert choose_config(make_problem(num_tokens=33, num_rows=32)) is SMALL
     assert choose_config(make_problem(num_tokens=500)) is LARGE
     assert choose_config(make_problem(num_tokens=500, page_dtype=FP8)) is SMALL
-    assert choose_config(make_problem(num_tokens=32, num_rows=32)) is SMALL
 
 
 @pytest.mark.parametrize(

@@ -86,19 +86,21 @@ def problem_of(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of `block_q` rows, each one query head of one token."""
+    """A tile of `block_q` rows, each one query head of one token; of as many tokens as fit, or of
+    one alone: a tile's biases cost what its tokens do, whether there are so many or not."""
 
     block_q: int
     num_warps: int
     num_stages: int
+    alone: bool = False
 
     def tile_tokens(self, p: Problem) -> int:
-        return self.block_q // p.group
+        return 1 if self.alone else self.block_q // p.group
 
     def max_tiles(self, p: Problem) -> int:
         """Tiles of all session rows and of the padding."""
         rows = min(p.num_rows + 1, p.num_tokens)
-        return p.num_tokens // self.tile_tokens(p) + rows
+        return min(p.num_tokens // self.tile_tokens(p) + rows, p.num_tokens)
 
     def dot_tokens(self, p: Problem) -> int:
         """Tokens of a tile whose biases come from one product."""
@@ -106,8 +108,11 @@ class Config:
         return min(tokens, max(1, DOT_K // p.block_b))
 
 
-# LARGE reads keys once for twice as many tokens; both give the same bits. With pages of fp8 it uses
-# local memory on sm_90: not chosen there.
+# ALONE is for output steps, a token of every row: two programs share a processor's registers. LARGE
+# reads keys once for twice as many tokens. All give the same bits. Pages of fp8 and wide heads take
+# more registers than ALONE and LARGE have on sm_90: ALONE_WIDE and SMALL serve them.
+ALONE = Config(block_q=16, num_warps=4, num_stages=3, alone=True)
+ALONE_WIDE = Config(block_q=16, num_warps=8, num_stages=3, alone=True)
 SMALL = Config(block_q=16, num_warps=8, num_stages=5)
 LARGE = Config(block_q=32, num_warps=8, num_stages=3)
 
@@ -115,6 +120,8 @@ LARGE = Config(block_q=32, num_warps=8, num_stages=3)
 @chooser
 def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock."""
+    if p.num_tokens <= p.num_rows:
+        return ALONE if p.page_dtype == p.dtype and p.head_width <= 128 else ALONE_WIDE
     fills = p.num_tokens >= LARGE.tile_tokens(p) * max(1, p.num_rows)
     return LARGE if fills and p.page_dtype == p.dtype else SMALL
 

@@ -88,7 +88,7 @@ def _combine(
     l_q_1 = tl.zeros([BLOCK_Q, 1], tl.float32)
     acc_q_c = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
     offs_c = tl.arange(0, BLOCK_C)
-    for split in tl.range(0, splits, num_stages=3):
+    for split in tl.range(0, splits, num_stages=6):
         ml_ptrs = part_ml_ptr + (part_q + split) * 2
         next_m_q = tl.load(ml_ptrs, mask=mask_q, other=float("-inf"), cache_modifier=".cg")
         next_l_q = tl.load(ml_ptrs + 1, mask=mask_q, other=0.0, cache_modifier=".cg")
@@ -121,10 +121,9 @@ def attention_kernel(
     T, S, M, max_splits, span, B, scale, tau_floor, tau_alpha, softcap,
     G: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
     WINDOW: tl.constexpr, TAU: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT_PAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = BLOCK_Q // GROUP
     SPLIT_KEYS: tl.constexpr = SPLIT_PAGES * R
     offs_q, offs_c = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_C)
     tiles_n, splits_n = _rows(start_ptr, length_ptr, count_ptr, T, S, WINDOW, TILE,

@@ -84,6 +84,7 @@ def _constexprs(p: Problem, config: Config, extent: int) -> dict[str, Any]:
         "X": extent,
         "WINDOW": p.window,
         "SPLIT_PAGES": p.split_pages,
+        "TILE": config.tile_tokens(p),
         "BLOCK_N": triton.next_power_of_2(p.num_rows + 1),
         "BLOCK_Q": config.block_q,
         "BLOCK_R": p.block_r,
@@ -150,7 +151,7 @@ def aot_specs() -> list[AotSpec]:
     for name, changes, extent in shapes:
         for page_dtype in (torch.bfloat16, FP8):
             p = _problem(page_dtype=page_dtype, **changes)
-            configs = (SMALL, LARGE) if page_dtype == p.dtype else (SMALL,)
+            configs = (choose_config(p), SMALL, *((LARGE,) if page_dtype == p.dtype else ()))
             specs += [_attention_spec(name, p, config, extent) for config in configs]
     return specs
 
@@ -171,7 +172,9 @@ def _attention_spec(name: str, p: Problem, config: Config, extent: int) -> AotSp
         config=config,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        label=",".join((name, "fp8" if is_fp8 else "bf16", str(config.block_q))),
+        label=",".join(
+            (name, "fp8" if is_fp8 else "bf16", "alone" if config.alone else str(config.block_q))
+        ),
         mma="HMMA",
         min_arch=90 if is_fp8 else 80,
     )
