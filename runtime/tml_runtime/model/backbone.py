@@ -101,27 +101,38 @@ class Backbone:
         """Final-norm hidden states [T, D] of one pass, whose keys and taps the state then holds."""
         if x_T_D.shape[0] == 0 or step.slot_S.shape[0] == 0:
             return torch.zeros_like(x_T_D)
-        eps, layers = self.config.norm_eps, self.weights.layers
         residual_T_D = x_T_D.clone()  # the layers add to it
-        h_T_D = rms_norm(residual_T_D, layers[0].attn_norm_D, eps=eps)
-        for layer, w in enumerate(layers):
-            last = layer + 1 == len(layers)
-            next_norm_D = self.weights.norm_D if last else layers[layer + 1].attn_norm_D
-            convs = (
-                (self._attend, w.attn_conv_D_4, state.attn_conv_L_N_3_D, w.mlp_norm_D),
-                (self._mlp, w.mlp_conv_D_4, state.mlp_conv_L_N_3_D, next_norm_D),
+        h_T_D = rms_norm(residual_T_D, self.weights.layers[0].attn_norm_D, eps=self.config.norm_eps)
+        for layer in self.config.layers:
+            h_T_D = self.layer(state, layer, step, h_T_D, residual_T_D)
+        return h_T_D
+
+    def layer(
+        self, state: ModelState, layer: int, step: Pass, h_T_D: Tensor, residual_T_D: Tensor
+    ) -> Tensor:
+        """One layer of a pass: adds to `residual` in place.
+
+        h is the residual under this layer's first norm; the result is what the next layer takes, or
+        after the last one the final-norm hidden states.
+        """
+        layers = self.weights.layers
+        w, last = layers[layer], layer + 1 == len(layers)
+        next_norm_D = self.weights.norm_D if last else layers[layer + 1].attn_norm_D
+        convs = (
+            (self._attend, w.attn_conv_D_4, state.attn_conv_L_N_3_D, w.mlp_norm_D),
+            (self._mlp, w.mlp_conv_D_4, state.mlp_conv_L_N_3_D, next_norm_D),
+        )
+        for mix, conv_D_4, taps_L_N_3_D, norm_D in convs:
+            h_T_D = short_conv(
+                mix(state, layer, step, h_T_D),
+                conv_D_4,
+                taps_L_N_3_D[layer],
+                step.start_S1,
+                step.slot_S,
+                residual_T_D=residual_T_D,
+                norm_weight_D=norm_D,
+                eps=self.config.norm_eps,
             )
-            for mix, conv_D_4, taps_L_N_3_D, norm_D in convs:
-                h_T_D = short_conv(
-                    mix(state, layer, step, h_T_D),
-                    conv_D_4,
-                    taps_L_N_3_D[layer],
-                    step.start_S1,
-                    step.slot_S,
-                    residual_T_D=residual_T_D,
-                    norm_weight_D=norm_D,
-                    eps=eps,
-                )
         return h_T_D
 
     def logits(self, h_T_D: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Shares nothing with the streaming path but the weights, so that each checks the 
 """
 
 # Dimension key: T tokens, D model width, H query heads, G KV heads, C head width, B d_rel,
-# X extent, V vocabulary.
+# X extent, V vocabulary, E routed experts, Z shared experts, A = E + Z.
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import HeadSpec, ModelConfig
-from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+from .weights import AttentionWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
 
 
 def full_forward(
@@ -31,20 +31,42 @@ def full_forward(
     """
     x_T_D = x_T_D.to(dtype)
     for layer, w in enumerate(weights.layers):
-        heads = config.heads(layer)
-        h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
-        h_T_D = _attention(config, heads, w.attention, h_T_D, dropped_T_T)
-        x_T_D = x_T_D + _short_conv(h_T_D, w.attn_conv_D_4)
-        h_T_D = _rms_norm(x_T_D, w.mlp_norm_D, config.norm_eps)
-        if isinstance(w.mlp, DenseWeights):
-            h_T_D = _swiglu(h_T_D, w.mlp.w13_J_D, w.mlp.w2_D_F) * w.mlp.scale_1.to(dtype)
-        else:
-            h_T_D = _experts(config, w.mlp, h_T_D)
-        x_T_D = x_T_D + _short_conv(h_T_D, w.mlp_conv_D_4)
+        x_T_D = full_attention(config, layer, w, x_T_D, dropped_T_T)
+        x_T_D = full_mlp(config, w, x_T_D)
     h_T_D = _rms_norm(x_T_D, weights.norm_D, config.norm_eps)
     logits_T_V = F.linear(h_T_D / config.logits_divisor, weights.unembed_V_D.to(dtype))
     logits_T_V[:, config.vocab.num_valid :] = float("-inf")
     return logits_T_V
+
+
+def full_attention(
+    config: ModelConfig,
+    layer: int,
+    w: LayerWeights,
+    x_T_D: Tensor,
+    dropped_T_T: Tensor | None = None,
+) -> Tensor:
+    """The residual stream [T, D] after a layer's first half, in x's dtype."""
+    h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
+    h_T_D = _attention(config, config.heads(layer), w.attention, h_T_D, dropped_T_T)
+    return x_T_D + _short_conv(h_T_D, w.attn_conv_D_4)
+
+
+def full_mlp(config: ModelConfig, w: LayerWeights, x_T_D: Tensor) -> Tensor:
+    """The residual stream [T, D] after a layer's second half."""
+    h_T_D = _rms_norm(x_T_D, w.mlp_norm_D, config.norm_eps)
+    if isinstance(w.mlp, DenseWeights):
+        h_T_D = _swiglu(h_T_D, w.mlp.w13_J_D, w.mlp.w2_D_F) * w.mlp.scale_1.to(x_T_D.dtype)
+    else:
+        h_T_D = _experts(config, w.mlp, h_T_D)
+    return x_T_D + _short_conv(h_T_D, w.mlp_conv_D_4)
+
+
+def expert_scores(config: ModelConfig, w: LayerWeights, x_T_D: Tensor) -> Tensor:
+    """[T, E]: by what a sparse layer's second half chooses experts for the stream it is given."""
+    assert isinstance(w.mlp, MoeWeights)
+    h_T_D = _rms_norm(x_T_D, w.mlp_norm_D, config.norm_eps)
+    return _route(config, w.mlp, h_T_D)[0]
 
 
 def _attention(
@@ -91,10 +113,8 @@ def _attention(
 
 def _experts(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> Tensor:
     spec, dtype = config.experts, x_T_D.dtype
-    logits_T_A = F.linear(x_T_D, w.gate_A_D.to(dtype))
-    routed_T_E, shared_T_Z = logits_T_A.split([spec.num_experts, spec.num_shared], dim=1)
+    score_T_E, routed_T_E, shared_T_Z = _route(config, w, x_T_D)
     # A stable sort keeps the lowest id first among equal scores.
-    score_T_E = routed_T_E.sigmoid() + w.bias_E.to(dtype)
     chosen_T_K = score_T_E.sort(dim=1, descending=True, stable=True).indices[:, : spec.top_k]
     both = torch.cat([routed_T_E.gather(1, chosen_T_K), shared_T_Z], dim=1)
     weight = F.logsigmoid(both).softmax(dim=1) * spec.route_scale * w.scale_1.to(dtype)
@@ -108,6 +128,14 @@ def _experts(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> Tensor:
         y_T_D = _swiglu(x_T_D, w.shared_w13_Z_J_D[z], w.shared_w2_Z_D_F[z])
         out_T_D += y_T_D * weight[:, spec.top_k + z, None]
     return out_T_D
+
+
+def _route(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(score [T, E], logits [T, E], logits of the shared experts [T, Z])"""
+    spec, dtype = config.experts, x_T_D.dtype
+    logits_T_A = F.linear(x_T_D, w.gate_A_D.to(dtype))
+    routed_T_E, shared_T_Z = logits_T_A.split([spec.num_experts, spec.num_shared], dim=1)
+    return routed_T_E.sigmoid() + w.bias_E.to(dtype), routed_T_E, shared_T_Z
 
 
 def _swiglu(x_T_D: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
