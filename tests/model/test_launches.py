@@ -1,45 +1,16 @@
-"""What one output step asks of the device, counted from the log of its ops.
-
-On a GPU each op is the launches given here; whatever else is in the log is a launch of torch's own,
-but for views and questions to the host.
-"""
+"""What one output step asks of the device, counted from the log of its ops."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import torch
 from small_model import small_config
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tml_kernels.kv_cache import PageClass
+from tml_kernels.testing import LAUNCHES, count_launches, log_ops
 from tml_runtime.model import InteractionModel
 from tml_runtime.model.passes import plan_passes
-
-LAUNCHES = {
-    "embed_tokens": 1,
-    "rms_norm": 1,
-    "linear": 1,
-    "attention_prologue": 1,
-    "paged_attention": 1,
-    "short_conv": 1,
-    "route": 1,
-    "expert_mlp": 2,  # gate-up, down
-}
-VIEWS = {"view", "select", "slice", "unflatten", "expand", "t", "alias", "is_set_to"}
-
-
-class OpLog(TorchDispatchMode):
-    """Names of the ops that are called, those inside of our own ops left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def log_of_a_step() -> tuple[InteractionModel, Counter[str]]:
@@ -55,10 +26,11 @@ def log_of_a_step() -> tuple[InteractionModel, Counter[str]]:
     step = plan_passes(state, [1, 0], runs)[0]
     token_S = torch.tensor([3, 4], dtype=torch.int32)
     levels_S_F_B = torch.zeros(2, 1, 80, dtype=torch.uint8)
-    with OpLog() as log:
-        model.backbone.run(state, model.frontend.embed_step(token_S, levels_S_F_B), step)
+    log = log_ops(
+        lambda: model.backbone.run(state, model.frontend.embed_step(token_S, levels_S_F_B), step)
+    )
     state.commit([1, 0])
-    return model, Counter(op for op in log.ops if op not in VIEWS)
+    return model, log
 
 
 def test_launches_of_an_output_step() -> None:
@@ -76,8 +48,7 @@ def test_launches_of_an_output_step() -> None:
         "route": num_sparse,
         "expert_mlp": num_sparse,
     }
-    launches = sum(LAUNCHES[op] * count for op, count in ours.items()) - 2
-    assert launches == 8 * num_dense + 9 * num_sparse
-    # What else torch launches does not grow with the layers; buffers are allocated.
-    torchs_own = {op: n for op, n in log.items() if op not in LAUNCHES and "empty" not in op}
+    assert count_launches(ours) - 2 == 8 * num_dense + 9 * num_sparse
+    # What else torch launches does not grow with the layers.
+    torchs_own = {op: n for op, n in log.items() if op not in LAUNCHES}
     assert torchs_own == {"arange": 1, "full_like": 1, "clone": 1}

@@ -5,3 +5,6 @@ from .compare import assert_matches as assert_matches
 from .compare import relative_l2 as relative_l2
 from .cost import Cost as Cost
 from .inputs import randn as randn
+from .launches import LAUNCHES as LAUNCHES
+from .launches import count_launches as count_launches
+from .launches import log_ops as log_ops
