@@ -65,7 +65,8 @@ class OpBench(Generic[CaseT]):
     quick: what is timed where time is short, of cases that are slow to make or to compile; the
     edge cases are then left to the tests. sets: how many input sets to rotate among even where one
     alone exceeds the L2, memory allowing: layers of a model have weights of their own. graph_calls:
-    how many calls one graph has.
+    how many calls one graph has. launches: counts the kernels that a call of ours launches, of a
+    block of several ops.
     """
 
     name: str
@@ -78,6 +79,7 @@ class OpBench(Generic[CaseT]):
     quick: Sequence[CaseT] = ()
     sets: int = 1
     graph_calls: int = GRAPH_CALLS
+    launches: Callable[[Call], int] | None = None
 
     def timed(self, *, quick: bool) -> Sequence[CaseT]:
         return self.quick if quick and self.quick else self.bench
@@ -159,6 +161,7 @@ class CaseResult:
     graph_l2: str = "warm"
     graph_sets: int = 0
     graph_calls: int = 0
+    launches: int | None = None
     noise: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -194,10 +197,11 @@ def time_case(
     device: str = "cuda",
     sets: int = 1,
     graph_calls: int = GRAPH_CALLS,
+    launches: Callable[[Call], int] | None = None,
 ) -> CaseResult:
     """Time every variant of one case; a variant that fails or differs from ours is left out.
 
-    sets, graph_calls: see `OpBench`.
+    sets, graph_calls, launches: see `OpBench`.
     """
     cost = case.cost()
     result = CaseResult(
@@ -216,6 +220,8 @@ def time_case(
     calls = _bind_all(variants, inputs, num_sets, result, large=3 * l2_bytes, device=device)
     _fill(result, "cold_us", timer.events(calls, repeats))
     _fill(result, "graph_us", timer.graph(calls, repeats, at_least=graph_calls))
+    if launches is not None:
+        result.launches = launches(calls["ours"][0])
     result.graph_sets = len(calls["ours"])
     result.graph_calls = -(-graph_calls // result.graph_sets) * result.graph_sets
     result.graph_l2 = "cold" if result.graph_sets * touched > 2 * l2_bytes else "warm"

@@ -139,6 +139,7 @@ def _time(
             repeats=10 if args.smoke else 60,
             sets=op.sets,
             graph_calls=op.graph_calls,
+            launches=op.launches,
         )
         result["results"].append(timed.to_json())
         result["clocks"]["after"] = clocks()
@@ -185,4 +186,6 @@ def show_case(case: dict[str, Any]) -> str:
         f"  floor {case['floor_us']:.2f} us; same code timed twice: {noise} apart; "
         f"graph of {case['graph_calls']} calls round {case['graph_sets']} input sets"
     )
+    if case["launches"] is not None:
+        last += f"; {case['launches']} launches a call of ours"
     return "\n".join(["", text_table(head, rows), last, *skipped])
