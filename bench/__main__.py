@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import sys
 
-from .paths import add_source_roots, bench_names
+from .paths import ROOT, add_source_roots, bench_names
 
 COMMANDS = {
     "compile": "compile every Triton kernel, no GPU needed; registers and spills against the table",
@@ -29,8 +30,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     for name in bench_names():
         text = f"check and time {name} beside its peers"
-        op.add_arguments(commands.add_parser(name, help=text, description=op.__doc__))
+        about = commands.add_parser(name, help=text, description=op.__doc__, epilog=_about(name))
+        op.add_arguments(about)
     return parser
+
+
+def _about(name: str) -> str | None:
+    """What bench_<name>.py says of itself, without importing it."""
+    source = (ROOT / "bench" / f"bench_{name}.py").read_text()
+    return ast.get_docstring(ast.parse(source))
 
 
 def main(argv: list[str] | None = None) -> int:
