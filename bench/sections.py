@@ -26,6 +26,7 @@ INFO = "import json, tml_kernels; print(json.dumps(tml_kernels.backend_info()))"
 LEFT_OUT = ("tests/bench", "tests/demo", "tests/test_build.py", "tests/test_readme.py")
 SHARES = {  # of the time for the times of all ops; 1 for the others
     "expert_mlp": 5.0,
+    "layer": 3.0,
     "moe": 3.0,
     "paged_attention": 4.0,
     **dict.fromkeys(("apply_deltas", "move_pages", "plan_pages", "shift_keys"), 0.5),

@@ -31,9 +31,17 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert command in capsys.readouterr().out
 
 
+def test_help_of_an_op_says_what_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["layer", "--help"])
+    text = capsys.readouterr().out
+    assert "--seconds" in text
+    assert "one decoder layer as the model runs it" in text
+
+
 def test_every_op_is_benched() -> None:
     assert benched_ops() == op_names()
-    assert set(bench_names()) - set(op_names()) == {"moe"}  # a block of several ops
+    assert set(bench_names()) - set(op_names()) == {"moe", "layer"}  # blocks of several ops
 
 
 @pytest.mark.parametrize("name", bench_names())
@@ -44,7 +52,7 @@ def test_bench_of_an_op_is_complete(name: str) -> None:
     assert op.model
     assert op.bench
     assert "ours" in op.variants
-    assert len(op.variants) > 1, "nothing to compare with"
+    assert len(op.variants) + len(op.peers) > 1, "nothing to compare with"
     assert len({str(case) for case in op.bench}) == len(op.bench), "two cases have one name"
     assert set(op.quick) <= set(op.bench)
     for case in op.bench:

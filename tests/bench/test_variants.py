@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import harness
+from bench import bench_layer, harness
 from bench.harness import CaseResult, Variant
 from bench.paths import bench_names
 from tml_kernels.ops.patch_embed.cases import TINY
@@ -20,6 +20,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "linear": {"width": 64, "rows": 96},
     "patch_embed": {"model_width": 64, "spec": TINY},
     "sample": {"vocabulary": 320, "num_hidden": 20},
+    "layer": {"config": bench_layer.SHORT, "context": 40},
     "flow_head": {"model_width": 64, "width": 64},
 }
 # Unchecked on a GPU, where two right answers may differ; on this input they do not.
