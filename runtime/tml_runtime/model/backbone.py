@@ -21,6 +21,7 @@ from tml_kernels.ops.short_conv import short_conv
 
 from .config import ModelConfig
 from .passes import Pass, plan_passes
+from .scratch import Scratch
 from .state import ModelState, Run
 from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
 
@@ -135,11 +136,13 @@ class Backbone:
             )
         return h_T_D
 
-    def logits(self, h_T_D: Tensor) -> Tensor:
+    def logits(self, h_T_D: Tensor, scratch: Scratch | None = None) -> Tensor:
         """float32 [T, V] of final-norm hidden states; columns that are no token are -inf."""
+        weight_V_D = self.weights.unembed_V_D
         return linear(
             h_T_D,
-            self.weights.unembed_V_D,
+            weight_V_D,
+            scratch_B=scratch.linear(h_T_D, weight_V_D) if scratch is not None else None,
             scale=1.0 / self.config.logits_divisor,
             num_valid=self.config.vocab.num_valid,
             out_dtype=torch.float32,
@@ -154,7 +157,8 @@ class Backbone:
             None if scale is None else scale[i]
             for scale in (pages.k_scale_L_P_G_R, pages.v_scale_L_P_G_R)
         )
-        qkvr_T_J = linear(x_T_D, w.qkvr_J_D)
+        scratch = state.scratch
+        qkvr_T_J = linear(x_T_D, w.qkvr_J_D, scratch_B=scratch.linear(x_T_D, w.qkvr_J_D))
         q_T_H_C = attention_prologue(
             qkvr_T_J,
             w.k_conv_W_4,
@@ -173,32 +177,38 @@ class Backbone:
             v_scale_P_G_R=v_scale,
         )
         rel_T_HB = qkvr_T_J[:, -heads.num_heads * config.d_rel :]
+        rel_T_H_B = rel_T_HB.unflatten(1, (heads.num_heads, config.d_rel))
+        k_pages_P_G_R_C, plan = pages.k_pages_L_P_G_R_C[i], step.plans[g]
         is_global = heads.window is None
         attended_T_H_C = paged_attention(
             q_T_H_C,
-            pages.k_pages_L_P_G_R_C[i],
+            k_pages_P_G_R_C,
             pages.v_pages_L_P_G_R_C[i],
-            step.plans[g],
+            plan,
             step.start_S1,
             step.length_S,
             row_position_P_R=pages.row_position_P_R,
             span=pages.spec.span if is_global else None,
             scale=1.0 / heads.head_width,
             window=heads.window,
-            rel_T_H_B=rel_T_HB.unflatten(1, (heads.num_heads, config.d_rel)),
+            rel_T_H_B=rel_T_H_B,
             rel_table_B_X=w.rel_table_B_X,
             tau_floor=config.tau_floor if is_global else None,
             tau_alpha=config.tau_alpha,
             k_scale_P_G_R=k_scale,
             v_scale_P_G_R=v_scale,
+            scratch_B=scratch.attention(q_T_H_C, k_pages_P_G_R_C, plan, heads.window, rel_T_H_B),
         )
-        return linear(attended_T_H_C.flatten(1), w.out_D_I)
+        attended_T_I = attended_T_H_C.flatten(1)
+        return linear(attended_T_I, w.out_D_I, scratch_B=scratch.linear(attended_T_I, w.out_D_I))
 
     def _mlp(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
         w = self.weights.layers[layer].mlp
         if isinstance(w, DenseWeights):
-            hidden_T_F = linear(x_T_D, w.w13_J_D, activation="swiglu")
-            return linear(hidden_T_F, w.w2_D_F, scale=self._dense_scale[layer])
+            scratch_B = state.scratch.linear(x_T_D, w.w13_J_D)
+            hidden_T_F = linear(x_T_D, w.w13_J_D, activation="swiglu", scratch_B=scratch_B)
+            scratch_B = state.scratch.linear(hidden_T_F, w.w2_D_F)
+            return linear(hidden_T_F, w.w2_D_F, scale=self._dense_scale[layer], scratch_B=scratch_B)
         assert isinstance(w, MoeWeights)
         experts = self.config.experts
         return moe_layer(

@@ -90,11 +90,11 @@ class Speaker:
         """
         slot_S = steps[0].slot_S.long()
         drawing = Drawing.of(state, slot_S)
-        said = [self._say(h_S_D, drawing, 0)]
+        said = [self._say(state, h_S_D, drawing, 0)]
         for k, step in enumerate(steps[1:], start=1):
             x_S_D = self.frontend.embed_step(said[-1].token_S, said[-1].levels_S_F_B)
             h_S_D = self.backbone.run(state, x_S_D, step)
-            said.append(self._say(h_S_D, drawing, k))
+            said.append(self._say(state, h_S_D, drawing, k))
         state.token_N[slot_S] = said[-1].token_S.long()
         state.levels_N_F_B[slot_S] = said[-1].levels_S_F_B
         state.draws_N[slot_S] = drawing.draws_S + len(said)
@@ -104,17 +104,19 @@ class Speaker:
             fault_S=torch.stack([step.fault_S for step in said]).any(0),
         )
 
-    def _say(self, h_S_D: Tensor, drawing: Drawing, k: int) -> Step:
+    def _say(self, state: ModelState, h_S_D: Tensor, drawing: Drawing, k: int) -> Step:
         config, dmel = self.config, self.config.layout.dmel
         counter_S = drawing.draws_S + k
+        logits_S_V = self.backbone.logits(h_S_D, state.scratch)
         token_S, fault_S = sample(
-            self.backbone.logits(h_S_D),
+            logits_S_V,
             drawing.temperature_S,
             drawing.top_k_S,
             drawing.top_p_S,
             drawing.seed_S,
             counter_S,
             fallback=config.vocab.silence,
+            scratch_M=state.scratch.sample(logits_S_V),
         )
         mel_S_FB = flow_head(
             h_S_D,

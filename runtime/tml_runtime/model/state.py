@@ -23,6 +23,7 @@ from tml_kernels.kv_cache import (
 )
 
 from .config import HeadSpec, ModelConfig
+from .scratch import Scratch
 
 CONV_TAPS = 3  # tokens before the current one that a convolution of four taps sees
 PAGE_ROWS = 64
@@ -89,6 +90,7 @@ class ModelState:
     max_append: int  # the longest block one pass over the layers takes; longer ones are cut
     cache: RollingKVCache
     groups: tuple[LayerState, ...]
+    scratch: Scratch
     _sessions: list[Session]  # by slot
     _dropped: list[int]  # pages by class, since take_dropped
     attn_conv_L_N_3_D: Tensor
@@ -159,7 +161,10 @@ class ModelState:
         assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
         dropped = [0] * len(CLASSES)
-        return cls(config, budget, max_append, cache, groups, sessions, dropped, **tensors)
+        scratch = Scratch(device)
+        return cls(
+            config, budget, max_append, cache, groups, scratch, sessions, dropped, **tensors
+        )  # fmt: skip
 
     @property
     def num_slots(self) -> int:

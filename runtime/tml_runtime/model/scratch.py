@@ -1,0 +1,61 @@
+"""What kernels keep from call to call."""
+
+# Dimension key: T tokens, D input width, F rows of a weight, H heads, C head width, P pages,
+# G KV heads, R rows in a page, B features, S session rows, V vocabulary.
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tml_kernels._page_plan import PagePlan
+from tml_kernels.ops.linear import configs as linear_configs
+from tml_kernels.ops.paged_attention import configs as attention_configs
+from tml_kernels.ops.sample import configs as sample_configs
+from tml_kernels.quant import PackedExperts
+
+
+class Scratch:
+    """One buffer for each op, which its calls share in stream order: counters, which they leave at
+    zero, and room for partial sums. Without it every call allocates and clears its own.
+
+    A buffer grows to the largest call so far; a captured graph keeps the one it was captured with,
+    so the largest call comes first. For one stream at a time. None on a CPU: ops need none there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def linear(self, x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Tensor | None:
+        """uint8, for `linear`."""
+        problem = linear_configs.problem_of(x_T_D, weight_F_D)
+        return self._at_least("linear", linear_configs.scratch_bytes(problem), torch.uint8)
+
+    def attention(
+        self,
+        q_T_H_C: Tensor,
+        k_pages_P_G_R_C: Tensor,
+        plan: PagePlan,
+        window: int | None,
+        rel_T_H_B: Tensor | None,
+    ) -> Tensor | None:
+        """uint8, for `paged_attention`."""
+        problem = attention_configs.problem_of(
+            q_T_H_C, k_pages_P_G_R_C, plan.page_S_M, window, rel_T_H_B
+        )
+        size = attention_configs.scratch_bytes(problem)
+        return self._at_least("paged_attention", size, torch.uint8)
+
+    def sample(self, logits_S_V: Tensor) -> Tensor | None:
+        """int32, for `sample`."""
+        size = sample_configs.scratch_words(*logits_S_V.shape)
+        return self._at_least("sample", size, torch.int32)
+
+    def _at_least(self, op: str, size: int, dtype: torch.dtype) -> Tensor | None:
+        if self._device.type == "cpu" or size == 0:
+            return None
+        buffer = self._buffers.get(op)
+        if buffer is None or buffer.numel() < size:
+            buffer = self._buffers[op] = torch.zeros(size, dtype=dtype, device=self._device)
+        return buffer
