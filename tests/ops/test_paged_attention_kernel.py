@@ -274,7 +274,7 @@ def make_problem(**changes: Any) -> Problem:
 
 def test_choice() -> None:
     assert choose_config(make_problem(num_tokens=32, num_rows=32)) is ALONE
-    assert choose_config(make_problem(num_tokens=1, num_rows=1, page_dtype=FP8)) is ALONE_WIDE
+    assert choose_config(make_problem(num_tokens=1, num_rows=1, page_dtype=FP8)) is ALONE
     assert choose_config(make_problem(num_tokens=1, num_rows=1, head_width=256)) is ALONE_WIDE
     assert choose_config(make_problem(num_tokens=33, num_rows=32)) is SMALL
     assert choose_config(make_problem(num_tokens=500)) is LARGE

@@ -49,7 +49,7 @@ def launch_expert_mlp(
         "SCHEDULED": schedule is not None,
         "QUANTIZE_X": quantize_x,
     }
-    config = _config(weights.w13, shared.w13, block_n)
+    config = _config(weights.w13, shared.w13, block_n, schedule is None)
     programs = shared_blocks * triton.cdiv(shared.expert_width, HALF_M)
     programs += routed_blocks * triton.cdiv(weights.expert_width, HALF_M)
     gate_up_kernel[(programs,)](
@@ -59,7 +59,7 @@ def launch_expert_mlp(
         **common, **_gate_up_constexprs(weights, activation), **_tile(config),
     )  # fmt: skip
 
-    config = _config(weights.w2, shared.w2, block_n)
+    config = _config(weights.w2, shared.w2, block_n, schedule is None)
     programs = (shared_blocks + routed_blocks) * triton.cdiv(width, BLOCK_M)
     down_kernel[(programs,)](
         h, *_matrices(weights, "w2"), *ids, routing.weight_T_K, routing.shared_weight_T_Z, *tables,
@@ -87,8 +87,8 @@ def _tables(schedule: Schedule | None) -> tuple[Tensor | None, ...]:
     return (schedule.num_blocks_1, schedule.begin_B1, schedule.expert_B, schedule.order_A)
 
 
-def _config(routed: PackedExperts, shared: PackedExperts, block_n: int) -> Config:
-    return choose_config(Problem(kind_of(routed), kind_of(shared), block_n))
+def _config(routed: PackedExperts, shared: PackedExperts, block_n: int, alone: bool) -> Config:
+    return choose_config(Problem(kind_of(routed), kind_of(shared), block_n, alone))
 
 
 def _tile(config: Config) -> dict[str, int]:

@@ -87,7 +87,7 @@ def aot_specs() -> list[AotSpec]:
 
 
 def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
-    config = choose_config(Problem(shape.routed, shape.shared, block_n))
+    config = choose_config(Problem(shape.routed, shape.shared, block_n, not shape.scheduled))
     constexprs: dict[str, Any] = {
         "K": shape.top_k,
         "Z": shape.num_shared,
