@@ -117,13 +117,14 @@ class Sampling:
     temperature: float
     top_k: int
     top_p: float
+    min_p: float
     seed: int
 
     def __post_init__(self) -> None:
         for name in ("top_k", "seed"):
             if type(getattr(self, name)) is not int:
                 raise InputTypeError(f"{name}={getattr(self, name)!r}: expected an int")
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "min_p"):
             if type(getattr(self, name)) not in (int, float):
                 raise InputTypeError(f"{name}={getattr(self, name)!r}: expected a float")
         if not 0.0 <= self.temperature < math.inf:
@@ -132,5 +133,7 @@ class Sampling:
             raise InputValueError(f"top_k={self.top_k} is not in 0..2**31-1 (0: off)")
         if not 0.0 < self.top_p <= 1.0:
             raise InputValueError(f"top_p={self.top_p} is not in (0, 1] (1: off)")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise InputValueError(f"min_p={self.min_p} is not in 0..1 (0: off)")
         if not -(2**63) <= self.seed < 2**63:
             raise InputValueError(f"seed={self.seed} does not fit 64 bits")

@@ -129,10 +129,12 @@ class Runtime:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int | None = None,
     ) -> Session:
         """A new session; its media clock starts with the next window that begins.
 
+        temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; see `tml_kernels.sample`.
         Before `start`, that is the first one. Without a seed, it is the runtime's and how many were
         opened before that decide. Raises ResourceExhausted when every slot is taken.
         """
@@ -141,7 +143,7 @@ class Runtime:
             if seed is None:
                 words = np.random.SeedSequence([self._seed, self._num_opened])
                 seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
-            sampling = Sampling(temperature, top_k, top_p, seed)
+            sampling = Sampling(temperature, top_k, top_p, min_p, seed)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
                 self._release()
             period_ns = self._spec.window_ns

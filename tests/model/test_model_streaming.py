@@ -355,6 +355,8 @@ def test_a_state_of_another_model_is_refused() -> None:
         (lambda model: model.new_state(1).set_sampling(0, top_k=-1), "top_k=-1"),
         (lambda model: model.new_state(1).set_sampling(0, top_p=0.0), "top_p=0.0"),
         (lambda model: model.new_state(1).set_sampling(0, top_p=1.5), "top_p=1.5"),
+        (lambda model: model.new_state(1).set_sampling(0, min_p=-0.1), "min_p=-0.1"),
+        (lambda model: model.new_state(1).set_sampling(0, min_p=float("nan")), "min_p=nan"),
         (lambda model: model.new_state(1).set_sampling(0, seed=2**63), "seed="),
         (lambda model: model.new_state(1).set_sampling(3, seed=1), "slot=3"),
     ],

@@ -270,6 +270,21 @@ def test_guided_speech_differs_from_unguided() -> None:
     assert not torch.allclose(plain.mel_S_K_B, guided.mel_S_K_B, atol=1e-2)
 
 
+def test_min_p_of_one_is_greedy_and_of_one_session_alone() -> None:
+    """It keeps what is as likely as the best: the best."""
+    model = InteractionModel.random(CONFIG)
+    tick = make_tick({slot: Client(CONFIG, 1).next() for slot in (0, 1, 2)})
+    said = []
+    for settings in ({"min_p": 1.0}, {"temperature": 0.0}):
+        state = model.new_state(6)
+        state.set_sampling(0, seed=1, **settings)
+        for slot in (1, 2):
+            state.set_sampling(slot, seed=slot)
+        said.append(model.tick(state, tick).token_S_K)
+    assert torch.equal(said[0], said[1])
+    assert not torch.equal(said[0][0], said[0][1])  # the others draw
+
+
 @pytest.mark.gpu
 def test_gpu_tick_follows_the_cpu() -> None:
     """The same weights on both; a first greedy tick, before a different token can be drawn."""

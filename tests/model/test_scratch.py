@@ -40,6 +40,15 @@ def test_ops_do_not_share_a_buffer() -> None:
     assert linear is not sample and sample is not None and sample.dtype == torch.int32
 
 
+def test_sample_has_a_buffer_for_each_number_of_rows() -> None:
+    """Its counters are zero between calls of one shape only."""
+    scratch = Scratch(META)
+    logits = torch.empty(8, 200_000, device=META)
+    eight = scratch.sample(logits)
+    assert scratch.sample(logits[:3]) is not eight
+    assert scratch.sample(logits) is eight
+
+
 def test_a_call_that_needs_none_gets_none() -> None:
     """As many rows as fill the chip are summed by one program each."""
     x = torch.empty(1, 4096, dtype=torch.bfloat16, device=META)

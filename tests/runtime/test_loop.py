@@ -331,14 +331,15 @@ def test_two_runs_give_the_same_bytes(seed: int) -> None:
 def test_sessions_draw_from_different_seeds_unless_given_one() -> None:
     runtime, _ = make_runtime(num_slots=3)
     with runtime:
-        options = {"seed": 11, "temperature": 0.5, "top_k": 3, "top_p": 0.25}
+        options = {"seed": 11, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125}
         sessions = [runtime.open_session(), runtime.open_session()]
         sessions.append(runtime.open_session(**options))
         runtime.run_ticks(1)
         sampling = runtime._state.sampling
     assert sampling[2] == options
     assert sampling[0].pop("seed") != sampling[1].pop("seed")
-    assert sampling[0] == sampling[1] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    default = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert sampling[0] == sampling[1] == default
 
 
 def test_a_tick_that_raises_ends_the_loop_and_says_why() -> None:

@@ -215,6 +215,8 @@ def test_a_stopped_runtime_takes_nothing_but_gives_what_is_there() -> None:
         ({"top_k": 1.0}, errors.InputTypeError, "top_k=1.0"),
         ({"top_k": -1}, errors.InputValueError, "top_k=-1"),
         ({"top_p": 0.0}, errors.InputValueError, "top_p=0.0"),
+        ({"min_p": 1.5}, errors.InputValueError, "min_p=1.5"),
+        ({"min_p": "0"}, errors.InputTypeError, "min_p='0'"),
         ({"seed": 2**63}, errors.InputValueError, "64 bits"),
         ({"seed": True}, errors.InputTypeError, "seed=True"),
     ],

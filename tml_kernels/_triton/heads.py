@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .e4m3 import to_e4m3
+
 
 @triton.jit
 def heads(block, H: tl.constexpr, C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
@@ -65,22 +67,6 @@ def rotate(x_h_b_2, phase_ptr, position, C: tl.constexpr, BLOCK_B: tl.constexpr)
     turned_low_h_b = low_h_b * cos_b[None, :] - high_h_b * sin_b[None, :]
     turned_high_h_b = high_h_b * cos_b[None, :] + low_h_b * sin_b[None, :]
     return tl.join(turned_low_h_b, turned_high_h_b)
-
-
-@triton.jit
-def to_e4m3(x):
-    """The bytes of float32 values, rounded to nearest, ties to even; beyond 448 is 448, NaN is NaN.
-
-    In whole numbers, for chips without the instruction and for the interpreter.
-    """
-    bits = x.to(tl.uint32, bitcast=True)
-    size = bits & 0x7FFFFFFF
-    normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - 0x3C0  # 120 off the exponent
-    # 2^14 has its last place at 2^-9, the smallest subnormal.
-    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
-    code = tl.minimum(tl.where(size < 0x3C800000, small, normal), 0x7E)
-    code = tl.where(size > 0x7F800000, 0x7F, code)
-    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

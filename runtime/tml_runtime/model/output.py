@@ -52,6 +52,7 @@ class Drawing(NamedTuple):
     temperature_S: Tensor
     top_k_S: Tensor
     top_p_S: Tensor
+    min_p_S: Tensor | None
     seed_S: Tensor
     draws_S: Tensor
 
@@ -61,6 +62,7 @@ class Drawing(NamedTuple):
             state.temperature_N[slot_S],
             state.top_k_N[slot_S],
             state.top_p_N[slot_S],
+            state.min_p_N[slot_S] if state.uses_min_p else None,
             state.seed_N[slot_S],
             state.draws_N[slot_S],
         )
@@ -116,6 +118,7 @@ class Speaker:
             drawing.seed_S,
             counter_S,
             fallback=config.vocab.silence,
+            min_p_S=drawing.min_p_S,
             scratch_M=state.scratch.sample(logits_S_V),
         )
         mel_S_FB = flow_head(

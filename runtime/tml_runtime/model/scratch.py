@@ -48,14 +48,15 @@ class Scratch:
         return self._at_least("paged_attention", size, torch.uint8)
 
     def sample(self, logits_S_V: Tensor) -> Tensor | None:
-        """int32, for `sample`."""
-        size = sample_configs.scratch_words(*logits_S_V.shape)
-        return self._at_least("sample", size, torch.int32)
+        """int32, for `sample`: where its counters lie depends on S, so each S has its own."""
+        num_rows, vocabulary = logits_S_V.shape
+        size = sample_configs.scratch_words(num_rows, vocabulary)
+        return self._at_least(f"sample of {num_rows}", size, torch.int32)
 
-    def _at_least(self, op: str, size: int, dtype: torch.dtype) -> Tensor | None:
+    def _at_least(self, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
         if self._device.type == "cpu" or size == 0:
             return None
-        buffer = self._buffers.get(op)
+        buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[op] = torch.zeros(size, dtype=dtype, device=self._device)
+            buffer = self._buffers[name] = torch.zeros(size, dtype=dtype, device=self._device)
         return buffer

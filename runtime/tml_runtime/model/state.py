@@ -91,6 +91,7 @@ class ModelState:
     cache: RollingKVCache
     groups: tuple[LayerState, ...]
     scratch: Scratch
+    _min_p_slots: set[int]  # that ever drew with min-p
     _sessions: list[Session]  # by slot
     _dropped: list[int]  # pages by class, since take_dropped
     attn_conv_L_N_3_D: Tensor
@@ -102,6 +103,7 @@ class ModelState:
     temperature_N: Tensor  # float32, 0: greedy
     top_k_N: Tensor  # int32, 0: off
     top_p_N: Tensor  # float32, 1: off
+    min_p_N: Tensor  # float32, 0: off
     seed_N: Tensor  # int64
 
     @classmethod
@@ -142,6 +144,7 @@ class ModelState:
             "temperature_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
             "top_k_N": _setting(zeros(num_slots, dtype=torch.int32), 0),
             "top_p_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
+            "min_p_N": _setting(zeros(num_slots, dtype=torch.float32), 0.0),
             "seed_N": _setting(zeros(num_slots, dtype=torch.int64), 0),
         }
         convs = [
@@ -163,12 +166,17 @@ class ModelState:
         dropped = [0] * len(CLASSES)
         scratch = Scratch(device)
         return cls(
-            config, budget, max_append, cache, groups, scratch, sessions, dropped, **tensors
+            config, budget, max_append, cache, groups, scratch, set(), sessions, dropped, **tensors
         )  # fmt: skip
 
     @property
     def num_slots(self) -> int:
         return len(self._sessions)
+
+    @property
+    def uses_min_p(self) -> bool:
+        """Whether any slot ever drew with min-p: else draws are spared the option."""
+        return bool(self._min_p_slots)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -229,6 +237,8 @@ class ModelState:
             self._sessions[slot] = self.cache.open(self.budget.pages())
             raise
         assert self._sessions[slot].slot == slot
+        if self.min_p_N[slot] > 0.0:
+            self._min_p_slots.add(slot)
 
     def reserve(self, slot: int, runs: Sequence[Run]) -> None:
         """Begin the slot's transaction; brings it back if it was suspended. Raises CacheError."""
@@ -260,6 +270,7 @@ class ModelState:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        min_p: float = 0.0,
         seed: int = 0,
     ) -> None:
         """How a slot draws its tokens and its speech. The default is the model's distribution."""
@@ -270,11 +281,16 @@ class ModelState:
             raise ValueError(f"top_k={top_k} is not in 0..2**31-1 (0: off)")
         if not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p={top_p} is not in (0, 1] (1: off)")
+        if not 0.0 <= min_p <= 1.0:
+            raise ValueError(f"min_p={min_p} is not in 0..1 (0: off)")
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed={seed} does not fit 64 bits")
         self.temperature_N[slot] = temperature
         self.top_k_N[slot] = top_k
         self.top_p_N[slot] = top_p
+        self.min_p_N[slot] = min_p
+        if min_p > 0.0:
+            self._min_p_slots.add(slot)
         self.seed_N[slot] = seed
 
     def _count_dropped(self, slot: int, before: Sequence[int]) -> None:

@@ -8,16 +8,28 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._pages import quantize_ref
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
 from .reference import rms_norm_ref
 
 
-def _plain(x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, out: Tensor) -> None:
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    out: Tensor,
+    out_scale: Tensor | None,
+) -> None:
     result, total = rms_norm_ref(x, weight, eps=eps, residual_T_D=residual, dtype=torch.float32)
     if residual is not None:
         residual.copy_(total)
+    if out_scale is not None:
+        result, scale_T_1 = quantize_ref(result[:, None])
+        result = result[:, 0]
+        out_scale.copy_(scale_T_1[:, 0])
     out.copy_(result)
 
 
@@ -28,7 +40,8 @@ def _kernel(*args) -> None:
 
 
 _op = register_op(
-    "rms_norm(Tensor x, Tensor weight, Tensor(a!)? residual, float eps, Tensor(b!) out) -> ()",
+    "rms_norm(Tensor x, Tensor weight, Tensor(a!)? residual, float eps, Tensor(b!) out, "
+    "Tensor(c!)? out_scale) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -41,6 +54,7 @@ def rms_norm(
     eps: float = 1e-6,
     residual_T_D: Tensor | None = None,
     out_T_D: Tensor | None = None,
+    out_scale_T: Tensor | None = None,
 ) -> Tensor:
     """RMS normalisation of every row, after an optional residual addition.
 
@@ -60,11 +74,15 @@ def rms_norm(
         raise ValueError(f"x_T_D: D={dims['D']} is not in 1..{MAX_WIDTH}")
     if residual_T_D is not None:
         dims.check(residual_T_D=residual_T_D, dtype=x_T_D.dtype, device=x_T_D.device)
+    out_dtype = x_T_D.dtype
+    if out_scale_T is not None:
+        dims.check(out_scale_T=out_scale_T, dtype=torch.float32, device=x_T_D.device)
+        out_dtype = torch.float8_e4m3fn
     if out_T_D is None:
-        out_T_D = x_T_D.new_empty(x_T_D.shape)
+        out_T_D = x_T_D.new_empty(x_T_D.shape, dtype=out_dtype)
     else:
-        dims.check(out_T_D=out_T_D, dtype=x_T_D.dtype, device=x_T_D.device)
+        dims.check(out_T_D=out_T_D, dtype=out_dtype, device=x_T_D.device)
     refuse_grad(x_T_D, weight_D, residual_T_D)
     if dims["T"] > 0:
-        _op(x_T_D, weight_D, residual_T_D, eps, out_T_D)
+        _op(x_T_D, weight_D, residual_T_D, eps, out_T_D, out_scale_T)
     return out_T_D
