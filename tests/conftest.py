@@ -13,6 +13,9 @@ if not HAS_GPU:  # must be set before any kernel module is imported
 
 import pytest  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: threads would only wait
+    torch.set_num_threads(1)
+
 # torch.empty then holds NaN (or the largest integer), so an element nobody wrote is loud.
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
