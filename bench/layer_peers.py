@@ -176,11 +176,13 @@ def named(config: ModelConfig, w: LayerWeights, dtype: torch.dtype) -> Iterator[
     yield "mlp.gate.weight", w.mlp.gate_A_D
     yield "mlp.gate.global_scale", w.mlp.scale_1.to(dtype)
     yield "mlp.gate.e_score_correction_bias", w.mlp.bias_E
-    yield "mlp.experts.gate_up_proj", w.mlp.w13_E_J_D
-    yield "mlp.experts.down_proj", w.mlp.w2_E_D_F
-    yield "mlp.shared_experts.gate_proj", w.mlp.shared_w13_Z_J_D[:, 0::2].contiguous()
-    yield "mlp.shared_experts.up_proj", w.mlp.shared_w13_Z_J_D[:, 1::2].contiguous()
-    yield "mlp.shared_experts.down_proj", w.mlp.shared_w2_Z_D_F
+    experts, shared = w.mlp.experts, w.mlp.experts.shared
+    assert shared is not None
+    yield "mlp.experts.gate_up_proj", experts.w13.data
+    yield "mlp.experts.down_proj", experts.w2.data
+    yield "mlp.shared_experts.gate_proj", shared.w13.data[:, 0::2].contiguous()
+    yield "mlp.shared_experts.up_proj", shared.w13.data[:, 1::2].contiguous()
+    yield "mlp.shared_experts.down_proj", shared.w2.data
 
 
 def _named_attention(

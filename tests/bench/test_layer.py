@@ -101,7 +101,7 @@ def test_weights_of_a_kind_are_drawn_once(cases: list[Case]) -> None:
     assert len(list(groupby(case.alone for case in cases))) == 3
     first, again = (dataclasses.replace(SHORT_CASE, sessions=s).make_inputs("cpu") for s in (1, 2))
     mlp, other = (inputs["weights"].layers[0].mlp for inputs in (first, again))
-    assert mlp.w13_E_J_D is other.w13_E_J_D
+    assert mlp.experts is other.experts
 
 
 SHORT_CASE = Case(SHORT, GLOBAL_SPARSE, 2, 3, 70, F32)
@@ -221,5 +221,5 @@ def test_layer_of_transformers_has_our_experts() -> None:
     variants, _ = harness.resolve(bench_layer.OP, "cpu")
     module = variants["transformers Inkling"].prepare(inputs)["module"]
     ours = inputs["weights"].layers[0].mlp
-    assert module.mlp.experts.gate_up_proj.data_ptr() == ours.w13_E_J_D.data_ptr()
-    assert module.mlp.experts.down_proj.data_ptr() == ours.w2_E_D_F.data_ptr()
+    assert module.mlp.experts.gate_up_proj.data_ptr() == ours.experts.w13.data.data_ptr()
+    assert module.mlp.experts.down_proj.data_ptr() == ours.experts.w2.data.data_ptr()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
-from tml_kernels.moe import MoEWeights, moe_layer, prepare_moe_weights
+from tml_kernels.moe import moe_layer
 from tml_kernels.ops.attention_prologue import attention_prologue
 from tml_kernels.ops.linear import linear
 from tml_kernels.ops.paged_attention import paged_attention
@@ -40,11 +40,6 @@ class Backbone:
             layer: w.mlp.scale_1.item()
             for layer, w in enumerate(weights.layers)
             if isinstance(w.mlp, DenseWeights)
-        }
-        self._experts = {
-            layer: _experts_of(w.mlp)
-            for layer, w in enumerate(weights.layers)
-            if isinstance(w.mlp, MoeWeights)
         }
         # Of each layer: its group in a state, and its place there. Groups are as `ModelState` has
         # them: local layers, then global ones, where there are any.
@@ -214,32 +209,13 @@ class Backbone:
         return moe_layer(
             x_T_D,
             w.gate_A_D,
-            self._experts[layer],
+            w.experts,
             scoring="sink_sigmoid",
             bias_E=w.bias_E,
             global_scale_1=w.scale_1,
             top_k=experts.top_k,
             scale=experts.route_scale,
         )
-
-
-def _experts_of(w: MoeWeights) -> MoEWeights:
-    """Views of a layer's tensors: nothing is copied, and what is loaded into them later counts."""
-    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-    def view(w13_E_J_D: Tensor, w2_E_D_F: Tensor, shared: MoEWeights | None) -> MoEWeights:
-        return prepare_moe_weights(
-            w13_E_J_D,
-            w2_E_D_F,
-            layout="interleaved",
-            precision=precision[w13_E_J_D.dtype],
-            shared=shared,
-        )
-
-    shared = None
-    if w.shared_w13_Z_J_D.shape[0] > 0:
-        shared = view(w.shared_w13_Z_J_D, w.shared_w2_Z_D_F, None)
-    return view(w.w13_E_J_D, w.w2_E_D_F, shared)
 
 
 def check_ragged(

@@ -122,10 +122,12 @@ def _experts(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> Tensor:
     out_T_D = torch.zeros_like(x_T_D)
     for expert in chosen_T_K.unique().tolist():
         t, k = torch.where(chosen_T_K == expert)
-        y = _swiglu(x_T_D[t], w.w13_E_J_D[expert], w.w2_E_D_F[expert])
+        y = _swiglu(x_T_D[t], *w.experts.dequantize(expert))
         out_T_D.index_add_(0, t, y * weight[t, k, None])
+    shared = w.experts.shared
+    assert shared is not None
     for z in range(spec.num_shared):
-        y_T_D = _swiglu(x_T_D, w.shared_w13_Z_J_D[z], w.shared_w2_Z_D_F[z])
+        y_T_D = _swiglu(x_T_D, *shared.dequantize(z))
         out_T_D += y_T_D * weight[:, spec.top_k + z, None]
     return out_T_D
 

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tml_kernels.moe import MoEWeights, prepare_moe_weights
 from tml_kernels.ops.flow_head import FlowWeights
 from tml_kernels.ops.patch_embed import PatchWeights
 
@@ -28,6 +29,8 @@ from .config import ModelConfig
 CONV_WIDTH = 4
 FLOW_INNER = 4  # width of a flow block's MLP, in head widths
 FLOW_PREFIX = "model.flow."  # ours: the public checkpoint has no speech head
+
+_PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Make = Callable[..., Tensor]
 
@@ -55,10 +58,7 @@ class MoeWeights:
     gate_A_D: Tensor
     bias_E: Tensor
     scale_1: Tensor
-    w13_E_J_D: Tensor
-    w2_E_D_F: Tensor
-    shared_w13_Z_J_D: Tensor
-    shared_w2_Z_D_F: Tensor
+    experts: MoEWeights  # w13 [E, J, D], w2 [E, D, F], and of the shared ones [Z, J, D], [Z, D, F]
 
 
 @dataclass(frozen=True)
@@ -142,10 +142,13 @@ def _empty_layer(config: ModelConfig, layer: int, make: Make, make_f32: Make) ->
             gate_A_D=make(experts.num_experts + experts.num_shared, width),
             bias_E=make_f32(experts.num_experts),
             scale_1=make_f32(1),
-            w13_E_J_D=make(experts.num_experts, 2 * experts.width, width),
-            w2_E_D_F=make(experts.num_experts, width, experts.width),
-            shared_w13_Z_J_D=make(experts.num_shared, 2 * experts.width, width),
-            shared_w2_Z_D_F=make(experts.num_shared, width, experts.width),
+            experts=_empty_experts(
+                experts.num_experts,
+                width,
+                experts.width,
+                make,
+                shared=_empty_experts(experts.num_shared, width, experts.width, make),
+            ),
         )
     return LayerWeights(
         attn_norm_D=make_f32(width),
@@ -154,6 +157,20 @@ def _empty_layer(config: ModelConfig, layer: int, make: Make, make_f32: Make) ->
         mlp_norm_D=make_f32(width),
         mlp=mlp,
         mlp_conv_D_4=make_f32(width, CONV_WIDTH),
+    )
+
+
+def _empty_experts(
+    num_experts: int, width: int, expert_width: int, make: Make, shared: MoEWeights | None = None
+) -> MoEWeights:
+    """Plain ones: the tensors themselves, so that loading fills them in place."""
+    w13_E_J_D = make(num_experts, 2 * expert_width, width)
+    return prepare_moe_weights(
+        w13_E_J_D,
+        make(num_experts, width, expert_width),
+        layout="interleaved",
+        precision=_PLAIN[w13_E_J_D.dtype],
+        shared=shared,
     )
 
 
@@ -235,10 +252,12 @@ def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
     yield Named(prefix + "gate.weight", w.gate_A_D)
     yield Named(prefix + "gate.bias", w.bias_E)
     yield Named(prefix + "gate.global_scale", w.scale_1)
-    yield Named(prefix + "experts.w13_weight", w.w13_E_J_D)
-    yield Named(prefix + "experts.w2_weight", w.w2_E_D_F)
-    yield Named(prefix + "shared_experts.shared_w13_weight", w.shared_w13_Z_J_D)
-    yield Named(prefix + "shared_experts.shared_w2_weight", w.shared_w2_Z_D_F)
+    experts, shared = w.experts, w.experts.shared
+    assert shared is not None
+    yield Named(prefix + "experts.w13_weight", experts.w13.data)
+    yield Named(prefix + "experts.w2_weight", experts.w2.data)
+    yield Named(prefix + "shared_experts.shared_w13_weight", shared.w13.data)
+    yield Named(prefix + "shared_experts.shared_w2_weight", shared.w2.data)
 
 
 def _without_axes(field: str) -> str:
