@@ -23,6 +23,7 @@ from tml_runtime.model.weights import (
     DenseWeights,
     LayerWeights,
     MoeWeights,
+    plain,
 )
 
 from .harness import Variant
@@ -168,9 +169,10 @@ def named(config: ModelConfig, w: LayerWeights, dtype: torch.dtype) -> Iterator[
     yield "attn_sconv.conv1d.weight", w.attn_conv_D_4[:, None]
     yield "mlp_sconv.conv1d.weight", w.mlp_conv_D_4[:, None]
     if isinstance(w.mlp, DenseWeights):
-        yield "mlp.gate_proj.weight", w.mlp.w13_J_D[0::2].contiguous()
-        yield "mlp.up_proj.weight", w.mlp.w13_J_D[1::2].contiguous()
-        yield "mlp.down_proj.weight", w.mlp.w2_D_F
+        w13_J_D = plain("w13_J_D", w.mlp.w13_J_D)
+        yield "mlp.gate_proj.weight", w13_J_D[0::2].contiguous()
+        yield "mlp.up_proj.weight", w13_J_D[1::2].contiguous()
+        yield "mlp.down_proj.weight", plain("w2_D_F", w.mlp.w2_D_F)
         yield "mlp.global_scale", w.mlp.scale_1.to(dtype)
         return
     yield "mlp.gate.weight", w.mlp.gate_A_D
@@ -191,9 +193,9 @@ def _named_attention(
     heads = config.heads(0)
     query, relative = heads.num_heads * heads.head_width, heads.num_heads * config.d_rel
     rows = [query, heads.kv_width, heads.kv_width, relative]
-    for name, part in zip("qkvr", w.qkvr_J_D.split(rows), strict=True):
+    for name, part in zip("qkvr", plain("qkvr_J_D", w.qkvr_J_D).split(rows), strict=True):
         yield f"self_attn.{name}_proj.weight", part
-    yield "self_attn.o_proj.weight", w.out_D_I
+    yield "self_attn.o_proj.weight", plain("out_D_I", w.out_D_I)
     yield "self_attn.q_norm.weight", w.q_norm_C.to(dtype)
     yield "self_attn.k_norm.weight", w.k_norm_C.to(dtype)
     yield "self_attn.k_sconv.conv1d.weight", w.k_conv_W_4[:, None]

@@ -1,6 +1,7 @@
 """The second path: one whole sequence at once, dense, in plain torch and without the ops.
 
-Shares nothing with the streaming path but the weights, so that each checks the other.
+Shares nothing with the streaming path but the weights, so that each checks the other. Packed ones
+are taken at their exact values.
 """
 
 # Dimension key: T tokens, D model width, H query heads, G KV heads, C head width, B d_rel,
@@ -12,8 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tml_kernels.quant import PackedExperts, dequantize
+
 from .config import HeadSpec, ModelConfig
-from .weights import AttentionWeights, DenseWeights, LayerWeights, ModelWeights, MoeWeights
+from .weights import (
+    AttentionWeights,
+    DenseWeights,
+    LayerWeights,
+    Matrix,
+    ModelWeights,
+    MoeWeights,
+)
 
 
 def full_forward(
@@ -34,7 +44,7 @@ def full_forward(
         x_T_D = full_attention(config, layer, w, x_T_D, dropped_T_T)
         x_T_D = full_mlp(config, w, x_T_D)
     h_T_D = _rms_norm(x_T_D, weights.norm_D, config.norm_eps)
-    logits_T_V = F.linear(h_T_D / config.logits_divisor, weights.unembed_V_D.to(dtype))
+    logits_T_V = F.linear(h_T_D / config.logits_divisor, _plain(weights.unembed_V_D, dtype))
     logits_T_V[:, config.vocab.num_valid :] = float("-inf")
     return logits_T_V
 
@@ -79,7 +89,7 @@ def _attention(
     num_tokens, dtype = x_T_D.shape[0], x_T_D.dtype
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
     sizes = [num_heads * width, num_kv * width, num_kv * width, num_heads * config.d_rel]
-    q, k, v, r = F.linear(x_T_D, w.qkvr_J_D.to(dtype)).split(sizes, dim=1)
+    q, k, v, r = F.linear(x_T_D, _plain(w.qkvr_J_D, dtype)).split(sizes, dim=1)
     q = _rms_norm(q.unflatten(1, (num_heads, width)), w.q_norm_C, config.norm_eps)
     k = _short_conv(k, w.k_conv_W_4).unflatten(1, (num_kv, width))
     k = _rms_norm(k, w.k_norm_C, config.norm_eps)
@@ -108,7 +118,7 @@ def _attention(
         hidden_T_T = hidden_T_T | dropped_T_T
     weight_H_T_T = logits_H_T_T.masked_fill(hidden_T_T, float("-inf")).softmax(dim=-1)
     attended = torch.einsum("htu,uhc->thc", weight_H_T_T, v).flatten(1)
-    return F.linear(attended, w.out_D_I.to(dtype))
+    return F.linear(attended, _plain(w.out_D_I, dtype))
 
 
 def _experts(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> Tensor:
@@ -140,9 +150,15 @@ def _route(config: ModelConfig, w: MoeWeights, x_T_D: Tensor) -> tuple[Tensor, T
     return routed_T_E.sigmoid() + w.bias_E.to(dtype), routed_T_E, shared_T_Z
 
 
-def _swiglu(x_T_D: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
-    gate_up = F.linear(x_T_D, w13_J_D.to(x_T_D.dtype))
-    return F.linear(F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2], w2_D_F.to(x_T_D.dtype))
+def _swiglu(x_T_D: Tensor, w13_J_D: Matrix, w2_D_F: Matrix) -> Tensor:
+    gate_up = F.linear(x_T_D, _plain(w13_J_D, x_T_D.dtype))
+    return F.linear(F.silu(gate_up[:, 0::2]) * gate_up[:, 1::2], _plain(w2_D_F, x_T_D.dtype))
+
+
+def _plain(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, PackedExperts):
+        weight = dequantize(weight, 0)
+    return weight.to(dtype)
 
 
 def _short_conv(x_T_W: Tensor, weight_W_4: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,17 @@ from tml_kernels._tensor_file import TensorFile, TensorFileError, write_tensor_f
 
 from ..errors import TmlRuntimeError
 from .config import ModelConfig
+from .packing import Packing, pack_ends, pack_layer
 from .weights import (
     FLOW_PREFIX,
+    LayerWeights,
     ModelWeights,
+    Named,
+    empty_ends,
+    empty_layer,
     empty_weights,
     fill_random,
+    named_layer,
     named_tensors,
 )
 
@@ -25,6 +32,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOATS = ("F32", "BF16", "F16")
 IGNORED_PREFIX = "model.mtp."  # multi-token-prediction layers: they draft, the model runs without
+PLAIN = Packing()  # nothing is packed
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +61,21 @@ class WeightReport:
 
 
 def random_weights(
-    config: ModelConfig, *, seed: int, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packing: Packing = PLAIN,
 ) -> tuple[ModelWeights, WeightReport]:
-    weights = empty_weights(config, device=device, dtype=dtype)
-    for named in named_tensors(config, weights):
+    names: list[str] = []
+
+    def fill(named: Named) -> None:
+        names.append(named.name)
         fill_random(config, named, seed)
-    names = tuple(named.name for named in named_tensors(config, weights))
-    return weights, WeightReport("no checkpoint", (), names, (), seed)
+
+    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing)
+    return weights, WeightReport("no checkpoint", (), tuple(names), (), seed)
 
 
 def load_weights(
@@ -69,14 +85,16 @@ def load_weights(
     seed: int,
     device: torch.device | str,
     dtype: torch.dtype,
+    packing: Packing = PLAIN,
 ) -> tuple[ModelWeights, WeightReport]:
     """Read a safetensors file, or a folder with one or with an index of shards.
 
     Names and shapes are checked before memory is taken, and each tensor is copied once, from the
-    mapped file into its place, so the peak is the model itself. Values are rounded to where they
-    go. The speech head, which the published checkpoints lack, is random unless the file has it;
-    the report and a warning say so. Raises CheckpointError with the file, the tensor and the
-    reason for anything missing, unknown, misshapen, truncated or of a dtype that is not a float.
+    mapped file into its place, so the peak is the model itself; where it is packed, that and one
+    layer in plain form. Values are rounded to where they go. The speech head, which the published
+    checkpoints lack, is random unless the file has it; the report and a warning say so. Raises
+    CheckpointError with the file, the tensor and the reason for anything missing, unknown,
+    misshapen, truncated or of a dtype that is not a float.
     """
     path = Path(path)
     files = _open(path)
@@ -86,12 +104,13 @@ def load_weights(
     }
     random = _check(path, files, wanted)
 
-    weights = empty_weights(config, device=device, dtype=dtype)
-    for named in named_tensors(config, weights):
+    def fill(named: Named) -> None:
         if named.name in random:
             fill_random(config, named, seed)
         else:
             named.view.copy_(files[named.name].tensor(named.name))
+
+    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing)
     report = WeightReport(
         source=str(path),
         loaded=tuple(name for name in wanted if name not in random),
@@ -103,8 +122,36 @@ def load_weights(
     return weights, report
 
 
+def _fill_weights(
+    config: ModelConfig,
+    fill: Callable[[Named], None],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packing: Packing,
+) -> ModelWeights:
+    """Every tensor written by `fill`. A layer is packed, and its plain form let go of, before the
+    next one is made."""
+
+    def filled_layer(layer: int) -> LayerWeights:
+        w = empty_layer(config, layer, device=device, dtype=dtype)
+        for named in named_layer(config, layer, w):
+            fill(named)
+        return pack_layer(layer, w, packing)
+
+    packing.check(dtype)
+    ends = empty_ends(config, device=device, dtype=dtype)
+    for named in named_tensors(config, ends):
+        fill(named)
+    ends = pack_ends(ends, packing)
+    return replace(ends, layers=tuple(filled_layer(layer) for layer in config.layers))
+
+
 def save_weights(path: str | Path, config: ModelConfig, weights: ModelWeights) -> None:
-    """Write one safetensors file in the same layout, with the speech head under its own prefix."""
+    """Write one safetensors file in the same layout, with the speech head under its own prefix.
+
+    Raises ValueError for packed weights, before the file is opened.
+    """
     write_tensor_file(Path(path), named_tensors(config, weights))
 
 

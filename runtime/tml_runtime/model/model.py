@@ -22,6 +22,7 @@ from .frontend import Frontend, TickInput, check_ids
 from .full import full_forward
 from .load import WeightReport, load_weights, random_weights
 from .output import Speaker, TickOutput
+from .packing import Packing, pack_weights
 from .passes import plan_passes
 from .state import KvBudget, ModelState, Run
 from .weights import ModelWeights
@@ -53,10 +54,19 @@ class InteractionModel:
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        experts: str | None = None,
+        rest: str | None = None,
     ) -> InteractionModel:
-        """Random weights, the same ones for a seed. They say nothing sensible, at full speed."""
+        """Random weights, the same ones for a seed. They say nothing sensible, at full speed.
+
+        experts, rest: what `packed` takes. The model is bitwise the one that it would make, but the
+        plain form of only one layer at a time is ever there.
+        """
+        packing = Packing(experts, rest)
         _check_dtype(dtype)
-        weights, report = random_weights(config, seed=seed, device=device, dtype=dtype)
+        weights, report = random_weights(
+            config, seed=seed, device=device, dtype=dtype, packing=packing
+        )
         return cls(config, weights, report)
 
     @classmethod
@@ -68,14 +78,37 @@ class InteractionModel:
         seed: int = 0,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        experts: str | None = None,
+        rest: str | None = None,
     ) -> InteractionModel:
         """Weights of a safetensors checkpoint in the published layout; see `load_weights`.
 
-        `report.random` names what the checkpoint lacks and `seed` made up. Raises CheckpointError.
+        `report.random` names what the checkpoint lacks and `seed` made up. experts, rest: as in
+        `random`. Raises CheckpointError.
         """
+        packing = Packing(experts, rest)
         _check_dtype(dtype)
-        weights, report = load_weights(path, config, seed=seed, device=device, dtype=dtype)
+        weights, report = load_weights(
+            path, config, seed=seed, device=device, dtype=dtype, packing=packing
+        )
         return cls(config, weights, report)
+
+    def packed(self, *, experts: str | None = None, rest: str | None = None) -> InteractionModel:
+        """The same model with matrices rounded to fewer bits; this one stays as it is.
+
+        experts: of the routed experts: fp8, fp8_channel, int4, int4_f16, mxfp4 or nvfp4. rest: of
+        shared experts, attention projections, dense layers and the unembedding: fp8, fp8_channel,
+        int4 or int4_f16. None: as they are. Router gates, norms, convolutions, relative positions,
+        embeddings, front ends and the speech head are never rounded: both models share them.
+
+        Takes the memory of the packed matrices beside this model's; `random` and `load` pack while
+        they fill, which never takes more than the packed model and the plain form of one layer.
+        `forward` multiplies by the packed matrices' exact values. On a CPU, and in float32, every
+        call decodes what it reads: that saves memory and no time. Raises ValueError for any other
+        name, for a float16 model, and for what is packed already.
+        """
+        weights = pack_weights(self.weights, Packing(experts, rest))
+        return InteractionModel(self.config, weights, self.report)
 
     def new_state(
         self,

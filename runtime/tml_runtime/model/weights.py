@@ -1,9 +1,9 @@
-"""A model's weights: plain tensors in frozen containers, each under its name in the checkpoint.
+"""A model's weights: tensors in frozen containers, each under its name in the checkpoint.
 
 Gate and up rows stay interleaved as the checkpoint has them. Queries, keys, values and relative
 states are rows of one projection; the checkpoint's four tensors are views of it, so that loading
 fills it in place. Convolutions, norms, router biases and scales are float32, everything else has
-the model's dtype.
+the model's dtype. Matrices may be packed instead (`packing`): then they have no such names.
 """
 
 # Dimension key: D model width, V vocabulary rows, H query heads, C head width, W = KV heads * C,
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from tml_kernels.moe import MoEWeights, prepare_moe_weights
 from tml_kernels.ops.flow_head import FlowWeights
 from tml_kernels.ops.patch_embed import PatchWeights
+from tml_kernels.quant import PackedExperts
 
 from .config import ModelConfig
 
@@ -33,12 +35,13 @@ FLOW_PREFIX = "model.flow."  # ours: the public checkpoint has no speech head
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Make = Callable[..., Tensor]
+Matrix = Tensor | PackedExperts  # rows of outputs, as `linear` takes them
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    qkvr_J_D: Tensor
-    out_D_I: Tensor
+    qkvr_J_D: Matrix
+    out_D_I: Matrix
     k_conv_W_4: Tensor
     v_conv_W_4: Tensor
     q_norm_C: Tensor
@@ -48,8 +51,8 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class DenseWeights:
-    w13_J_D: Tensor
-    w2_D_F: Tensor
+    w13_J_D: Matrix
+    w2_D_F: Matrix
     scale_1: Tensor
 
 
@@ -77,7 +80,7 @@ class ModelWeights:
     embed_norm_D: Tensor
     layers: tuple[LayerWeights, ...]
     norm_D: Tensor
-    unembed_V_D: Tensor
+    unembed_V_D: Matrix
     audio_table_Y_D: Tensor
     audio_norm_D: Tensor
     patch: PatchWeights
@@ -95,18 +98,20 @@ def empty_weights(
     config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> ModelWeights:
     """Weights of the right shapes, not written yet. On device "meta" they take no memory."""
+    layers = (empty_layer(config, layer, device=device, dtype=dtype) for layer in config.layers)
+    return replace(empty_ends(config, device=device, dtype=dtype), layers=tuple(layers))
 
-    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.empty(*shape, device=device, dtype=dtype)
 
-    def make_f32(*shape: int) -> Tensor:
-        return make(*shape, dtype=torch.float32)
-
+def empty_ends(
+    config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
+) -> ModelWeights:
+    """What is before and after the layers, and none of them."""
+    make, make_f32 = _makers(device, dtype)
     vocab, width, dmel = config.vocab, config.width, config.layout.dmel
     return ModelWeights(
         embed_V_D=make(vocab.size, width),
         embed_norm_D=make_f32(width),
-        layers=tuple(_empty_layer(config, layer, make, make_f32) for layer in config.layers),
+        layers=(),
         norm_D=make_f32(width),
         unembed_V_D=make(vocab.size, width),
         audio_table_Y_D=make(dmel.table_rows, width),
@@ -120,7 +125,17 @@ def empty_weights(
     )
 
 
-def _empty_layer(config: ModelConfig, layer: int, make: Make, make_f32: Make) -> LayerWeights:
+def _makers(device: torch.device | str, dtype: torch.dtype) -> tuple[Make, Make]:
+    def make(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    return make, partial(make, dtype=torch.float32)
+
+
+def empty_layer(
+    config: ModelConfig, layer: int, *, device: torch.device | str, dtype: torch.dtype
+) -> LayerWeights:
+    make, make_f32 = _makers(device, dtype)
     width, heads, experts = config.width, config.heads(layer), config.experts
     attention = AttentionWeights(
         qkvr_J_D=make(heads.qkvr_width(config.d_rel), width),
@@ -201,20 +216,15 @@ def _empty_flow(config: ModelConfig, make: Make) -> FlowWeights:
 
 
 def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[Named]:
-    """Every tensor of the checkpoint layout, and ours under FLOW_PREFIX, once each."""
+    """Every tensor of the checkpoint layout, and ours under FLOW_PREFIX, once each. Raises
+    ValueError at one that is packed."""
     w = weights
     yield Named("model.llm.embed.weight", w.embed_V_D)
     yield Named("model.llm.embed_norm.weight", w.embed_norm_D)
     for layer, lw in enumerate(w.layers):
-        prefix = f"model.llm.layers.{layer}."
-        yield Named(prefix + "attn_norm.weight", lw.attn_norm_D)
-        yield from _named_attention(config, layer, lw.attention, prefix + "attn.")
-        yield Named(prefix + "attn_sconv.weight", lw.attn_conv_D_4[:, None])
-        yield Named(prefix + "mlp_norm.weight", lw.mlp_norm_D)
-        yield from _named_mlp(lw.mlp, prefix + "mlp.")
-        yield Named(prefix + "mlp_sconv.weight", lw.mlp_conv_D_4[:, None])
+        yield from named_layer(config, layer, lw)
     yield Named("model.llm.norm.weight", w.norm_D)
-    yield Named("model.llm.unembed.weight", w.unembed_V_D)
+    yield _named_plain("model.llm.unembed.weight", w.unembed_V_D)
     yield Named("model.audio.encoder.weight", w.audio_table_Y_D)
     yield Named("model.audio.final_norm.weight", w.audio_norm_D)
     for i, linear in enumerate(w.patch.linears):
@@ -226,6 +236,32 @@ def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[Named]
         yield Named(FLOW_PREFIX + _without_axes(field), tensor)
 
 
+def named_layer(config: ModelConfig, layer: int, w: LayerWeights) -> Iterator[Named]:
+    prefix = f"model.llm.layers.{layer}."
+    yield Named(prefix + "attn_norm.weight", w.attn_norm_D)
+    yield from _named_attention(config, layer, w.attention, prefix + "attn.")
+    yield Named(prefix + "attn_sconv.weight", w.attn_conv_D_4[:, None])
+    yield Named(prefix + "mlp_norm.weight", w.mlp_norm_D)
+    yield from _named_mlp(w.mlp, prefix + "mlp.")
+    yield Named(prefix + "mlp_sconv.weight", w.mlp_conv_D_4[:, None])
+
+
+def _named_plain(name: str, weight: Matrix) -> Named:
+    return Named(name, plain(name, weight))
+
+
+def plain(name: str, weight: Matrix) -> Tensor:
+    """The tensor that holds a matrix, or a stack of them. Raises ValueError where it is packed."""
+    if isinstance(weight, Tensor):
+        return weight
+    if weight.format.packed:
+        raise ValueError(
+            f"{name}: is packed as {weight.format.name}, and a checkpoint has plain tensors; use "
+            "the model that it was packed from"
+        )
+    return weight.data
+
+
 def _named_attention(
     config: ModelConfig, layer: int, w: AttentionWeights, prefix: str
 ) -> Iterator[Named]:
@@ -233,9 +269,10 @@ def _named_attention(
     query, relative = heads.num_heads * heads.head_width, heads.num_heads * config.d_rel
     rows = [query, heads.kv_width, heads.kv_width, relative]
     names = ("wq_du", "wk_dv", "wv_dv", "wr_du")
-    for name, view in zip(names, w.qkvr_J_D.split(rows), strict=True):
+    qkvr_J_D = plain(prefix + "w[qkvr]", w.qkvr_J_D)
+    for name, view in zip(names, qkvr_J_D.split(rows), strict=True):
         yield Named(f"{prefix}{name}.weight", view)
-    yield Named(prefix + "wo_ud.weight", w.out_D_I)
+    yield _named_plain(prefix + "wo_ud.weight", w.out_D_I)
     yield Named(prefix + "q_norm.weight", w.q_norm_C)
     yield Named(prefix + "k_norm.weight", w.k_norm_C)
     yield Named(prefix + "k_sconv.weight", w.k_conv_W_4[:, None])
@@ -245,8 +282,8 @@ def _named_attention(
 
 def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
     if isinstance(w, DenseWeights):
-        yield Named(prefix + "w13_dn.weight", w.w13_J_D)
-        yield Named(prefix + "w2_md.weight", w.w2_D_F)
+        yield _named_plain(prefix + "w13_dn.weight", w.w13_J_D)
+        yield _named_plain(prefix + "w2_md.weight", w.w2_D_F)
         yield Named(prefix + "global_scale", w.scale_1)
         return
     yield Named(prefix + "gate.weight", w.gate_A_D)
@@ -254,10 +291,10 @@ def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
     yield Named(prefix + "gate.global_scale", w.scale_1)
     experts, shared = w.experts, w.experts.shared
     assert shared is not None
-    yield Named(prefix + "experts.w13_weight", experts.w13.data)
-    yield Named(prefix + "experts.w2_weight", experts.w2.data)
-    yield Named(prefix + "shared_experts.shared_w13_weight", shared.w13.data)
-    yield Named(prefix + "shared_experts.shared_w2_weight", shared.w2.data)
+    yield _named_plain(prefix + "experts.w13_weight", experts.w13)
+    yield _named_plain(prefix + "experts.w2_weight", experts.w2)
+    yield _named_plain(prefix + "shared_experts.shared_w13_weight", shared.w13)
+    yield _named_plain(prefix + "shared_experts.shared_w2_weight", shared.w2)
 
 
 def _without_axes(field: str) -> str:
