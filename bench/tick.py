@@ -37,6 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", action="store_true", help="two frames per tick and session")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--experts",
+        metavar="PRECISION",
+        help="pack the routed experts: fp8, fp8_channel, int4, int4_f16, mxfp4 or nvfp4",
+    )
+    parser.add_argument(
+        "--rest",
+        metavar="PRECISION",
+        help="pack the other matrices: fp8, fp8_channel, int4 or int4_f16",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
 
@@ -58,7 +68,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     config = ModelConfig.preset(args.preset, layout=TurnLayout.preset(args.layout))
-    model = InteractionModel.random(config, seed=args.seed, device=device, dtype=DTYPES[dtype])
+    model = InteractionModel.random(
+        config,
+        seed=args.seed,
+        device=device,
+        dtype=DTYPES[dtype],
+        experts=args.experts,
+        rest=args.rest,
+    )
     realtime = args.ticks is None
     runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime)
     with runtime:
@@ -81,6 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sessions": args.sessions,
         "device": device,
         "dtype": dtype,
+        "experts": args.experts,
+        "rest": args.rest,
         "realtime": realtime,
         "video": args.video,
         "machine": machine(),
@@ -138,10 +157,11 @@ def histogram(values_ms: Sequence[float]) -> list[tuple[float, float, int]]:
 
 
 def show(result: dict[str, Any]) -> str:
+    packed = "".join(f", {part} {result[part]}" for part in ("experts", "rest") if result[part])
     lines = [
         describe(result["machine"], result["clocks"]),
-        f"{result['preset']}, {result['dtype']} on {result['device']}, {result['sessions']} "
-        f"sessions, {result['mode']}, period {result['period_ms']} ms",
+        f"{result['preset']}, {result['dtype']}{packed} on {result['device']}, "
+        f"{result['sessions']} sessions, {result['mode']}, period {result['period_ms']} ms",
     ]
     bins = [one for one in result["histogram"] if one[2] > 0]
     most = max((count for *_, count in bins), default=0)

@@ -80,6 +80,17 @@ def test_op_without_a_gpu_is_checked_and_not_timed(
     assert "not timed: no GPU" in capsys.readouterr().out
 
 
+def test_tick_of_a_packed_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    packed = ["--experts", "int4", "--rest", "fp8"]
+    stored = tmp_path / "tick.json"
+    assert main(["tick", "--ticks", "2", "--device", "cpu", *packed, "--json", str(stored)]) == 0
+    assert "tiny, float32, experts int4, rest fp8 on cpu, 1 sessions" in capsys.readouterr().out
+    result = json.loads(stored.read_text())
+    assert (result["experts"], result["rest"], result["ticks"]) == ("int4", "fp8", 2)
+    with pytest.raises(ValueError, match="rest: 'mxfp4' is not None or one of fp8, "):
+        main(["tick", "--ticks", "1", "--rest", "mxfp4"])
+
+
 def test_histogram_counts_everything_once() -> None:
     values = [0.5, 1.0, 1.1, 3.0, 100.0]
     bins = histogram(values)
