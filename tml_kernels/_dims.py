@@ -63,8 +63,8 @@ class Dims(Mapping[str, int]):
         for name, tensor in named.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            self._check_shape(name, tuple(tensor.shape))
-            if dtype is not None:
+            self._check_shape(name, tensor.shape)
+            if dtype is not None and tensor.dtype is not dtype:
                 allowed = dtype if isinstance(dtype, tuple) else (dtype,)
                 if tensor.dtype not in allowed:
                     wanted = " or ".join(str(d) for d in allowed)
@@ -77,24 +77,32 @@ class Dims(Mapping[str, int]):
                     f"{tuple(tensor.shape)}; call .contiguous()"
                 )
 
-    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+    def _check_shape(self, name: str, shape: torch.Size) -> None:
+        """Called some nine hundred times a tick."""
         axes, bound = _axes(name), self._size
         if len(axes) != len(shape):
             wanted = ", ".join(_spell(*axis) for axis in axes)
-            raise ValueError(f"{name}: expected {len(axes)} axes ({wanted}), got {shape}")
-        for (letters, extra), size in zip(axes, shape, strict=True):
-            if len(letters) == 1 and letters not in bound:
-                if size < extra:
-                    raise ValueError(f"{name}: {letters}1 needs at least one row; shape {shape}")
-                bound[letters] = size - extra
-                continue
-            expected = extra
-            if letters:
-                expected += math.prod([bound[letter] for letter in letters])
+            raise ValueError(f"{name}: expected {len(axes)} axes ({wanted}), got {tuple(shape)}")
+        for (letters, extra), size in zip(axes, shape):  # noqa: B905  of one length
+            if len(letters) == 1:
+                known = bound.get(letters)
+                if known is None:
+                    if size < extra:
+                        raise ValueError(
+                            f"{name}: {letters}1 needs at least one row; shape {tuple(shape)}"
+                        )
+                    bound[letters] = size - extra
+                    continue
+                expected = known + extra
+            elif letters:
+                expected = math.prod([bound[letter] for letter in letters]) + extra
+            else:
+                expected = extra
             if size != expected:
                 axis = _spell(letters, extra)
                 raise ValueError(
-                    f"{name}: {axis}={size}, but {axis}={expected} was bound earlier; shape {shape}"
+                    f"{name}: {axis}={size}, but {axis}={expected} was bound earlier; "
+                    f"shape {tuple(shape)}"
                 )
 
 
