@@ -129,8 +129,7 @@ def resolve(
 ) -> tuple[dict[str, Variant], dict[str, str]]:
     """The variants that can run here, and why the others cannot. only: ours and those of a name.
     compile: also what `torch.compile` makes of torch's, which takes longer than all the rest."""
-    variants = {n: v for n, v in op.variants.items() if only is None or n in ("ours", *only)}
-    missing = {}
+    variants, missing = dict(op.variants), {}
     if "torch" in variants and device == "cuda":
         if compile:
             eager = variants["torch"]
@@ -145,6 +144,8 @@ def resolve(
             variants[name] = build()
         except Exception as error:  # peers are other people's code: not installed, or changed
             missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if only is not None:
+        variants = {name: v for name, v in variants.items() if name in ("ours", *only)}
     return variants, missing
 
 

@@ -128,13 +128,13 @@ def _mask(context: FixedContext, x_S_I_D: Tensor, window: int | None) -> Tensor 
 
 
 def config_fields(config: ModelConfig) -> dict[str, Any]:
-    """Of InklingTextConfig for a model of one layer."""
+    """Of InklingTextConfig: all but the vocabulary's."""
     local, far, experts = config.local_heads, config.global_heads, config.experts
     if local.extent != local.window:
         raise NotImplementedError(f"takes a local extent that is the window, not {local.extent}")
     return {
         "hidden_size": config.width,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": config.num_layers,
         "num_attention_heads": far.num_heads,
         "num_key_value_heads": far.num_kv_heads,
         "head_dim": far.head_width,
@@ -148,8 +148,8 @@ def config_fields(config: ModelConfig) -> dict[str, Any]:
         "log_scaling_alpha": config.tau_alpha,
         "rms_norm_eps": config.norm_eps,
         "conv_kernel_size": CONV_WIDTH,
-        "local_layer_ids": [] if config.global_layers else [0],
-        "mlp_layer_types": ["dense" if config.is_dense(0) else "sparse"],
+        "local_layer_ids": [i for i in config.layers if i not in config.global_layers],
+        "mlp_layer_types": ["dense" if config.is_dense(i) else "sparse" for i in config.layers],
         "intermediate_size": config.dense_width,
         "moe_intermediate_size": experts.width,
         "n_routed_experts": experts.num_experts,

@@ -7,7 +7,6 @@ CPU path say nothing about a kernel's speed.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from tml_kernels import backend_info
 from . import ceilings, harness
 from .machine import clocks, describe, machine
 from .peers import peer_versions
-from .report import rate, read_json, text_table, write_json
+from .report import rate, text_table, write_json
 from .timing import CudaTimer, l2_bytes
 from .turns import turn
 
@@ -88,7 +87,7 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
         variants, result["missing"] = harness.resolve(
             op, "cuda", only=args.variant, compile=compile
         )
-    with turn(args.turns, args.command, args.of) if args.turns else contextlib.nullcontext():
+    with turn(args.turns, args.command, args.of):
         if not result["not_timed"]:
             _time(args, op, variants, result, save)
             save()
@@ -110,10 +109,7 @@ def _time(
 ) -> None:
     started = time.monotonic()
     timer = CudaTimer()
-    if args.ceilings and args.ceilings.exists():
-        known = ceilings.Ceilings(**read_json(args.ceilings)["ceilings"])
-    else:
-        known = ceilings.measure(timer)
+    known = ceilings.known(args.ceilings, timer)
     result["ceilings"] = asdict(known)
     result["clocks"] = {"before": clocks()}
     cases = op.timed(quick=args.quick)

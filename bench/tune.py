@@ -1,8 +1,8 @@
 """`python -m bench tune OP --vary FIELD=A,B,...`: an op's cases under other configurations.
 
 Every combination of the varied fields replaces those of the shipped configuration, is compared with
-it and timed beside it with a cold L2. Prints a table, the shipped one first; a combination
-that does not compile or fit is named with the reason. Says what to ship, changes nothing.
+it bit by bit and timed beside it with a cold L2. Prints a table, the shipped one first; what does
+not compile or fit is named with the reason. Changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tml_kernels._configs import changed
 from . import ceilings, harness
 from .harness import Variant
 from .machine import clocks, describe, machine
-from .report import read_json, text_table, write_json
+from .report import text_table, write_json
 from .timing import CudaTimer, l2_bytes
 from .turns import turn
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> int:
         "results": [],
     }
     name = args.out.stem if args.out else args.op
-    with turn(args.turns, name, args.of) if args.turns else contextlib.nullcontext():
+    with turn(args.turns, name, args.of):
         for row in _time(args, op, cases, variants):
             result["results"].append(row | {"same_bits": same_bits[row["case"]]})
             result["clocks"] = clocks()
@@ -140,10 +140,7 @@ def _time(
     args: argparse.Namespace, op: harness.OpBench, cases: list, variants: dict[str, Variant]
 ) -> Iterator[dict[str, Any]]:
     timer, started = CudaTimer(), time.monotonic()
-    if args.ceilings is None:
-        known = ceilings.measure(timer)
-    else:
-        known = ceilings.Ceilings(**read_json(args.ceilings)["ceilings"])
+    known = ceilings.known(args.ceilings, timer)
     for case in cases:
         if time.monotonic() - started > args.seconds:
             break

@@ -17,9 +17,13 @@ PATIENCE_S = 120.0  # for the others, after being ready oneself: one may have cr
 
 @contextlib.contextmanager
 def turn(
-    folder: Path, name: str, num_processes: int, *, patience_s: float = PATIENCE_S
+    folder: Path | None, name: str, num_processes: int, *, patience_s: float = PATIENCE_S
 ) -> Iterator[None]:
-    """The body runs while no other process's does. Files are made in `folder`, which is shared."""
+    """The body runs while no other process's does. Files are made in `folder`, which they share;
+    None: there are no others."""
+    if folder is None:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.ready").touch()
     give_up = time.monotonic() + patience_s

@@ -78,7 +78,7 @@ class Dims(Mapping[str, int]):
                 )
 
     def _check_shape(self, name: str, shape: torch.Size) -> None:
-        """Called some nine hundred times a tick."""
+        """On the path of every call of every op: only a failure takes time."""
         axes, bound = _axes(name), self._size
         if len(axes) != len(shape):
             wanted = ", ".join(_spell(*axis) for axis in axes)

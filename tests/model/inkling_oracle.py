@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import InklingConfig, InklingFeatureExtractor, InklingForConditionalGeneration
 from transformers.models.inkling.processing_inkling import InklingProcessor
 
+from bench.layer_peers import config_fields
 from tml_kernels.ops.patch_embed import PATCH_40, PatchSpec
 from tml_runtime.model import ModelConfig
 
@@ -30,33 +31,11 @@ IDS = Ids()
 
 
 def inkling_config(config: ModelConfig) -> InklingConfig:
-    local, far, experts = config.local_heads, config.global_heads, config.experts
-    assert local.extent == local.window, "Inkling's local extent is its window"
     return InklingConfig(
-        text_config={
+        text_config=config_fields(config)
+        | {
             "vocab_size": config.vocab.size,
             "unpadded_vocab_size": config.vocab.num_valid,
-            "hidden_size": config.width,
-            "num_hidden_layers": config.num_layers,
-            "num_attention_heads": far.num_heads,
-            "num_key_value_heads": far.num_kv_heads,
-            "head_dim": far.head_width,
-            "swa_num_attention_heads": local.num_heads,
-            "swa_num_key_value_heads": local.num_kv_heads,
-            "swa_head_dim": local.head_width,
-            "sliding_window_size": local.window,
-            "d_rel": config.d_rel,
-            "rel_extent": far.extent,
-            "log_scaling_n_floor": config.tau_floor,
-            "log_scaling_alpha": config.tau_alpha,
-            "local_layer_ids": [i for i in config.layers if i not in config.global_layers],
-            "mlp_layer_types": ["dense" if config.is_dense(i) else "sparse" for i in config.layers],
-            "intermediate_size": config.dense_width,
-            "moe_intermediate_size": experts.width,
-            "n_routed_experts": experts.num_experts,
-            "num_experts_per_tok": experts.top_k,
-            "n_shared_experts": experts.num_shared,
-            "route_scale": experts.route_scale,
             "logits_mup_width_multiplier": config.logits_divisor,
         },
         audio_config={"mel_vocab_size": config.layout.dmel.num_levels},

@@ -25,10 +25,13 @@ class Scratch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cpu = device.type == "cpu"  # asked first: sizes cost a tick on a CPU time
         self._buffers: dict[str, Tensor] = {}
 
     def linear(self, x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Tensor | None:
         """uint8, for `linear`."""
+        if self._is_cpu:
+            return None
         problem = linear_configs.problem_of(x_T_D, weight_F_D)
         return self._at_least("linear", linear_configs.scratch_bytes(problem), torch.uint8)
 
@@ -41,6 +44,8 @@ class Scratch:
         rel_T_H_B: Tensor | None,
     ) -> Tensor | None:
         """uint8, for `paged_attention`."""
+        if self._is_cpu:
+            return None
         problem = attention_configs.problem_of(
             q_T_H_C, k_pages_P_G_R_C, plan.page_S_M, window, rel_T_H_B
         )
@@ -49,12 +54,14 @@ class Scratch:
 
     def sample(self, logits_S_V: Tensor) -> Tensor | None:
         """int32, for `sample`: where its counters lie depends on S, so each S has its own."""
+        if self._is_cpu:
+            return None
         num_rows, vocabulary = logits_S_V.shape
         size = sample_configs.scratch_words(num_rows, vocabulary)
         return self._at_least(f"sample of {num_rows}", size, torch.int32)
 
     def _at_least(self, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
-        if self._device.type == "cpu" or size == 0:
+        if size == 0:
             return None
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size:

@@ -110,8 +110,8 @@ class Config:
 
 # ALONE is for output steps, a token of every row; LARGE reads keys once for twice as many tokens as
 # SMALL. All give the same bits. Four warps leave room for a second program on a processor, which
-# hides what a program waits for before its first key: on an H200 they take 0.68 to 0.75 of the time
-# of eight, though a few of their registers lie in local memory (`bench tune`).
+# hides what a program waits for before its first key: where there is work for all of an H200 they
+# take 0.69 to 0.75 of the time of eight, though a few registers lie in local memory (`bench tune`).
 ALONE = Config(block_q=16, num_warps=4, num_stages=2, alone=True)
 ALONE_WIDE = Config(block_q=16, num_warps=8, num_stages=3, alone=True)  # heads over 128 wide
 SMALL = Config(block_q=16, num_warps=8, num_stages=5)
