@@ -74,6 +74,8 @@ $(VENV)/.demo: $(VENV)/.base
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
+	@$(call extra,serve)
+	@$(call extra,handoff)
 	@$(call extra,test)
 	@touch $@
 
