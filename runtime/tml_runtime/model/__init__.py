@@ -7,6 +7,7 @@ from .load import CheckpointError as CheckpointError
 from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput
+from .replay import PastTick as PastTick
 from .scale import scale_frames as scale_frames
 from .state import KvBudget as KvBudget
 from .state import ModelState as ModelState

@@ -24,6 +24,7 @@ from .load import WeightReport, load_weights, random_weights
 from .output import Speaker, TickOutput
 from .packing import Packing, pack_weights
 from .passes import plan_passes
+from .replay import PastTick, replay_tick
 from .state import KvBudget, ModelState, Run
 from .weights import ModelWeights
 
@@ -207,6 +208,41 @@ class InteractionModel:
             frontend=embedded - begin, prefill=prefilled - embedded, steps=done - prefilled
         )
         return output
+
+    def replay(
+        self, state: ModelState, slot: int, position: int, past: Sequence[PastTick]
+    ) -> list[int]:
+        """Rewind a slot to `position`, then let `past` happen to it: it hears that and says that.
+
+        For speech that was never heard: with silence in its place, the session remembers what its
+        user does, and goes on hearing what was heard meanwhile. Every tick is one pass over the
+        layers. Returns the position after each. The count of draws stands where the ticks end that
+        are replayed, so none is used twice while as many ticks are replayed as were rewound.
+        Raises CacheError: with nothing changed when the rewind cannot be done (NoSnapshot,
+        WindowPassed), else with the ticks before replayed.
+        """
+        state.cache.rewind(state.session(slot), position)
+        ends = []
+        for tick in past:
+            replay_tick(self.backbone, self.frontend, state, slot, tick)
+            ends.append(state.length(slot))
+        return ends
+
+    def read(
+        self,
+        state: ModelState,
+        slot: int,
+        ids: Sequence[int],
+        page_class: PageClass = PageClass.ANCHOR,
+    ) -> None:
+        """A slot reads token ids and says nothing: a prompt, by default one it never forgets.
+
+        Raises TypeError or ValueError for what is no token, CacheError where there is no room.
+        """
+        x_T_D = self.embed_text(ids)
+        start_S1 = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
+        slot_S = torch.tensor([slot], dtype=torch.int32, device=self.device)
+        self.append(state, x_T_D, start_S1, slot_S, page_class)
 
     def _reserve(
         self, state: ModelState, tick: TickInput, output: TickOutput
