@@ -1,9 +1,13 @@
-"""Time that only moves when told, and garbage collection only when there is time for it."""
+"""Time that only moves when told, and what a process does beside the tick only in its time."""
 
 from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 
 class VirtualClock:
@@ -61,3 +65,14 @@ class QuietCollector:
             self._ticks = 0
         elif slack_ns > 0:
             gc.collect(1)
+
+
+@contextmanager
+def torch_threads(num_threads: int) -> Iterator[None]:
+    """How many threads torch uses on the CPU, in the whole process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -33,13 +33,17 @@ class InputBackpressure(TmlRuntimeError, BufferError):
 
 
 class ResourceExhausted(TmlRuntimeError, RuntimeError):
-    """Every slot is taken. `in_use` of `capacity` are, `closing` of them for this tick only."""
+    """One session more is too many: `in_use` of `capacity` are there, `closing` of them for this
+    tick only. reason: "slots", "time" (more were not seen to meet the deadline) or "pages"."""
 
-    def __init__(self, message: str, *, in_use: int, closing: int, capacity: int) -> None:
+    def __init__(
+        self, message: str, *, in_use: int, closing: int, capacity: int, reason: str
+    ) -> None:
         super().__init__(message)
         self.in_use = in_use
         self.closing = closing
         self.capacity = capacity
+        self.reason = reason
 
 
 class SessionClosed(TmlRuntimeError, RuntimeError):

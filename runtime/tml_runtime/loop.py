@@ -7,35 +7,28 @@ for nobody; README.md of this folder lists what it promises and which test holds
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ._tick import Schedule, TickThread, now_ns
-from .checks import FrameGrid, Sampling
-from .clock import QuietCollector, VirtualClock
-from .errors import InputTypeError, InputValueError, LoopFailed, NotRunning
-from .mailbox import MailboxSpec
+from .admission import Admission
+from .checks import Sampling, checked_ids
+from .clock import QuietCollector, VirtualClock, torch_threads
+from .errors import InputValueError, LoopFailed, NotRunning
 from .metrics import Metrics
-from .model import InteractionModel, KvBudget, ModelConfig, TickInput, TickOutput, TurnLayout
+from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
+from .options import check_int, checked_layout, mailbox_spec
+from .overload import Overload
 from .session import Session
 from .slots import Batch, Seat, Slots
 from .text import ByteTokenizer, Tokenizer
-from .vocoder import StreamingVocoder
-
-
-class Vocoder(Protocol):
-    """One session's mel frames to speech. `reset` makes it as new."""
-
-    def push(self, mel_K_B: Tensor) -> np.ndarray:
-        """float32 [K * hop] samples for K frames."""
-        ...
-
-    def reset(self) -> None: ...
+from .upkeep import ALWAYS, Upkeep
+from .vocoder import StreamingVocoder, Vocoder
+from .warm_up import WarmUp
 
 
 class Runtime:
@@ -57,12 +50,17 @@ class Runtime:
         tokenizer: Tokenizer | None = None,
         vocoder: Callable[[], Vocoder] | None = None,
         budget: KvBudget | None = None,
+        global_pages: int | None = None,
+        probe_ticks: int = 0,
         max_frame_pairs: int = 1,
         max_lead_ticks: int = 16,
         output_queue_ticks: int = 64,
         cpu_threads: int = 1,
     ) -> None:
         """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
+        global_pages: of all sessions' global layers, by default as their budgets need; with fewer
+        there are fewer sessions. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions
+        and admits as many sessions as were in time; 0: one for every slot.
         max_frame_pairs: of video, per tick. vocoder: makes one for a slot, by default Griffin-Lim.
         cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
         gain nothing from more, and wait for them when a core is busy. Raises InputTypeError or
@@ -76,14 +74,19 @@ class Runtime:
             "cpu_threads": cpu_threads,
         }
         for name, value in sizes.items():
-            _check_int(name, value, at_least=1)
-        _check_int("seed", seed, at_least=0)
-        self._layout = _checked_layout(model.config, layout)
-        self._spec = _mailbox_spec(
+            check_int(name, value, at_least=1)
+        check_int("seed", seed, at_least=0)
+        check_int("probe_ticks", probe_ticks, at_least=0)
+        self._layout = checked_layout(model.config, layout)
+        self._spec = mailbox_spec(
             model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks
         )
         self._model = model
-        self._state = model.new_state(num_slots, budget=budget)
+        self._budget = KvBudget() if budget is None else budget
+        self._state = model.new_state(num_slots, budget=self._budget, global_pages=global_pages)
+        by_pages = None if global_pages is None else self._sessions_in(global_pages)
+        self._admission = Admission(num_slots, by_pages=by_pages)
+        self._probe_ticks = probe_ticks
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
         self._vocoders = [make_vocoder() for _ in range(num_slots)]
@@ -91,6 +94,9 @@ class Runtime:
         self._batch = Batch(num_slots, self._spec.window_samples, model.device)
         self._metrics = Metrics()
         self._collector = QuietCollector()
+        self._overload = Overload()
+        self._upkeep = Upkeep(model, self._state, self._vocoders, self._now_ns, self._metrics)
+        self._warm_up = WarmUp(model, self._state, self._batch, self._vocoders, self._upkeep)
         self._cpu_threads = cpu_threads
         self._borrowed = ExitStack()
 
@@ -131,12 +137,20 @@ class Runtime:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int | None = None,
+        prompt: str | Sequence[int] | None = None,
+        priority: int = 0,
     ) -> Session:
-        """A new session; its media clock starts with the next window that begins.
+        """A new session; its media clock starts with the next window that begins; before
+        `start`, that is the first one.
+
+        prompt: text, or token ids, that the model reads before anything else and never forgets, at
+        most `KvBudget.anchor` tokens. It is read in time that ticks leave; windows that end before
+        that pass unheard (`stats.absent_ticks`). priority: where pages run out, sessions of a lower
+        one leave the device first.
 
         temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; see `tml_kernels.sample`.
-        Before `start`, that is the first one. Without a seed, it is the runtime's and how many were
-        opened before that decide. Raises ResourceExhausted when every slot is taken.
+        Without a seed, it is the runtime's and how many were opened before that decide. Raises
+        ResourceExhausted, with figures, when there is no slot, no time or no page for one more.
         """
         with self._lock:
             self.check_alive()
@@ -144,11 +158,14 @@ class Runtime:
                 words = np.random.SeedSequence([self._seed, self._num_opened])
                 seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
             sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+            check_int("priority", priority, at_least=-(2**31))
+            ids = self._checked_prompt(prompt)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
                 self._release()
             period_ns = self._spec.window_ns
-            seat = Seat(self._spec, sampling, open_tick=-(-self.media_ns() // period_ns))
-            self._slots.claim(seat)
+            open_tick = -(-self.media_ns() // period_ns)
+            seat = Seat(self._spec, sampling, open_tick, prompt=ids, priority=priority)
+            self._slots.claim(seat, self._admission)
             self._num_opened += 1
         return Session(
             seat,
@@ -166,8 +183,11 @@ class Runtime:
             if self._phase != "new":
                 raise NotRunning(f"start: the runtime is {self._phase} already; make a new one")
             with ExitStack() as borrowed:  # settings of the process; `stop` gives them back
-                borrowed.enter_context(_torch_threads(self._cpu_threads))
-                self._warm_up()
+                borrowed.enter_context(torch_threads(self._cpu_threads))
+                self._warm_up.run()
+                if self._probe_ticks > 0:
+                    by_time, table = self._warm_up.probe(self._probe_ticks)
+                    self._admission = replace(self._admission, by_time=by_time, table=table)
                 borrowed.enter_context(self._collector)
                 self._thread.start()
                 self._borrowed = borrowed.pop_all()
@@ -195,9 +215,9 @@ class Runtime:
         clock = self.clock
         if clock is None:
             raise NotRunning("run_ticks: this runtime runs in real time; call start()")
-        _check_int("num_ticks", num_ticks, at_least=0)
+        check_int("num_ticks", num_ticks, at_least=0)
         self.check_alive()
-        with _torch_threads(self._cpu_threads):
+        with torch_threads(self._cpu_threads):
             for _ in range(num_ticks):
                 clock.sleep_until(self._schedule.next_wake_ns)
                 tick, _ = self._schedule.begin(clock.now_ns())
@@ -215,6 +235,7 @@ class Runtime:
             "slots": len(self._slots),
             "slots_free": self._slots.num_free,
             "sessions_opened": self._num_opened,
+            "admission": self._admission.report(),
             "scheduling": None if self._thread is None else self._thread.scheduling,
             **self._metrics.report(),
         }
@@ -242,13 +263,19 @@ class Runtime:
             raise
 
     def _run(self, tick: int) -> None:
+        skipped = tick - self._next_tick
         deadline_ns = self._open_record(tick)
         seats = self._admit(tick)
-        inputs = self._batch.fill(seats, tick, self._metrics)  # what comes now is late
+        shed = self._overload.shed
+        inputs = self._batch.fill(seats, tick, self._metrics, shed)  # what comes now is late
         self._metrics.lap("take")
         if seats:
             self._publish(tick, seats, self._think(inputs))
-        self._metrics.close(done_ns=self._now_ns(), deadline_ns=deadline_ns)
+        done_ns = self._now_ns()
+        self._metrics.close(done_ns=done_ns, deadline_ns=deadline_ns)
+        self._overload.observe(skipped > 0 or done_ns > deadline_ns)
+        end_ns = ALWAYS if self._thread is None else deadline_ns
+        self._upkeep.rest(self._slots.taken(), tick, end_ns)
         if self._thread is not None:
             self._collector.rest(deadline_ns - self._now_ns())
 
@@ -266,10 +293,9 @@ class Runtime:
         seats = self._slots.due(tick)
         for seat in seats:
             if not seat.admitted:
-                self._vocoders[seat.slot].reset()
-                self._state.set_sampling(seat.slot, **vars(seat.sampling))
-                seat.admitted = True
-        return seats
+                self._upkeep.begin(seat)
+            self._upkeep.take_back(seat, tick)
+        return [seat for seat in seats if not seat.over]
 
     def _release(self) -> None:
         """Free the slots of sessions that are over, and give back all that they hold."""
@@ -296,6 +322,8 @@ class Runtime:
                 if fault_S[row]:
                     raise FloatingPointError("the model's numbers were not finite")
                 pcm = self._vocoders[seat.slot].push(mel_S_K_B[row])
+                position = self._state.length(seat.slot)
+                seat.remember(token_S_K[row], mel_S_K_B[row].numpy(), position)
                 published = seat.publish(tick, token_S_K[row], pcm)
                 self._metrics.add("lost_outputs", not published)
             except Exception as error:  # a plugged-in vocoder may raise anything
@@ -312,60 +340,19 @@ class Runtime:
             return 0
         return self._thread.start_ns or None
 
-    def _warm_up(self) -> None:
-        with torch.inference_mode():
-            out = self._model.tick(self._state, self._batch.silent())
-            for slot, vocoder in enumerate(self._vocoders):
-                vocoder.push(out.mel_S_K_B[slot].cpu())  # a session's first tick resets it
-                self._state.reset(slot)
+    def _sessions_in(self, global_pages: int) -> int:
+        """How many sessions' budgets fit; page 0 is nobody's."""
+        check_int("global_pages", global_pages, at_least=2)
+        return (global_pages - 1) // sum(self._budget.pages().values())
 
-
-@contextmanager
-def _torch_threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _check_int(name: str, value: Any, *, at_least: int) -> None:
-    if type(value) is not int:
-        raise InputTypeError(f"{name}={value!r}: expected an int")
-    if value < at_least:
-        raise InputValueError(f"{name}={value} is less than {at_least}")
-
-
-def _checked_layout(config: ModelConfig, layout: TurnLayout | None) -> TurnLayout:
-    if layout is not None and layout != config.layout:
-        raise InputValueError(f"{layout=} is not that of the model: {config.layout}")
-    if config.patch.frames != 2:
-        raise InputValueError(f"patch.frames={config.patch.frames}: video is taken in pairs")
-    return config.layout
-
-
-def _mailbox_spec(
-    config: ModelConfig,
-    layout: TurnLayout,
-    max_frame_pairs: int,
-    max_lead_ticks: int,
-    output_queue_ticks: int,
-) -> MailboxSpec:
-    return MailboxSpec(
-        window_ns=layout.period_ms * 1_000_000,
-        window_samples=layout.samples_per_tick,
-        num_windows=max_lead_ticks,
-        grid=FrameGrid(
-            patch=config.patch.patch,
-            extra_columns=int(config.patch.extra_column),
-            max_tokens=layout.max_video_tokens,
-        ),
-        max_frame_pairs=max_frame_pairs,
-        video_queue_frames=6,  # a 200 ms tick of 30 frames a second
-        max_text_tokens=max(1, layout.max_text_tokens - 1),  # one is the marker of missing audio
-        text_queue_tokens=4096,
-        output_queue_ticks=output_queue_ticks,
-        max_output_samples=layout.mel_frames * layout.dmel.hop,
-        max_output_tokens=layout.num_steps,
-    )
+    def _checked_prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
+        if prompt is None:
+            return []
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = checked_ids(ids, self._model.config.vocab.num_valid)
+        if len(ids) > self._budget.anchor:
+            raise InputValueError(
+                f"prompt: {len(ids)} tokens, but KvBudget.anchor={self._budget.anchor}: shorten "
+                "it, or give the Runtime a budget with more"
+            )
+        return ids

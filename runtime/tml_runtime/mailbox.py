@@ -25,11 +25,12 @@ import numpy as np
 from ._tick import Ring
 from .checks import FrameGrid
 
+SHED_VIDEO, SHED_TEXT = 1, 2  # how much of a tick's input is left out under overload
 MAX_QUEUED = 512  # messages per ring, so that one client's tiny pieces cannot stretch a tick
 
 _AUDIO = struct.Struct("<q")  # first sample
 _FRAME = struct.Struct("<qii")  # stamp in ns, height, width
-_OUTPUT = struct.Struct("<qii")  # window, tokens, samples
+_OUTPUT = struct.Struct("<qqii")  # window, epoch, tokens, samples
 _SLACK = 64  # bytes per message for the ring's own header and padding
 
 
@@ -48,13 +49,17 @@ class MailboxSpec:
     output_queue_ticks: int
     max_output_samples: int  # per tick
     max_output_tokens: int  # per tick
+    mel_shape: tuple[int, int]  # of a tick's speech: frames, bands
+    past_ticks: int  # how far back speech can be taken back that was never heard
+    silence: int  # the token for nothing to say
+    quiet: float  # the level of a mel band without sound
 
 
 class Window(NamedTuple):
     """What the model sees of one window, apart from the samples, and what it does not see."""
 
     missing_samples: int
-    pairs: np.ndarray | None  # uint8 [n, 2, H, W, 3], valid until the next `take`
+    pairs: np.ndarray | None  # uint8 [n, 2, H, W, 3], valid for the next `past_ticks` of `take`
     text: list[int]
     dropped_samples: int  # came as their window closed, or their tick was skipped
     shed_frames: int  # these too, and those beyond what a tick takes
@@ -122,11 +127,14 @@ class FrameWindows:
     another replaces it. What is not taken is shed.
     """
 
-    def __init__(self, num_windows: int, max_pairs: int, grid: FrameGrid) -> None:
+    def __init__(
+        self, num_windows: int, max_pairs: int, grid: FrameGrid, past_ticks: int = 0
+    ) -> None:
         self._frames: list[dict[int, np.ndarray]] = [{} for _ in range(num_windows)]
         self._max_pairs = max_pairs
         self._grid = grid
-        self._pairs = np.empty(2 * grid.max_bytes, np.uint8)
+        self._pairs = np.empty((past_ticks + 1, 2 * grid.max_bytes), np.uint8)
+        self._num_taken = 0
         self._oldest = 0  # window
 
     def forget_before(self, window: int) -> int:
@@ -166,7 +174,8 @@ class FrameWindows:
         frames.clear()
         if len(chosen) % 2:
             chosen.append(chosen[-1])
-        pairs = self._pairs[: len(chosen) * chosen[0].size]
+        pairs = self._pairs[self._num_taken % len(self._pairs), : len(chosen) * chosen[0].size]
+        self._num_taken += 1
         np.stack(chosen, out=pairs.reshape(len(chosen), *shape))
         return pairs.reshape(len(chosen) // 2, 2, *shape), shed
 
@@ -185,7 +194,9 @@ class Inbox:
         self._video = Ring(spec.video_queue_frames * (spec.grid.max_bytes + _SLACK))
         self._text = Ring(spec.text_queue_tokens * 4 + MAX_QUEUED * _SLACK)
         self._samples = AudioWindows(spec.num_windows + 1, spec.window_samples)
-        self._frames = FrameWindows(spec.num_windows + 1, spec.max_frame_pairs, spec.grid)
+        self._frames = FrameWindows(
+            spec.num_windows + 1, spec.max_frame_pairs, spec.grid, spec.past_ticks
+        )
         self._pending_text: deque[int] = deque()
 
     def put_audio(self, start: int, pcm: np.ndarray) -> bool:
@@ -198,17 +209,26 @@ class Inbox:
     def put_text(self, ids: Sequence[int]) -> bool:
         return _put(self._text, np.asarray(ids, np.int32).tobytes())
 
-    def take(self, window: int, pcm_N: np.ndarray) -> Window:
+    def take(self, window: int, pcm_N: np.ndarray, shed: int = 0) -> Window:
         """Everything of `window`, its samples in `pcm_N`; all windows up to it are closed.
 
         Bounded work: at most MAX_QUEUED messages per ring. Text has no media time: the oldest
-        `max_text_tokens` ids are taken, and the rest stays in order.
+        `max_text_tokens` ids are taken, and the rest stays in order. shed: 0 nothing, 1 the
+        window's frames, 2 text waits too.
         """
         dropped = self._samples.forget_before(window) + self._sort_audio()
-        shed = self._frames.forget_before(window) + self._sort_frames()
+        num_shed = self._frames.forget_before(window) + self._sort_frames()
+        if shed >= SHED_VIDEO:
+            num_shed += self._frames.forget_before(window + 1)
         missing = self._samples.take(window, pcm_N)
-        pairs, shed_at_take = self._frames.take(window)
-        return Window(missing, pairs, self._next_text(), dropped, shed + shed_at_take)
+        pairs, shed_at_take = (None, 0) if shed >= SHED_VIDEO else self._frames.take(window)
+        text = [] if shed >= SHED_TEXT else self._next_text()
+        return Window(missing, pairs, text, dropped, num_shed + shed_at_take)
+
+    def pass_by(self, window: int) -> tuple[int, int]:
+        """Close all windows up to `window` unheard; (samples dropped, frames shed). Text waits."""
+        dropped = self._sort_audio() + self._samples.forget_before(window + 1)
+        return dropped, self._sort_frames() + self._frames.forget_before(window + 1)
 
     def _sort_audio(self) -> int:
         dropped = 0
@@ -243,9 +263,10 @@ class Inbox:
 
 
 class Output(NamedTuple):
-    """What one tick said to a session."""
+    """What one tick said to a session. epoch: how often it had been interrupted by then."""
 
     window: int
+    epoch: int
     token_K: np.ndarray  # int32
     pcm: np.ndarray  # float32; read-only
 
@@ -261,10 +282,10 @@ class Outbox:
         self._ring = Ring(spec.output_queue_ticks * (num_bytes + _SLACK))
         self._message = memoryview(bytearray(num_bytes))
 
-    def put(self, window: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
+    def put(self, window: int, epoch: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
         """Whether there was room. Copies both arrays."""
         message, at_pcm = self._message, _OUTPUT.size + 4 * len(token_K)
-        _OUTPUT.pack_into(message, 0, window, len(token_K), len(pcm))
+        _OUTPUT.pack_into(message, 0, window, epoch, len(token_K), len(pcm))
         np.frombuffer(message, np.int32, len(token_K), _OUTPUT.size)[:] = token_K
         np.frombuffer(message, np.float32, len(pcm), at_pcm)[:] = pcm
         return self._ring.push(message[: at_pcm + 4 * len(pcm)])
@@ -273,10 +294,10 @@ class Outbox:
         message = self._ring.pop()
         if message is None:
             return None
-        window, num_tokens, num_samples = _OUTPUT.unpack_from(message)
+        window, epoch, num_tokens, num_samples = _OUTPUT.unpack_from(message)
         token_K = np.frombuffer(message, np.int32, num_tokens, _OUTPUT.size)
         pcm = np.frombuffer(message, np.float32, num_samples, _OUTPUT.size + 4 * num_tokens)
-        return Output(window, token_K, pcm)
+        return Output(window, epoch, token_K, pcm)
 
 
 def _put(ring: Ring, message: bytes) -> bool:

@@ -2,7 +2,7 @@
 
 Media time is in seconds since the session opened. Tick n hears [n * period, (n + 1) * period), runs
 when that window has ended, and speaks for the period after it: its speech begins, and its first
-output step lies, at (n + 1) * period.
+output step lies, at (n + 1) * period. An epoch is the time between two interruptions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .errors import (
 from .mailbox import Output
 from .model import TurnLayout
 from .model.config import Vocabulary
-from .slots import Seat, SessionStats
+from .slots import Interruption, Seat, SessionStats
 from .text import Tokenizer
 
 
@@ -37,6 +37,7 @@ class SpeechOut:
     pcm: np.ndarray
     t: float
     sample_rate: int
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class TextOut:
     text: str
     ids: tuple[int, ...]
     t: float
+    epoch: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class ActionOut:
 
     name: str
     t: float
+    epoch: int = 0
 
 
 class Host(Protocol):
@@ -94,6 +97,7 @@ class Session:
         self._decoder = tokenizer.decoder()
         self._actions = {vocab.delegate: "delegate", vocab.yield_turn: "yield"}
         self._quiet = {vocab.silence, vocab.missing}
+        self._fenced_outputs = 0
         self._lock = threading.Lock()  # clients only; the tick thread does not know it
 
     def __enter__(self) -> Session:
@@ -113,9 +117,14 @@ class Session:
         return self._seat.open_window * self._seat.spec.window_ns / 1e9
 
     @property
+    def epoch(self) -> int:
+        """How often the session was interrupted. All that `poll` returns is of this epoch."""
+        return self._seat.interruption.epoch
+
+    @property
     def stats(self) -> SessionStats:
         """A copy of the counts so far."""
-        return self._seat.copy_stats()
+        return self._seat.copy_stats(self._fenced_outputs)
 
     def push_audio(self, pcm: np.ndarray, t: float, *, sample_rate: int | None = None) -> None:
         """Mono samples [n], float32 or int16, the first at media time `t`.
@@ -171,8 +180,42 @@ class Session:
             self._check_not_over()
             outputs: list[SpeechOut | TextOut | ActionOut] = []
             while (output := self._seat.outbox.get()) is not None:
-                outputs += self._decode(output)
+                if output.epoch == self.epoch:
+                    outputs += self._decode(output)
+                else:
+                    self._fenced_outputs += 1
             return outputs
+
+    def interrupt(self, played_t: float) -> int:
+        """The client stopped playing, at media time `played_t`; returns the new epoch.
+
+        Nothing that was said before comes out of `poll` any more. From the next tick on the model
+        remembers what it said up to `played_t`, in whole output steps, and silence from there on;
+        what it heard meanwhile it still remembers. No more than the newest eight ticks are taken
+        back, and what they hold longer than the cache can follow stays (`stats.unforgotten`).
+        """
+        with self._lock:
+            self._check_open()
+            played_ns = round(checks.checked_time(played_t) * 1e9)
+            pending = self._seat.interruption
+            if pending.epoch > self._seat.epoch:  # the model has not been told of that one yet
+                played_ns = min(played_ns, pending.played_ns)
+            self._seat.interruption = Interruption(pending.epoch + 1, played_ns)
+            self._decoder = self._tokenizer.decoder()
+            return pending.epoch + 1
+
+    def pause(self) -> None:
+        """Sit out ticks until `resume`: nothing is heard or said, and the session's keys leave the
+        device when there is time. Media time goes on. More than once is no error."""
+        with self._lock:
+            self._check_open()
+            self._seat.paused = True
+
+    def resume(self) -> None:
+        """Take part again, from the next tick on; its window is flagged missing to the model."""
+        with self._lock:
+            self._check_open()
+            self._seat.paused = False
 
     def close(self) -> None:
         """End the session; its slot is free after the next tick. More than once is no error."""
@@ -186,16 +229,19 @@ class Session:
         start_ns = (output.window + 1) * window_ns
         decoded: list[SpeechOut | TextOut | ActionOut] = []
         if len(output.pcm) > 0:
-            decoded.append(SpeechOut(output.pcm, start_ns / 1e9, self._layout.sample_rate))
+            speech = SpeechOut(output.pcm, start_ns / 1e9, self._layout.sample_rate, output.epoch)
+            decoded.append(speech)
         said = enumerate(output.token_K.tolist())
         for kind, run in groupby(said, key=lambda step_token: self._kind(step_token[1])):
             steps, ids = zip(*run, strict=True)
             times = [(start_ns + step * window_ns // num_steps) / 1e9 for step in steps]
             if kind == "text":
-                decoded.append(TextOut(self._decoder.decode(ids), ids, times[0]))
+                decoded.append(TextOut(self._decoder.decode(ids), ids, times[0], output.epoch))
             elif kind == "action":
                 names = [self._actions[token] for token in ids]
-                decoded += [ActionOut(name, t) for name, t in zip(names, times, strict=True)]
+                decoded += [
+                    ActionOut(name, t, output.epoch) for name, t in zip(names, times, strict=True)
+                ]
         return decoded
 
     def _kind(self, token: int) -> str:

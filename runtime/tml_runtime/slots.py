@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .admission import Admission
 from .checks import Sampling
-from .errors import ResourceExhausted, SessionFault
+from .errors import SessionFault
 from .mailbox import Inbox, MailboxSpec, Outbox, Window
 from .metrics import Metrics
 from .model import TickInput
+from .recall import Recall
 
 
 @dataclass
@@ -31,22 +34,45 @@ class SessionStats:
     dropped_samples: int = 0
     shed_frames: int = 0
     lost_outputs: int = 0  # ticks whose output found the queue full
+    absent_ticks: int = 0  # that the session sat out: paused, or its prompt was not read yet
+    interruptions: int = 0  # that have reached the model
+    unforgotten: int = 0  # of these, those whose unheard speech it could not take back
+    fenced_outputs: int = 0  # ticks whose output an interruption overtook; counted by the client
+
+
+class Interruption(NamedTuple):
+    """The client stopped playing. What it had not heard by `played_ns` was never said."""
+
+    epoch: int
+    played_ns: int  # media time
+
+
+NOTHING = Interruption(0, 0)
 
 
 @dataclass(eq=False)
 class Seat:
     """One session, as its client and the tick thread share it.
 
-    Its window w is tick `open_tick + w`. `closed` is written by the client, all else that changes
-    by the tick thread.
+    Its window w is tick `open_tick + w`. `closed`, `paused` and `interruption` are written by the
+    client, all else that changes by the tick thread.
     """
 
     spec: MailboxSpec
     sampling: Sampling
     open_tick: int
+    prompt: list[int] = field(default_factory=list)  # token ids
+    priority: int = 0
     slot: int = -1
     closed: bool = False
+    paused: bool = False
+    interruption: Interruption = NOTHING
     admitted: bool = False
+    num_read: int = 0  # tokens of the prompt
+    put_away: bool = False  # its keys are in host memory
+    was_absent: bool = False  # from the tick before
+    epoch: int = 0  # of the newest interruption that the tick thread has seen
+    position: int = 0  # tokens that the model's memory of the session counts
     open_window: int = 0  # the oldest that input may still be pushed for
     fault: SessionFault | None = None
     stats: SessionStats = field(default_factory=SessionStats)
@@ -54,18 +80,26 @@ class Seat:
     def __post_init__(self) -> None:
         self.inbox = Inbox(self.spec)
         self.outbox = Outbox(self.spec)
+        self.recall = Recall(self.spec)
 
     @property
     def over(self) -> bool:
         return self.closed or self.fault is not None
 
-    def take(self, tick: int, pcm_N: np.ndarray) -> tuple[Window, bool]:
-        """The tick's window, and whether to flag it missing."""
+    @property
+    def present(self) -> bool:
+        """Whether it takes part in ticks."""
+        return not self.paused and self.num_read == len(self.prompt)
+
+    def take(self, tick: int, pcm_N: np.ndarray, shed: int = 0) -> tuple[Window, bool]:
+        """The tick's window, and whether to flag it missing. shed: see `Inbox.take`."""
         window = tick - self.open_tick
         skipped = window - self.open_window
         self.open_window = window + 1  # first of all: from here on the window is closed to clients
-        taken = self.inbox.take(window, pcm_N)
-        missing = taken.missing_samples > 0 or skipped > 0
+        taken = self.inbox.take(window, pcm_N, shed)
+        missing = taken.missing_samples > 0 or skipped > 0 or self.was_absent
+        self.was_absent = self.put_away = False
+        self.recall.hear(window, pcm_N, missing, taken)
         self.stats.ticks += 1
         self.stats.skipped_ticks += skipped
         self.stats.missing_windows += missing
@@ -73,18 +107,34 @@ class Seat:
         self.stats.shed_frames += taken.shed_frames
         return taken, missing
 
+    def sit_out(self, tick: int) -> None:
+        """The tick's window passes unheard."""
+        window = tick - self.open_tick
+        self.stats.skipped_ticks += window - self.open_window
+        self.open_window = window + 1
+        dropped, shed = self.inbox.pass_by(window)
+        self.stats.dropped_samples += dropped
+        self.stats.shed_frames += shed
+        self.stats.absent_ticks += 1
+        self.was_absent = True
+
     def publish(self, tick: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
         """Whether the output found room; if not, it is lost and counted."""
-        published = self.outbox.put(tick - self.open_tick, token_K, pcm)
+        published = self.outbox.put(tick - self.open_tick, self.epoch, token_K, pcm)
         self.stats.lost_outputs += not published
         return published
+
+    def remember(self, token_K: np.ndarray, mel_M_B: np.ndarray, position: int) -> None:
+        """What the tick said, and the session's position after it."""
+        self.recall.say(self.position, token_K, mel_M_B)
+        self.position = position
 
     def fail(self, tick: int, error: Exception) -> None:
         t = (tick - self.open_tick) * self.spec.window_ns / 1e9
         self.fault = SessionFault(f"the tick at {t=} ended this session: {error!r}", t=t)
 
-    def copy_stats(self) -> SessionStats:
-        return replace(self.stats)
+    def copy_stats(self, fenced_outputs: int = 0) -> SessionStats:
+        return replace(self.stats, fenced_outputs=fenced_outputs)
 
 
 class Slots:
@@ -101,20 +151,12 @@ class Slots:
     def num_free(self) -> int:
         return len(self._free)
 
-    def claim(self, seat: Seat) -> None:
-        """Give `seat` a slot. Raises ResourceExhausted, with figures, when there is none."""
-        try:
-            seat.slot = self._free.popleft()
-        except IndexError:
-            capacity = len(self._seats)
-            closing = sum(s is not None and s.over for s in list(self._seats))
-            raise ResourceExhausted(
-                f"all {capacity} slots are taken, {closing} of them by sessions that close with "
-                "the next tick: close a session, or build the Runtime with a larger num_slots",
-                in_use=capacity,
-                closing=closing,
-                capacity=capacity,
-            ) from None
+    def claim(self, seat: Seat, admission: Admission) -> None:
+        """Give `seat` a slot. Raises ResourceExhausted, with figures, when there is none for it."""
+        seats = list(self._seats)
+        closing = sum(s is not None and s.over for s in seats)
+        admission.check(len(seats) - self.num_free, closing)
+        seat.slot = self._free.popleft()
         self._seats[seat.slot] = seat
 
     def sweep(self) -> list[int]:
@@ -126,9 +168,21 @@ class Slots:
             self._free.append(slot)
         return freed
 
+    def taken(self) -> list[Seat]:
+        """Every session, by slot."""
+        return [s for s in self._seats if s is not None]
+
     def due(self, tick: int) -> list[Seat]:
-        """The sessions that take part in `tick`, by slot."""
-        return [s for s in self._seats if s is not None and s.open_tick <= tick]
+        """The sessions that take part in `tick`, by slot; for the others it passes."""
+        due = []
+        for seat in self._seats:
+            if seat is None or seat.open_tick > tick:
+                continue
+            if seat.present:
+                due.append(seat)
+            else:
+                seat.sit_out(tick)
+        return due
 
 
 class Batch:
@@ -142,10 +196,10 @@ class Batch:
         self._text: list[list[int]] = [[]] * num_slots
         self._device = device
 
-    def fill(self, seats: list[Seat], tick: int, metrics: Metrics) -> TickInput:
+    def fill(self, seats: list[Seat], tick: int, metrics: Metrics, shed: int = 0) -> TickInput:
         """Row s is `seats[s]`: its window of `tick`, which is closed from here on."""
         for row, seat in enumerate(seats):
-            window, missing = seat.take(tick, self._pcm_S_N[row])
+            window, missing = seat.take(tick, self._pcm_S_N[row], shed)
             self._slot_S[row] = seat.slot
             self._missing_S[row] = missing
             self._frames[row] = window.pairs
@@ -156,10 +210,10 @@ class Batch:
         metrics.add("rows", len(seats))
         return self._input(len(seats))
 
-    def silent(self) -> TickInput:
-        """Every slot, hearing a whole window of zeros."""
-        num_rows = len(self._slot_S)
-        self._slot_S[:] = np.arange(num_rows)
+    def silent(self, num_rows: int | None = None) -> TickInput:
+        """The first slots, or all of them, hearing a whole window of zeros."""
+        num_rows = len(self._slot_S) if num_rows is None else num_rows
+        self._slot_S[:num_rows] = np.arange(num_rows)
         self._pcm_S_N[:] = 0.0
         self._missing_S[:] = False
         self._frames, self._text = [None] * num_rows, [[]] * num_rows

@@ -13,6 +13,8 @@ phases by Schroeder, 1970; updates by Richardson, 1972.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 from torch import Tensor
 
@@ -25,6 +27,16 @@ LOG_FLOOR, LOG_CEILING = -10.0, 4.0
 MOMENTUM = np.float32(0.7)  # of 0.3, 0.5, 0.7 and 0.9 the best spectral convergence on real speech
 MEL_UPDATES = 8
 _TINY = np.float32(1e-20)
+
+
+class Vocoder(Protocol):
+    """One session's mel frames to speech. `reset` makes it as new."""
+
+    def push(self, mel_K_B: Tensor) -> np.ndarray:
+        """float32 [K * hop] samples for K frames."""
+        ...
+
+    def reset(self) -> None: ...
 
 
 class StreamingVocoder:

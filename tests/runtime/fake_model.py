@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from tml_kernels.kv_cache import NoSnapshot
 from tml_runtime import ModelConfig, Runtime, TurnLayout
-from tml_runtime.model import TickInput, TickOutput
+from tml_runtime.model import PastTick, TickInput, TickOutput
 from tml_runtime.model.layout import DMEL_25HZ
 
 CONFIG = ModelConfig.preset("tiny")
@@ -29,15 +30,45 @@ class Heard:
     text: list[int]
 
 
+def heard(
+    pcm_W: np.ndarray, missing: bool, text: Sequence[int], frames: np.ndarray | None
+) -> float:
+    seen = 0.0 if frames is None else float(np.asarray(frames, np.float64).mean())
+    return float(np.float64(pcm_W.sum()) + missing) + sum(text) + seen
+
+
 class FakeState:
     def __init__(self, num_slots: int) -> None:
         self.memory = [0.0] * num_slots  # everything a slot ever heard, as one number
+        self.lengths = [0] * num_slots
+        self.ends: list[dict[int, float]] = [{0: 0.0} for _ in range(num_slots)]  # by length
+        self.priority = [0] * num_slots
+        self.away: set[int] = set()
         self.sampling: list[dict] = [{}] * num_slots
         self.resets = [0] * num_slots
 
-    def reset(self, slot: int) -> None:
-        self.memory[slot] = 0.0
+    def reset(self, slot: int, *, priority: int = 0) -> None:
+        self.memory[slot], self.lengths[slot], self.ends[slot] = 0.0, 0, {0: 0.0}
+        self.priority[slot] = priority
         self.resets[slot] += 1
+
+    def length(self, slot: int) -> int:
+        """One for every tick, and for every token read."""
+        return self.lengths[slot]
+
+    def remember(self, slot: int, heard: float) -> None:
+        self.memory[slot] = 0.5 * self.memory[slot] + heard
+        self.lengths[slot] += 1
+        self.ends[slot][self.lengths[slot]] = self.memory[slot]
+        self.ends[slot].pop(self.lengths[slot] - 16, None)
+
+    def rewind(self, slot: int, length: int) -> None:
+        if length not in self.ends[slot]:
+            raise NoSnapshot(length, list(self.ends[slot]))
+        self.memory[slot], self.lengths[slot] = self.ends[slot][length], length
+
+    def put_away(self, slot: int) -> None:
+        self.away.add(slot)
 
     def set_sampling(self, slot: int, **options) -> None:
         self.sampling[slot] = options
@@ -56,11 +87,27 @@ class FakeModel:
     faulty: set[tuple[int, int]] = field(default_factory=set)
     keep: bool = True
     heard: list[list[Heard]] = field(default_factory=list)
+    replayed: list[tuple[int, int, list[list[int]]]] = field(default_factory=list)
     ticks: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def new_state(self, num_slots: int, *, budget: object) -> FakeState:
+    def new_state(
+        self, num_slots: int, *, budget: object, global_pages: int | None = None
+    ) -> FakeState:
         return FakeState(num_slots)
+
+    def read(self, state: FakeState, slot: int, ids: Sequence[int]) -> None:
+        for token in ids:
+            state.remember(slot, float(token))
+
+    def replay(
+        self, state: FakeState, slot: int, position: int, past: Sequence[PastTick]
+    ) -> list[int]:
+        state.rewind(slot, position)
+        for tick in past:
+            state.remember(slot, heard(tick.pcm_W, tick.missing, tick.text, tick.frames))
+        self.replayed.append((slot, position, [tick.token_K.tolist() for tick in past]))
+        return []
 
     def tick(self, state: FakeState, tick: TickInput) -> TickOutput:
         layout, slots = self.config.layout, tick.slot_S.tolist()
@@ -69,10 +116,10 @@ class FakeModel:
         mel_S_K_B = torch.zeros(len(slots), layout.mel_frames, layout.dmel.num_bands)
         fault_S = torch.zeros(len(slots), dtype=torch.bool)
         for row, slot in enumerate(slots):
-            heard = float(tick.pcm_S_W[row].sum() + tick.missing_S[row]) + sum(tick.text[row])
-            if tick.frames[row] is not None:
-                heard += float(np.asarray(tick.frames[row], np.float64).mean())
-            state.memory[slot] = 0.5 * state.memory[slot] + heard
+            missing = bool(tick.missing_S[row])
+            pcm_W = tick.pcm_S_W[row].numpy()
+            state.remember(slot, heard(pcm_W, missing, tick.text[row], tick.frames[row]))
+            state.away.discard(slot)
             mel_S_K_B[row] = state.memory[slot] + state.sampling[slot].get("seed", 0) % 1000
             if self.say is not None:
                 token_S_K[row] = torch.tensor(self.say(self.ticks, slot), dtype=torch.int32)

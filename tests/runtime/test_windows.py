@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tml_runtime import Session
-from tml_runtime.loop import _mailbox_spec
 from tml_runtime.mailbox import AudioWindows, Inbox, Outbox
+from tml_runtime.options import mailbox_spec
 
 N = CONFIG.layout.samples_per_tick
 RATE = CONFIG.layout.sample_rate
-SPEC = _mailbox_spec(CONFIG, CONFIG.layout, 2, 4, 3)
+SPEC = mailbox_spec(CONFIG, CONFIG.layout, 2, 4, 3)
 
 
 def ramp(num_windows: int) -> np.ndarray:
@@ -231,7 +231,7 @@ def test_text_comes_in_order_and_no_more_than_a_tick_takes(pieces: list[list[int
 def test_outbox_keeps_the_oldest_and_refuses_the_rest() -> None:
     outbox = Outbox(SPEC)
     token_K = np.array([1, 2, 3, 4], np.int32)
-    published = [outbox.put(w, token_K + w, ramp(1) * w) for w in range(40)]
+    published = [outbox.put(w, 0, token_K + w, ramp(1) * w) for w in range(40)]
     room = published.index(False)
     assert SPEC.output_queue_ticks <= room and not any(published[room:])
     for window in range(room):
@@ -240,4 +240,4 @@ def test_outbox_keeps_the_oldest_and_refuses_the_rest() -> None:
         np.testing.assert_array_equal(output.token_K, token_K + window)
         np.testing.assert_array_equal(output.pcm, ramp(1) * window)
     assert outbox.get() is None
-    assert outbox.put(99, token_K, ramp(1)) and outbox.get() is not None
+    assert outbox.put(99, 0, token_K, ramp(1)) and outbox.get() is not None

@@ -221,6 +221,7 @@ class InteractionModel:
         Raises CacheError: with nothing changed when the rewind cannot be done (NoSnapshot,
         WindowPassed), else with the ticks before replayed.
         """
+        state.bring_back(slot)
         state.cache.rewind(state.session(slot), position)
         ends = []
         for tick in past:

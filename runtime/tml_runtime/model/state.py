@@ -210,13 +210,14 @@ class ModelState:
         self._dropped[:] = [0] * len(CLASSES)
         return dropped
 
-    def reset(self, slot: int) -> None:
+    def reset(self, slot: int, *, priority: int = 0) -> None:
         """Make a slot as new: nothing a session left in it, NaN included, reaches the next one.
 
         Pages are not cleared, they go back to the pool: a page's rows are read only once written.
+        priority: where pages run out, sessions of a lower one give way first.
         """
         self.cache.close(self.session(slot))
-        self._sessions[slot] = self.cache.open(self.budget.pages())
+        self._sessions[slot] = self.cache.open(self.budget.pages(), priority=priority)
         assert self._sessions[slot].slot == slot  # the slot freed last is handed out first
 
     def fork(self, slot: int, to_slot: int) -> None:
@@ -240,11 +241,22 @@ class ModelState:
         if self.min_p_N[slot] > 0.0:
             self._min_p_slots.add(slot)
 
-    def reserve(self, slot: int, runs: Sequence[Run]) -> None:
-        """Begin the slot's transaction; brings it back if it was suspended. Raises CacheError."""
+    def put_away(self, slot: int) -> None:
+        """Move a slot's keys to host memory, until its next tick. Waits for the device."""
+        session = self.session(slot)
+        if not self.cache.is_suspended(session):
+            self.cache.suspend(session)
+
+    def bring_back(self, slot: int) -> None:
+        """Undo `put_away`, and what pages running out did. Raises OutOfPages."""
         session = self.session(slot)
         if self.cache.is_suspended(session):
             self.cache.resume(session)
+
+    def reserve(self, slot: int, runs: Sequence[Run]) -> None:
+        """Begin the slot's transaction; brings it back if it was suspended. Raises CacheError."""
+        session = self.session(slot)
+        self.bring_back(slot)
         before = self.kv_pages([slot])
         try:
             self.cache.reserve(session, runs)

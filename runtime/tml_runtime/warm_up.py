@@ -1,0 +1,58 @@
+"""Before the first tick: the model runs once as it will, and on request until its cost is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._tick import now_ns
+from .admission import Probe, measure
+from .model import TickOutput
+from .slots import Batch
+from .upkeep import Upkeep
+from .vocoder import Vocoder
+
+
+class WarmUp:
+    """Leaves every slot as new."""
+
+    def __init__(
+        self, model: Any, state: Any, batch: Batch, vocoders: Sequence[Vocoder], upkeep: Upkeep
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._batch = batch
+        self._vocoders = vocoders
+        self._upkeep = upkeep
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        self._silent_tick(len(self._vocoders))
+        self._upkeep.warm_up(self._model.config.vocab.silence)
+        self._reset()
+
+    @torch.inference_mode()
+    def probe(self, num_ticks: int) -> tuple[int, tuple[Probe, ...]]:
+        """(sessions that are in time, what was measured)."""
+
+        def tick_ms(num_rows: int) -> float:
+            begin_ns = now_ns()
+            self._silent_tick(num_rows)
+            return (now_ns() - begin_ns) / 1e6
+
+        num_slots, period_ms = len(self._vocoders), self._model.config.layout.period_ms
+        found = measure(tick_ms, num_slots=num_slots, num_ticks=num_ticks, period_ms=period_ms)
+        self._reset()
+        return found
+
+    def _silent_tick(self, num_rows: int) -> None:
+        out: TickOutput = self._model.tick(self._state, self._batch.silent(num_rows))
+        mel_S_K_B = out.mel_S_K_B.cpu()
+        for vocoder, mel_K_B in zip(self._vocoders, mel_S_K_B, strict=False):
+            vocoder.push(mel_K_B)  # a session's first tick resets it
+
+    def _reset(self) -> None:
+        for slot in range(len(self._vocoders)):
+            self._state.reset(slot)
