@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .demo._optional import MissingExtraError
+from ._optional import MissingExtraError
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 

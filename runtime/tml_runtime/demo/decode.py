@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ._optional import require
+from .._optional import require
 from .media import MediaError
 
 SAMPLE_RATE = 16_000

@@ -9,9 +9,9 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from .._optional import require
 from ..loop import Runtime
 from ..metrics import CLASS_NAMES, percentiles_ms
-from ._optional import require
 from .client import Client, printable
 
 _METER_DB = (-60.0, -10.0)  # empty, full

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
+from .._optional import require
 from ..loop import Runtime
 from ..model import InteractionModel
-from ._optional import require
 from .client import Client
 from .decode import SAMPLE_RATE
 from .live import make_view

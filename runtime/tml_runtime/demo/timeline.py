@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from .._optional import require
 from ..metrics import CLASS_NAMES, percentiles_ms
 from ..model.state import PAGE_ROWS
-from ._optional import require
 from .client import Answers, printable
 from .decode import SAMPLE_RATE, Clip
 

@@ -1,4 +1,4 @@
-"""Optional packages of the demo: one clear line when one is missing."""
+"""Optional packages: one clear line when one is missing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _PIP_NAME = {"av": "PyAV"}
 
 
 class MissingExtraError(RuntimeError):
-    """A package of the `demo` extra is not installed."""
+    """A package of one of the extras is not installed."""
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import `module` or raise MissingExtraError: what it is for and what to install.
+def require(module: str, purpose: str, *, extra: str = "demo") -> ModuleType:
+    """Import `module` or raise MissingExtraError: what it is for and which extra to install.
 
     >>> require("json", "read a report").__name__
     'json'
@@ -24,5 +24,5 @@ def require(module: str, purpose: str) -> ModuleType:
         name = _PIP_NAME.get(module, module.partition(".")[0])
         raise MissingExtraError(
             f"{name} is needed to {purpose}, and cannot be imported ({error}): "
-            'pip install "tml-kernels[demo]"'
+            f'pip install "tml-kernels[{extra}]"'
         ) from error
