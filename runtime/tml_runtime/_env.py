@@ -10,3 +10,8 @@ def cache_dir() -> Path | None:
     """TML_CACHE: where fetched media are kept; None where it is not set."""
     value = os.environ.get("TML_CACHE", "")
     return Path(value).expanduser() if value else None
+
+
+def nvtx() -> bool:
+    """TML_NVTX: mark ticks and stages for Nsight Systems."""
+    return os.environ.get("TML_NVTX", "0") not in ("", "0")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from ._tick import now_ns
 
 
 class VirtualClock:
@@ -76,3 +80,28 @@ def torch_threads(num_threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class Collections:
+    """Garbage collections of this process so far, and the time they took; all threads wait then."""
+
+    def __init__(self) -> None:
+        self.runs = self.ns = 0
+        self.start_ns = self.end_ns = 0  # of the last one
+
+    def __call__(self, phase: str, info: dict[str, Any]) -> None:
+        """What `gc.callbacks` asks for."""
+        if phase == "start":
+            self.start_ns = now_ns()
+        else:
+            self.end_ns = now_ns()
+            self.ns += self.end_ns - self.start_ns
+            self.runs += 1
+
+
+@functools.cache
+def garbage_collections() -> Collections:
+    """Those of this process, counted from the first call on."""
+    counted = Collections()
+    gc.callbacks.append(counted)
+    return counted

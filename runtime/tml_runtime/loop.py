@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .clock import QuietCollector, VirtualClock, torch_threads
 from .errors import InputValueError, LoopFailed, NotRunning
 from .metrics import Metrics
 from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
+from .nvtx import ranges
 from .options import check_int, checked_layout, mailbox_spec
 from .overload import Overload
 from .session import Session
@@ -29,6 +31,7 @@ from .text import ByteTokenizer, Tokenizer
 from .upkeep import ALWAYS, Upkeep
 from .vocoder import StreamingVocoder, Vocoder
 from .warm_up import WarmUp
+from .watch import Watch
 
 
 class Runtime:
@@ -56,6 +59,7 @@ class Runtime:
         max_lead_ticks: int = 16,
         output_queue_ticks: int = 64,
         cpu_threads: int = 1,
+        black_box: Path | None = None,
     ) -> None:
         """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
         global_pages: of all sessions' global layers, by default as their budgets need; with fewer
@@ -63,8 +67,9 @@ class Runtime:
         and admits as many sessions as were in time; 0: one for every slot.
         max_frame_pairs: of video, per tick. vocoder: makes one for a slot, by default Griffin-Lim.
         cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
-        gain nothing from more, and wait for them when a core is busy. Raises InputTypeError or
-        InputValueError naming the argument.
+        gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
+        a file with the newest ticks when one misses, a session faults or the loop fails; see
+        `blackbox`. Raises InputTypeError or InputValueError naming the argument.
         """
         sizes = {
             "num_slots": num_slots,
@@ -92,7 +97,7 @@ class Runtime:
         self._vocoders = [make_vocoder() for _ in range(num_slots)]
         self._slots = Slots(num_slots)
         self._batch = Batch(num_slots, self._spec.window_samples, model.device)
-        self._metrics = Metrics()
+        self._metrics = Metrics(period_ns=self._spec.window_ns, ranges=ranges())
         self._collector = QuietCollector()
         self._overload = Overload()
         self._upkeep = Upkeep(model, self._state, self._vocoders, self._now_ns, self._metrics)
@@ -109,6 +114,10 @@ class Runtime:
         self._seed = seed
         self._num_opened = 0
         self._lock = threading.Lock()  # clients only: open, start, stop
+        options = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
+        self._watch = Watch(self, model, black_box, options)
+        if not realtime:
+            self._borrowed.enter_context(self._watch)
 
     @property
     def layout(self) -> TurnLayout:
@@ -183,6 +192,7 @@ class Runtime:
             if self._phase != "new":
                 raise NotRunning(f"start: the runtime is {self._phase} already; make a new one")
             with ExitStack() as borrowed:  # settings of the process; `stop` gives them back
+                borrowed.enter_context(self._watch)
                 borrowed.enter_context(torch_threads(self._cpu_threads))
                 self._warm_up.run()
                 if self._probe_ticks > 0:
@@ -201,10 +211,11 @@ class Runtime:
         with self._lock:
             was_running = self._phase == "running"
             self._phase = "stopped"
-            if not was_running or self._thread is None:
+            if not was_running:
                 return
             try:
-                self._thread.stop()
+                if self._thread is not None:
+                    self._thread.stop()
             except Exception as error:
                 raise LoopFailed("the tick raised, which ended the loop") from error
             finally:
@@ -235,10 +246,16 @@ class Runtime:
             "slots": len(self._slots),
             "slots_free": self._slots.num_free,
             "sessions_opened": self._num_opened,
+            "sessions_refused": self._slots.num_refused,
             "admission": self._admission.report(),
             "scheduling": None if self._thread is None else self._thread.scheduling,
+            **self._watch.report(),
             **self._metrics.report(),
         }
+
+    def status(self) -> dict:
+        """`report`, the sessions and the newest ticks: plain data for JSON, from any thread."""
+        return self._watch.status(self._slots.seats(), self.media_ns())
 
     def check_alive(self) -> None:
         """Raises LoopFailed when a tick raised, NotRunning after `stop`."""
@@ -260,6 +277,7 @@ class Runtime:
                 self._run(tick)
         except BaseException as error:
             self._failure = error
+            self._watch.failed(tick, error)
             raise
 
     def _run(self, tick: int) -> None:
@@ -270,12 +288,15 @@ class Runtime:
         inputs = self._batch.fill(seats, tick, self._metrics, shed)  # what comes now is late
         self._metrics.lap("take")
         if seats:
+            self._metrics.launch()
             self._publish(tick, seats, self._think(inputs))
-        done_ns = self._now_ns()
-        self._metrics.close(done_ns=done_ns, deadline_ns=deadline_ns)
+        done_ns, throttle = self._now_ns(), self._watch.throttle
+        wrong = self._metrics.close(done_ns=done_ns, deadline_ns=deadline_ns, throttle=throttle)
+        if wrong is not None:
+            self._watch.went_wrong(wrong, tick, done_ns)
         self._overload.observe(skipped > 0 or done_ns > deadline_ns)
         end_ns = ALWAYS if self._thread is None else deadline_ns
-        self._upkeep.rest(self._slots.taken(), tick, end_ns)
+        self._upkeep.rest(self._slots.seats(), tick, end_ns)
         if self._thread is not None:
             self._collector.rest(deadline_ns - self._now_ns())
 
@@ -307,6 +328,7 @@ class Runtime:
         self._metrics.lap("model")
         for stage, ns in out.stage_ns.items():
             self._metrics.set_stage(f"model.{stage}", ns)
+        self._metrics.set_tokens(out.tokens)
         self._metrics.set_kv_pages(out.kv_pages, out.kv_dropped)
         return out
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from .admission import Admission
 from .checks import Sampling
-from .errors import SessionFault
+from .errors import ResourceExhausted, SessionFault
 from .mailbox import Inbox, MailboxSpec, Outbox, Window
 from .metrics import Metrics
 from .model import TickInput
@@ -50,6 +51,9 @@ class Interruption(NamedTuple):
 NOTHING = Interruption(0, 0)
 
 
+_numbers = count()
+
+
 @dataclass(eq=False)
 class Seat:
     """One session, as its client and the tick thread share it.
@@ -76,6 +80,7 @@ class Seat:
     open_window: int = 0  # the oldest that input may still be pushed for
     fault: SessionFault | None = None
     stats: SessionStats = field(default_factory=SessionStats)
+    number: int = field(default_factory=_numbers.__next__)  # names the session in this process
 
     def __post_init__(self) -> None:
         self.inbox = Inbox(self.spec)
@@ -143,6 +148,7 @@ class Slots:
     def __init__(self, num_slots: int) -> None:
         self._seats: list[Seat | None] = [None] * num_slots
         self._free = deque(range(num_slots))
+        self.num_refused = 0
 
     def __len__(self) -> int:
         return len(self._seats)
@@ -155,7 +161,11 @@ class Slots:
         """Give `seat` a slot. Raises ResourceExhausted, with figures, when there is none for it."""
         seats = list(self._seats)
         closing = sum(s is not None and s.over for s in seats)
-        admission.check(len(seats) - self.num_free, closing)
+        try:
+            admission.check(len(seats) - self.num_free, closing)
+        except ResourceExhausted:
+            self.num_refused += 1
+            raise
         seat.slot = self._free.popleft()
         self._seats[seat.slot] = seat
 
@@ -168,9 +178,9 @@ class Slots:
             self._free.append(slot)
         return freed
 
-    def taken(self) -> list[Seat]:
-        """Every session, by slot."""
-        return [s for s in self._seats if s is not None]
+    def seats(self) -> list[Seat]:
+        """Everybody who holds a slot now, by slot; any thread may ask."""
+        return [seat for seat in self._seats if seat is not None]
 
     def due(self, tick: int) -> list[Seat]:
         """The sessions that take part in `tick`, by slot; for the others it passes."""

@@ -78,3 +78,23 @@ def test_absurdly_loud_input_harms_no_other_session(model: InteractionModel) -> 
             return said(sessions[1].poll())
 
     assert run(loud=True) == run(loud=False)
+
+
+def test_a_record_tells_what_a_tick_appended(model: InteractionModel) -> None:
+    with Runtime(model, num_slots=2, realtime=False) as runtime:
+        session = runtime.open_session(seed=1)
+        session.push_audio(np.zeros(N, np.float32), 0.0)
+        session.push_text([1, 2, 3])
+        runtime.run_ticks(1)
+        other = runtime.open_session(seed=2)
+        session.push_video(np.zeros((40, 80, 3), np.uint8), session.open_t)
+        runtime.run_ticks(1)
+        report = runtime.report()
+        del other
+    layout = CONFIG.layout
+    rows, columns = CONFIG.patch.grid(40, 80)
+    first = [0, 3, layout.audio_tokens, 0, layout.num_steps]
+    # Nothing was heard in the second, of which each session is told by a token.
+    second = [0, 2, 2 * layout.audio_tokens, rows * columns, 2 * layout.num_steps]
+    assert runtime.metrics.records()["tokens"].tolist() == [first, second]
+    assert list(report["tokens"].values()) == np.add(first, second).tolist()

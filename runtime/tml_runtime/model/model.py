@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -196,6 +197,8 @@ class InteractionModel:
             state.roll_back(slots)
             raise
         state.commit(slots)
+        for page_class, count in chain.from_iterable(runs):
+            output.tokens[page_class.value] += count
         output.kv_pages[:] = state.kv_pages(slots)
         output.kv_dropped[:] = state.take_dropped()
         index = torch.tensor(rows, device=self.device)

@@ -32,9 +32,9 @@ class TickOutput:
     silence from there on, its speech is the quietest level, and the session should be closed and
     its slot reset. An idle row says -1 and the quietest level. stage_ns: host time of each stage,
     which on a GPU is the time to queue its work. refused: rows that found no room for this tick's
-    keys, and why; they are faults, and their state is as it was. kv_pages: that the rows' sessions
-    hold in global layers, by class (anchor, text, audio, video, reply). kv_dropped: that they lost
-    there since the last tick with live rows.
+    keys, and why; they are faults, and their state is as it was. tokens: that the tick appended, by
+    class (anchor, text, audio, video, reply). kv_pages: that the rows' sessions hold in global
+    layers, by class. kv_dropped: that they lost there since the last tick with live rows.
     """
 
     token_S_K: Tensor
@@ -42,6 +42,7 @@ class TickOutput:
     fault_S: Tensor
     stage_ns: dict[str, int] = field(default_factory=dict)
     refused: dict[int, CacheError] = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=lambda: [0] * 5)
     kv_pages: list[int] = field(default_factory=lambda: [0] * 5)
     kv_dropped: list[int] = field(default_factory=lambda: [0] * 5)
 
