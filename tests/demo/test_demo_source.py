@@ -10,9 +10,9 @@ from tml_runtime.demo.decode import Clip
 from tml_runtime.demo.live import meter
 from tml_runtime.demo.source import Feeder, LiveSource, Media
 from tml_runtime.demo.timeline import tick_bars
-from tml_runtime.demo.trace import stage_spans
 from tml_runtime.errors import InputBackpressure, LateInput, SessionFault
 from tml_runtime.metrics import RECORD
+from tml_runtime.perfetto import stage_spans
 from tml_runtime.session import SpeechOut
 
 

@@ -60,6 +60,7 @@ def build_report(
         "period_ms": runtime_report["period_ms"],
         "ticks": runtime_report["ticks"] + runtime_report["skipped"],
         "misses": runtime_report["misses"],
+        "misses_by_reason": runtime_report["misses_by_reason"],
         "tick_ms": nothing if virtual else _rounded(runtime_report["tick_ms"]),
         "wake_ms": nothing if virtual else _rounded(runtime_report["wake_ms"]),
         "stages_ms": {}
