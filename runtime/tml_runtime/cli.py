@@ -1,4 +1,4 @@
-"""tml-runtime demo | info."""
+"""tml-runtime demo | info | top | trace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ._optional import MissingExtraError
+from .errors import InputValueError
+from .top import DEFAULT_URL, StatusError, run_top
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tml-runtime", description="Run an interaction model in real-time ticks."
     )
-    commands = parser.add_subparsers(required=True, metavar="demo | info")
+    commands = parser.add_subparsers(required=True, metavar="demo | info | top | trace")
     demo = commands.add_parser(
         "demo",
         help="play recordings to a model in real time and report how its ticks kept up",
@@ -65,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="print JSON instead of text")
     info.set_defaults(run=_info)
+    _add_top_arguments(
+        commands.add_parser(
+            "top", help="a live table of a server's ticks, misses, sessions, memory and GPU"
+        )
+    )
+    _add_trace_arguments(
+        commands.add_parser("trace", help="turn a black box file into a trace for Perfetto")
+    )
     return parser
 
 
@@ -159,6 +169,36 @@ def _add_memory_arguments(demo: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_top_arguments(top: argparse.ArgumentParser) -> None:
+    top.add_argument(
+        "url", nargs="?", default=DEFAULT_URL, help="of the server (default: %(default)s)"
+    )
+    top.add_argument("--once", action="store_true", help="print it once and end")
+    top.add_argument("--json", action="store_true", help="print lines of JSON instead of a table")
+    top.add_argument(
+        "--every",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="how often to ask (default: %(default)g)",
+    )
+    top.add_argument("--token", help="of a server that asks for one")
+    top.set_defaults(run=_top)
+
+
+def _add_trace_arguments(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("blackbox", type=Path, metavar="BLACKBOX", help="the .npz file")
+    trace.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("trace.json"),
+        metavar="FILE",
+        help="where the trace goes; open it in https://ui.perfetto.dev (default: %(default)s)",
+    )
+    trace.set_defaults(run=_trace)
+
+
 def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .demo.media import MediaError
     from .demo.memory_plot import draw_memory
@@ -191,6 +231,31 @@ def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     facts = info()
     print(json.dumps(facts, indent=2) if args.json else "\n".join(_info_lines(facts)))
+    return 0
+
+
+def _top(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not 0.1 <= args.every <= 3600:  # also refuses nan
+        parser.error(f"--every {args.every:g} is not in 0.1..3600")
+    try:
+        run_top(args.url, once=args.once, as_json=args.json, every_s=args.every, token=args.token)
+    except StatusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _trace(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .blackbox import load
+    from .perfetto import write_black_box
+
+    try:
+        box = load(args.blackbox)
+        write_black_box(args.out, box)
+    except (InputValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{box.cause} in tick {box.tick}, {len(box.records)} ticks: wrote {args.out}")
     return 0
 
 

@@ -9,7 +9,7 @@ from fake_ticks import MS, PERIOD_MS, FakeTicks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tml_runtime import gpu, metrics, misses
+from tml_runtime import gpu, metrics, misses, top
 from tml_runtime.misses import Reason, skipped_behind
 
 POWER_CAP, IDLE = 0x4, 0x1
@@ -127,7 +127,7 @@ def test_every_miss_has_one_reason(told: list[tuple[str, int, int]]) -> None:
     assert report["misses"] - report["skipped"] == len(told) - in_time
 
 
-@pytest.mark.parametrize("module", [gpu, metrics, misses], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [gpu, metrics, misses, top], ids=lambda m: m.__name__)
 def test_examples_in_docstrings(module) -> None:
     found = doctest.testmod(module)
     assert found.attempted > 0 and found.failed == 0
