@@ -128,6 +128,11 @@ class Runtime:
         """Per-tick records for traces and plots; `report` sums them up."""
         return self._metrics
 
+    @property
+    def gpu_samples(self) -> np.ndarray:
+        """What the GPU said of itself once a second, oldest first: dtype `gpu.SAMPLE`."""
+        return self._watch.gpu.samples()
+
     def __enter__(self) -> Runtime:
         if self._thread is not None:
             self.start()

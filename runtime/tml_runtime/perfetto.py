@@ -11,6 +11,7 @@ import numpy as np
 
 from .blackbox import BlackBox
 from .gpu import throttle_names
+from .loop import Runtime
 from .metrics import by_class
 from .misses import Reason, skipped_behind
 
@@ -70,6 +71,13 @@ def write_trace(
         "traceEvents": [*_meta_events(process, names), *found],
     }
     path.write_text(json.dumps(trace), encoding="utf-8")
+
+
+def write_runtime(path: Path, runtime: Runtime) -> None:
+    """Write the trace of all ticks that `runtime` has records of. Raises OSError."""
+    period_ns = runtime.layout.period_ms * 1_000_000
+    ticks = tick_events(runtime.metrics.records(), runtime.metrics.stages, period_ns)
+    write_trace(path, [*ticks, *sample_events(runtime.gpu_samples)], about=runtime.status())
 
 
 def write_black_box(path: Path, box: BlackBox) -> None:

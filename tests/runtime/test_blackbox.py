@@ -12,11 +12,12 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_model import FakeModel, make_runtime
+from fake_model import CONFIG, MS40, FakeModel, make_runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,6 +126,21 @@ def test_a_tick_that_raises_is_written_though_another_file_is_just_out(tmp_path:
     assert (miss.cause, failure.cause) == ("miss", "failure")
     assert failure.error == "ZeroDivisionError('tick 3')"
     assert failure.records["tick"].tolist() == [0, 1, 3]  # the tick that raised has no record
+
+
+def test_a_miss_in_real_time_is_written_while_the_loop_goes_on(tmp_path: Path) -> None:
+    model = FakeModel(
+        replace(CONFIG, layout=MS40), on_tick=lambda n: time.sleep(0.13 * (n == 5)), keep=False
+    )
+    runtime, _ = make_runtime(model, realtime=True, black_box=tmp_path)
+    with runtime, runtime.open_session():
+        wait_for(lambda: runtime.report()["black_box"]["written"] == 1)
+        ticks = runtime.metrics.count
+        wait_for(lambda: runtime.metrics.count > ticks)
+    box = load(tmp_path / files(tmp_path)[0])
+    assert box.cause == "miss" and box.period_ns == 40_000_000
+    assert box.records["missed"].any() or box.records["skipped"].any()
+    assert box.config["realtime"] is True
 
 
 def test_without_a_folder_or_a_miss_nothing_is_written(tmp_path: Path) -> None:

@@ -14,7 +14,15 @@ from fake_ticks import MS, PERIOD_MS, FakeTicks
 from tml_runtime import cli
 from tml_runtime.blackbox import BlackBox, load
 from tml_runtime.gpu import SAMPLE
-from tml_runtime.perfetto import FIRST_FREE, GPU, instant, tick_events, write_black_box, write_trace
+from tml_runtime.perfetto import (
+    FIRST_FREE,
+    GPU,
+    instant,
+    tick_events,
+    write_black_box,
+    write_runtime,
+    write_trace,
+)
 
 
 def box_of(ticks: FakeTicks, samples: np.ndarray | None = None) -> BlackBox:
@@ -124,6 +132,21 @@ def test_ticks_of_a_virtual_clock_never_overlap(tmp_path: Path) -> None:
     assert begun == [200 * MS, 450 * MS, 700 * MS]
     model = [event["ts"] for event in events if event["name"] == "model"]
     assert all(0 <= at - begin < 250 * MS for at, begin in zip(model, begun, strict=True))
+
+
+def test_any_runtime_can_be_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, _ = make_runtime()
+    with runtime, runtime.open_session():
+        runtime.run_ticks(4)
+        samples = np.zeros(1, SAMPLE)
+        samples["t_ns"] = PERIOD_MS * MS
+        monkeypatch.setattr(runtime._watch.gpu, "samples", lambda: samples)
+        write_runtime(tmp_path / "trace.json", runtime)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = [event["name"] for event in trace["traceEvents"]]
+    assert [name for name in names if name.startswith("tick ")] == [f"tick {n}" for n in range(4)]
+    assert names.count("GPU power") == 1
+    assert trace["otherData"]["report"]["ticks"] == 4
 
 
 def test_a_caller_adds_tracks_of_its_own(tmp_path: Path) -> None:

@@ -150,6 +150,7 @@ def _write_files(
         options.out / FILES[1],
         records=records,
         stages=stages,
+        samples=runtime.gpu_samples,
         clients=clients,
         period_ns=period_ms * 1_000_000,
         virtual=not options.realtime,

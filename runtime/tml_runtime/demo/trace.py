@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..perfetto import FIRST_FREE, Event, instant, span, tick_events
+from ..perfetto import FIRST_FREE, Event, instant, sample_events, span, tick_events
 from ..perfetto import write_trace as write_events
 from .client import Client, printable
 
@@ -18,6 +18,7 @@ def write_trace(
     *,
     records: np.ndarray,
     stages: Sequence[str],
+    samples: np.ndarray,
     clients: Sequence[Client],
     period_ns: int,
     virtual: bool,
@@ -25,10 +26,10 @@ def write_trace(
 ) -> None:
     """Write `path`. On a virtual clock a session's events lie at their media times.
 
-    records: as `Metrics.records` gives them.
+    records, samples: as `Metrics.records` and `Runtime.gpu_samples` give them.
     """
     start_ns = _start_ns(records, period_ns)
-    events = list(tick_events(records, stages, period_ns))
+    events = [*tick_events(records, stages, period_ns), *sample_events(samples)]
     threads = {}
     for index, client in enumerate(clients):
         thread = FIRST_FREE + 2 * index
