@@ -157,8 +157,8 @@ class World:
         assert metrics.count + totals["skipped"] == self.now_tick()
         assert totals["rows"] == self.model.num_rows
         assert totals["faults"] == self.num_faults
-        assert slots.num_free + len(slots.taken()) == SLOTS
-        assert len(slots.taken()) == len(self.clients) + self._closing()
+        assert slots.num_free + len(slots.seats()) == SLOTS
+        assert len(slots.seats()) == len(self.clients) + self._closing()
         for client in self.clients:
             self._check_client(client)
 
@@ -177,7 +177,7 @@ class World:
 
     def _closing(self) -> int:
         slots = self.runtime._slots
-        return sum(seat.over for seat in slots.taken())
+        return sum(seat.over for seat in slots.seats())
 
     def _leave_failed(self, client: Client) -> None:
         try:
