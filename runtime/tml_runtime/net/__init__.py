@@ -1,0 +1,1 @@
+"""What comes over a network: when it is to be heard, and lines that are bad on purpose."""
