@@ -24,6 +24,7 @@ import numpy as np
 
 from ._tick import Ring
 from .checks import FrameGrid
+from .conceal import Concealer
 
 SHED_VIDEO, SHED_TEXT = 1, 2  # how much of a tick's input is left out under overload
 MAX_QUEUED = 512  # messages per ring, so that one client's tiny pieces cannot stretch a tick
@@ -54,6 +55,10 @@ class MailboxSpec:
     silence: int  # the token for nothing to say
     quiet: float  # the level of a mel band without sound
 
+    @property
+    def sample_rate(self) -> int:
+        return self.window_samples * 1_000_000_000 // self.window_ns
+
 
 class Window(NamedTuple):
     """What the model sees of one window, apart from the samples, and what it does not see."""
@@ -68,12 +73,13 @@ class Window(NamedTuple):
 class AudioWindows:
     """Samples by media time: row w % H holds window w until it is taken.
 
-    Where pieces overlap, the one written last wins. Samples nobody wrote are zero and counted.
+    Where pieces overlap, the one written last wins. Samples nobody wrote are concealed and counted.
     """
 
-    def __init__(self, num_windows: int, window_samples: int) -> None:
+    def __init__(self, num_windows: int, window_samples: int, sample_rate: int) -> None:
         self._pcm_H_N = np.zeros((num_windows, window_samples), np.float32)
         self._have_H_N = np.zeros((num_windows, window_samples), np.bool_)
+        self._concealer = Concealer(window_samples, sample_rate)
         self._oldest = 0  # window
 
     def forget_before(self, window: int) -> int:
@@ -83,7 +89,9 @@ class AudioWindows:
         for skipped in range(self._oldest, min(window, self._oldest + num_windows)):
             dropped += int(np.count_nonzero(self._have_H_N[skipped % num_windows]))
             self._clear(skipped)
-        self._oldest = max(self._oldest, window)
+        if window > self._oldest:
+            self._concealer.forget()
+            self._oldest = window
         return dropped
 
     def write(self, start: int, pcm: np.ndarray) -> int:
@@ -108,6 +116,10 @@ class AudioWindows:
         row = window % len(self._pcm_H_N)
         out_N[:] = self._pcm_H_N[row]
         missing = out_N.size - int(np.count_nonzero(self._have_H_N[row]))
+        if missing > 0:
+            self._concealer.fill(out_N, self._have_H_N[row])
+        else:
+            self._concealer.pass_by(out_N)
         self._clear(window)
         self._oldest += 1
         return missing
@@ -193,7 +205,7 @@ class Inbox:
         self._audio = Ring(2 * audio_bytes + MAX_QUEUED * _SLACK)
         self._video = Ring(spec.video_queue_frames * (spec.grid.max_bytes + _SLACK))
         self._text = Ring(spec.text_queue_tokens * 4 + MAX_QUEUED * _SLACK)
-        self._samples = AudioWindows(spec.num_windows + 1, spec.window_samples)
+        self._samples = AudioWindows(spec.num_windows + 1, spec.window_samples, spec.sample_rate)
         self._frames = FrameWindows(
             spec.num_windows + 1, spec.max_frame_pairs, spec.grid, spec.past_ticks
         )

@@ -130,7 +130,7 @@ class Session:
         """Mono samples [n], float32 or int16, the first at media time `t`.
 
         Any length and order; where pieces overlap, the last one pushed wins. What is not there when
-        its window closes is heard as zeros, and the window is flagged to the model. `sample_rate`,
+        its window closes is concealed, and the window is flagged to the model. `sample_rate`,
         if given, is compared with the model's.
         """
         with self._lock:
