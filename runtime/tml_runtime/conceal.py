@@ -13,39 +13,62 @@ import numpy as np
 
 SOURCE_MS = 20  # what is mirrored, to and fro
 FADE_MS = 120  # from full to silent
-MAX_HOLES = 16  # in a window; a client that makes more of them hears zeros in the others
+MAX_HOLES = 16  # in a window; where a client makes more of them, the others are zeros
+
+
+class Bridge:
+    """Sound between two pieces, in arrays made once.
+
+    It goes from one to the other, within FADE_MS of each, and is silent where it is farther from
+    both. Worked example: a bridge of one sample between 5 and 7 is 6.
+    """
+
+    def __init__(self, sample_rate: int) -> None:
+        self.source, fade = (ms * sample_rate // 1000 for ms in (SOURCE_MS, FADE_MS))
+        to_and_fro = np.concatenate([np.arange(self.source), np.arange(self.source)[::-1]])
+        self._mirror = np.resize(to_and_fro, fade)  # distance from the edge
+        self._centre = np.arange(fade, dtype=np.float32) + np.float32(0.5)
+
+    def fill(self, before: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:
+        """Set `out`, at least one sample, from up to `source` samples on either side.
+
+        One side may be empty: then it fades away from the other one.
+        """
+        fade = len(self._centre)
+        reach = min(len(out), fade)
+        mirror = self._mirror[:reach]
+        gain = 1.0 - self._centre[:reach] / (reach if len(after) and len(before) else fade)
+        out[:] = 0.0
+        if len(before):
+            out[:reach] = before[-1 - np.minimum(mirror, len(before) - 1)] * gain
+        if len(after):
+            out[len(out) - reach :] += (after[np.minimum(mirror, len(after) - 1)] * gain)[::-1]
 
 
 class Concealer:
     """Fills one session's windows, in their order. Bounded work; what it makes never grows.
 
-    A hole between two pieces of a window goes from one to the other, within FADE_MS of each. One
-    that reaches the window's end knows its left side only: what follows has not been heard yet.
-    Worked example at 16 kHz: samples 5 and 7 around a hole of one are 5, 6, 7.
+    A hole that reaches its window's end knows its left side only: what follows has not been heard.
     """
 
     def __init__(self, window_samples: int, sample_rate: int) -> None:
-        source, fade = (ms * sample_rate // 1000 for ms in (SOURCE_MS, FADE_MS))
-        self._source = source = min(source, window_samples)
-        self._line = np.zeros(
-            source + window_samples, np.float32
-        )  # the last window's end, a window
-        self._count = np.arange(fade, dtype=np.float32)
-        to_and_fro = np.concatenate([np.arange(source), np.arange(source)[::-1]])
-        self._mirror = np.resize(to_and_fro, fade)  # distance from the edge
+        self._bridge = Bridge(sample_rate)
+        self._source = min(self._bridge.source, window_samples)
+        # The last window's end, and a window.
+        self._line = np.zeros(self._source + window_samples, np.float32)
 
     def fill(self, pcm_N: np.ndarray, have_N: np.ndarray) -> None:
-        """Conceal in `pcm_N` the samples that `have_N` lacks; they are zero."""
+        """Conceal in `pcm_N` the samples that `have_N` lacks."""
         source, line = self._source, self._line
         line[source:] = pcm_N
         edges = np.flatnonzero(have_N[1:] != have_N[:-1]) + (source + 1)
         if not have_N[0]:
             edges = np.insert(edges, 0, source)
-        if len(edges) % 2:
-            edges = np.append(edges, len(line))
-        begins, ends = edges[0::2].tolist()[:MAX_HOLES], edges[1::2].tolist()
-        for begin, end, following in zip(begins, ends, [*begins[1:], len(line)], strict=False):
-            self._conceal(begin, end, following)
+        edges = [*edges.tolist(), len(line), len(line)]  # what is heard last reaches to the end
+        for i in range(0, min(len(edges) - 2, 2 * MAX_HOLES), 2):
+            begin, end, stop = edges[i : i + 3]
+            after = line[end : min(stop, end + source)]
+            self._bridge.fill(line[begin - source : begin], after, line[begin:end])
         pcm_N[:] = line[source:]
         self._keep_end()
 
@@ -57,18 +80,6 @@ class Concealer:
     def forget(self) -> None:
         """What comes next follows nothing."""
         self._line[:] = 0.0
-
-    def _conceal(self, begin: int, end: int, following: int) -> None:
-        """Fill line[begin:end]; what is heard after it reaches to `following`."""
-        line, size, fade = self._line, end - begin, len(self._count)
-        known = min(self._source, following - end)
-        reach = min(size, fade)
-        over = reach if known > 0 else fade
-        gain = 1.0 - (self._count[:reach] + 0.5) / over
-        line[begin : begin + reach] = line[begin - 1 - self._mirror[:reach]] * gain
-        if known > 0:
-            mirrored = line[end + np.minimum(self._mirror[:reach], known - 1)] * gain
-            line[end - reach : end] += mirrored[::-1]
 
     def _keep_end(self) -> None:
         self._line[: self._source] = self._line[-self._source :]

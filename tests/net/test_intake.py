@@ -1,0 +1,440 @@
+"""What a client sends over any line, in a session's media time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from fake_model import make_runtime
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from net_rig import FRAME, MS, RATE, WINDOW, Line, S, hear, make_intake, over, ramp
+
+from tml_runtime import errors
+from tml_runtime._tick import now_ns
+from tml_runtime.net.faults import PROFILES, Link, Profile
+from tml_runtime.net.intake import MAX_TEXT_CHARS, MAX_WAITING_TEXTS, Intake
+from tml_runtime.net.overload import Overload
+
+LOUD, SILENT = 1.0, 2.0**-40
+FRAME_NS = 20 * MS
+
+
+def sent(count: int, *, ppm: float = 0.0, size: int = FRAME) -> list[int]:
+    """When each of `count` pieces, whole, leaves the sender."""
+    return [round((i + 1) * size * S / RATE * (1.0 + ppm * 1e-6)) for i in range(count)]
+
+
+def arrive(
+    profile: Profile, count: int, seed: int = 0, *, ppm: float = 0.0, size: int = FRAME
+) -> list[tuple[int, int]]:
+    return over(Link(profile, seed), sent(count, ppm=ppm, size=size))
+
+
+def check_order(line: Line) -> None:
+    """No sample of the line is written twice, and none comes before an older one."""
+    pushes = sorted(line.pushes, key=lambda push: push[0])
+    ends = [(start, start + len(pcm)) for start, pcm in pushes]
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+    newest = [float(pcm[-1]) for _, pcm in pushes]
+    assert newest == sorted(newest)
+
+
+LINES = st.builds(
+    Profile,
+    jitter_ms=st.sampled_from([0.0, 5.0, 40.0]),
+    good_to_bad=st.sampled_from([0.0, 0.05]),
+    bad_to_good=st.just(0.4),
+    stall_every_s=st.sampled_from([0.0, 1.0]),
+    stall_ms=st.just(150.0),
+    reorder=st.sampled_from([0.0, 0.2]),
+    reorder_ms=st.sampled_from([25.0, 90.0]),
+    duplicate=st.sampled_from([0.0, 0.2]),
+)
+
+
+@given(profile=LINES, seed=st.integers(0, 99), scale=st.sampled_from([LOUD, SILENT]))
+@settings(max_examples=40, deadline=None)
+def test_no_sample_is_heard_twice_and_their_order_is_kept(
+    profile: Profile, seed: int, scale: float
+) -> None:
+    intake, line = make_intake(9)
+    hear(intake, line, arrive(profile, 300, seed), scale=scale)
+    check_order(line)
+    if scale == LOUD:  # what is put in to wait lies between its neighbours, on a straight line
+        heard = line.heard[~np.isnan(line.heard)]
+        assert np.diff(heard).min() >= -0.1  # of 1: float32 rounds
+    stats = intake.stats()
+    assert stats.packets_received + stats.packets_lost <= 300
+    assert 0.020 <= stats.target_delay <= 0.2001
+    written = np.count_nonzero(~np.isnan(line.heard))
+    assert written == stats.jitter_buffer_emitted_count
+    line.now_ns = 9 * S
+    stats = intake.stats()
+    assert stats.total_samples_received - stats.concealed_samples == written
+
+
+def test_a_good_line_changes_no_sample() -> None:
+    intake, line = make_intake(20)
+    hear(intake, line, arrive(Profile(delay_ms=15), 500))
+    first = int(np.flatnonzero(~np.isnan(line.heard))[0])
+    assert first == (35 + 80) * 16  # a piece, the way here, the delay
+    np.testing.assert_array_equal(line.heard[first : first + 500 * FRAME], ramp(0, 500 * FRAME))
+    stats = intake.stats()
+    assert stats.jitter_buffer_emitted_count == 500 * FRAME
+    mean_delay_s = stats.jitter_buffer_delay / stats.jitter_buffer_emitted_count
+    assert mean_delay_s == pytest.approx(0.09)  # the middle of a piece is 10 ms after its first
+    assert stats.jitter_buffer_target_delay / (500 * FRAME) == pytest.approx(0.08)
+    assert (stats.concealed_samples, stats.packets_lost, stats.clock_steps) == (0, 0, 0)
+
+
+@given(lost=st.sets(st.integers(1, 148), max_size=30))
+@settings(max_examples=20, deadline=None)
+def test_loss_shows_in_exactly_the_windows_it_hits(lost: set[int]) -> None:
+    runtime, model = make_runtime()
+    clock = runtime.clock
+    assert clock is not None
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        for i in range(150):
+            at = (i + 1) * FRAME_NS
+            while (runtime.metrics.count + 1) * 200 * MS <= at:
+                runtime.run_ticks(1)
+            clock.sleep_until(at)
+            if i not in lost:
+                intake.audio(i, i * FRAME, ramp(i * FRAME) / 2**16, at)
+        runtime.run_ticks(16 - runtime.metrics.count)
+        stats = intake.stats()
+    first = 100 * 16  # 20 ms for the piece itself and 80 of delay
+    expected = {0} | {(150 * FRAME + first) // WINDOW}  # where the stream begins and ends
+    for i in lost:
+        start = first + i * FRAME
+        expected |= {start // WINDOW, (start + FRAME - 1) // WINDOW}
+    flagged = {tick for tick, rows in enumerate(model.heard) if rows[0].missing}
+    assert flagged == expected
+    assert stats.packets_lost == len(lost)
+    holes_end = 16 * WINDOW - (first + 150 * FRAME)
+    assert stats.concealed_samples == len(lost) * FRAME + holes_end
+
+
+@pytest.mark.parametrize("name", ["clean", "wifi", "4g"])
+def test_a_line_costs_few_windows_and_a_small_delay(name: str) -> None:
+    intake, line = make_intake(125)
+    hear(intake, line, arrive(Profile.named(name), 6000), scale=SILENT)
+    stats = intake.stats()
+    most = {"clean": 1, "wifi": 20, "4g": 60}[name]  # of 600 windows
+    assert len([w for w in line.missing_windows() if w < 600]) <= most
+    mean_delay_s = stats.jitter_buffer_target_delay / stats.jitter_buffer_emitted_count
+    assert mean_delay_s <= {"clean": 0.025, "wifi": 0.06, "4g": 0.06}[name]
+    assert stats.clock_steps == 0
+
+
+@pytest.mark.parametrize(("ppm", "scale"), [(300, SILENT), (-300, LOUD)])
+def test_an_hour_of_clock_drift_costs_no_window_and_no_delay(ppm: float, scale: float) -> None:
+    size, hour = 6400, 9000  # pieces of 400 ms: the same drift with a twentieth of the calls
+    intake, line = make_intake(3620)
+    waits_s: list[float] = []
+    before = intake.stats()
+    profile = Profile(delay_ms=20, jitter_ms=1)
+    for i, (at, index) in enumerate(arrive(profile, hour, ppm=ppm, size=size)):
+        hear(intake, line, [(at, index)], scale=scale, size=size)
+        if i % 750 == 749:
+            now = intake.stats()
+            samples = now.jitter_buffer_emitted_count - before.jitter_buffer_emitted_count
+            waits_s.append((now.jitter_buffer_delay - before.jitter_buffer_delay) / samples)
+            before = now
+    assert [w for w in line.missing_windows() if 2 < w < 17_985] == []
+    assert max(waits_s[1:]) - min(waits_s[1:]) <= 0.005
+    stats = intake.stats()
+    assert stats.drift_ppm == pytest.approx(ppm, abs=5)
+    followed = stats.inserted_samples_for_deceleration - stats.removed_samples_for_acceleration
+    worked_off = 0.06 * RATE if scale == SILENT else 0  # the start's 80 ms down to 20
+    assert followed == pytest.approx(ppm * 1e-6 * 3600 * RATE - worked_off, abs=200)
+    assert (stats.clock_steps, stats.packets_discarded) == (0, 0)
+
+
+@pytest.mark.parametrize("step_s", [10, -10])
+def test_a_clock_that_is_set_costs_a_window_or_two(step_s: int) -> None:
+    intake, line = make_intake(45)
+    arrivals = arrive(Profile(delay_ms=20, jitter_ms=3), 2000)
+    for at, i in arrivals:
+        line.now_ns = at
+        stamp = i * FRAME + (12 + step_s * (i >= 1000)) * RATE
+        intake.audio(i, stamp, ramp(i * FRAME, scale=SILENT), at)
+    check_order(line)
+    missing = [w for w in line.missing_windows() if 0 < w < 199]
+    assert 1 <= len(missing) <= 2 and all(100 <= w <= 102 for w in missing)
+    stats = intake.stats()
+    assert (stats.clock_steps, stats.packets_discarded) == (1, 4)
+    assert stats.target_delay < 0.05
+
+
+def test_a_laptop_that_slept_is_heard_again_within_two_seconds() -> None:
+    intake, line = make_intake(60)
+    arrivals = [
+        (at + (i >= 1000) * 10 * S, i) for at, i in arrive(Profile(delay_ms=20, jitter_ms=3), 2000)
+    ]
+    hear(intake, line, arrivals, scale=SILENT)
+    check_order(line)
+    missing = [w for w in line.missing_windows() if 0 < w < 249]
+    assert missing == list(range(missing[0], missing[-1] + 1))
+    assert missing[0] == 100 and 150 < missing[-1] <= 157
+    assert intake.stats().clock_steps == 1
+
+
+def test_an_outage_of_a_second_is_missing_and_leaves_no_delay() -> None:
+    intake, line = make_intake(25)
+    hear(intake, line, arrive(Profile.named("outage"), 1000), scale=SILENT)
+    missing = [w for w in line.missing_windows() if 0 < w < 99]
+    assert missing == [*range(45, 51), *range(95, 99)] or missing == [
+        *range(45, 50),
+        *range(95, 99),
+    ]
+    stats = intake.stats()
+    assert stats.packets_lost == 50 and stats.packets_discarded == 0  # the second has not ended
+    assert stats.target_delay < 0.035
+
+
+def test_all_that_was_held_up_may_come_at_once() -> None:
+    """Before anything was heard, and in the middle."""
+    intake, line = make_intake(65)
+    arrivals = [(max(at, 2 * S), i) for at, i in arrive(Profile(delay_ms=20), 3000)]
+    arrivals = [(15 * S if 12 * S < at < 15 * S else at, i) for at, i in arrivals]
+    hear(intake, line, arrivals, scale=SILENT)
+    check_order(line)
+    stats = intake.stats()
+    assert stats.clock_steps == 0
+    missing = [w for w in line.missing_windows() if w < 300]
+    assert missing[:10] == [*range(10)] and set(missing[10:]) <= {10, *range(60, 76)}
+    assert {*range(61, 74)} <= set(missing)
+    assert stats.target_delay < 0.025
+    last = max(line.pushes, key=lambda push: push[0])
+    assert last[0] / RATE + 0.02 - line.now_ns / S < 0.08  # no delay is left of it
+
+
+def test_a_flood_is_cut_and_not_stored() -> None:
+    intake, line = make_intake(30)
+    for i in range(5000):  # 100 s of sound in 10
+        line.now_ns = at = i * 2 * MS
+        intake.audio(i, i * FRAME, ramp(i * FRAME, scale=SILENT), at)
+        ahead_s = max(start for start, _ in line.pushes) / RATE - at / S
+        assert ahead_s <= 0.4
+    check_order(line)
+    stats = intake.stats()
+    assert stats.packets_discarded > 3000
+    assert stats.removed_samples_for_acceleration > 3000 * FRAME
+
+
+FRAME_RGB = np.zeros((40, 40, 3), np.uint8)
+BAD: list[tuple[Callable[[Intake, int], object], type[Exception], str]] = [
+    (lambda i, at: i.audio(-1, 0, ramp(0), at), errors.InputValueError, "seq=-1"),
+    (lambda i, at: i.audio(100_000, 0, ramp(0), at), errors.InputValueError, "seq=100000"),
+    (lambda i, at: i.audio(2**53, 0, ramp(0), at), errors.InputValueError, "seq="),
+    (lambda i, at: i.audio(1.0, 0, ramp(0), at), errors.InputTypeError, "seq=1.0"),  # type: ignore
+    (lambda i, at: i.audio(True, 0, ramp(0), at), errors.InputTypeError, "seq=True"),
+    (lambda i, at: i.audio(50, -1, ramp(0), at), errors.InputValueError, "stamp=-1"),
+    (lambda i, at: i.audio(50, 2**53, ramp(0), at), errors.InputValueError, "stamp="),
+    (lambda i, at: i.audio(50, float("nan"), ramp(0), at), errors.InputTypeError, "nan"),  # type: ignore
+    (lambda i, at: i.audio(50, 16_000, ramp(0), 0.5), errors.InputTypeError, "0.5"),  # type: ignore
+    (lambda i, at: i.audio(50, 16_000, ramp(0) * np.nan, at), errors.InputValueError, "nan"),
+    (lambda i, at: i.audio(50, 16_000, ramp(0, 16_001), at), errors.InputValueError, "16001"),
+    (
+        lambda i, at: i.audio(50, 16_000, ramp(0).astype(float), at),
+        errors.InputTypeError,
+        "float64",
+    ),
+    (lambda i, at: i.audio(50, 16_000, ramp(0)[:, None], at), errors.InputValueError, "320, 1"),
+    (lambda i, at: i.audio(50, 16_000, b"\0" * 640, at), errors.InputTypeError, "bytes"),  # type: ignore
+    (lambda i, at: i.video(-1, 16_000, FRAME_RGB, at), errors.InputValueError, "seq=-1"),
+    (lambda i, at: i.video(5, None, FRAME_RGB, at), errors.InputTypeError, "stamp=None"),  # type: ignore
+    (lambda i, at: i.video(5, 16_000, FRAME_RGB / 2, at), errors.InputTypeError, "float64"),
+    (lambda i, at: i.video(5, 16_000, FRAME_RGB[:39], at), errors.InputValueError, "39"),
+    (lambda i, at: i.text(b"x"), errors.InputTypeError, "bytes"),  # type: ignore
+    (lambda i, at: i.text("x" * (MAX_TEXT_CHARS + 1)), errors.InputValueError, "1025"),
+]
+
+
+@pytest.mark.parametrize(("send", "error", "words"), BAD)
+def test_hostile_input_is_refused_and_changes_nothing(
+    send: Callable[[Intake, int], object], error: type[Exception], words: str
+) -> None:
+    def run(with_bad: bool) -> tuple[bytes, str]:
+        runtime, model = make_runtime()
+        clock = runtime.clock
+        assert clock is not None
+        with runtime, runtime.open_session() as session:
+            intake = Intake(session)
+            for i in range(80):
+                at = (i + 1) * FRAME_NS
+                while (runtime.metrics.count + 1) * 200 * MS <= at:
+                    runtime.run_ticks(1)
+                clock.sleep_until(at)
+                intake.audio(i, i * FRAME, ramp(i * FRAME) / 2**16, at)
+                if i % 10 == 0:
+                    intake.video(i // 10, i * FRAME, FRAME_RGB, at)
+                if with_bad and i == 49:
+                    with pytest.raises(error, match=words):
+                        send(intake, at)
+            runtime.run_ticks(2)
+            heard = b"".join(rows[0].pcm.tobytes() for rows in model.heard)
+            return heard, repr((intake.stats(), session.stats))
+
+    assert run(True) == run(False)
+
+
+@given(
+    calls=st.lists(
+        st.tuples(
+            st.integers(-3, 3),
+            st.one_of(st.integers(-400, 400), st.integers(-(10**9), 10**9)),
+            st.integers(0, 700),
+            st.integers(0, 60 * MS),
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_a_client_sends_what_is_heard_is_bounded(calls: list) -> None:
+    intake, line = make_intake(30)
+    seq, stamp, at = 5, 10**10, 0
+    for jump, off, size, later in calls:
+        seq, stamp, at = seq + jump, stamp + 320, at + later
+        line.now_ns = at
+        try:
+            intake.audio(max(0, seq), max(0, stamp + off), ramp(0, size), at)
+        except errors.InputValueError:
+            continue
+        stats = intake.stats()
+        assert 0.020 - 1e-6 <= stats.target_delay <= 0.2 + 1e-6
+        if line.pushes:
+            assert max(start + len(pcm) for start, pcm in line.pushes) / RATE <= at / S + 1.0
+    line.now_ns = 25 * S
+    stats = intake.stats()
+    filled = stats.total_samples_received - stats.concealed_samples
+    assert filled == np.count_nonzero(~np.isnan(line.heard))
+
+
+def test_pictures_lie_where_the_sound_of_their_time_does() -> None:
+    runtime, model = make_runtime()
+    clock = runtime.clock
+    assert clock is not None
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        intake.video(0, 12_345, FRAME_RGB + 9, 0)  # before any sound: 80 ms after it came
+        for i in range(60):
+            at = (i + 1) * FRAME_NS
+            while (runtime.metrics.count + 1) * 200 * MS <= at:
+                runtime.run_ticks(1)
+            clock.sleep_until(at)
+            pcm = np.full(FRAME, 0.5, np.float32)
+            if i == 20:
+                pcm[0] = 0.75
+                intake.video(1, i * FRAME, FRAME_RGB + 7, at)
+                intake.video(1, i * FRAME, FRAME_RGB + 8, at)  # the same again
+            intake.audio(i, i * FRAME, pcm, at)
+        intake.video(2, 0, FRAME_RGB, at)  # too late
+        intake.video(3, 10**12, FRAME_RGB, at)  # too early
+        runtime.run_ticks(2)
+        stats = intake.stats()
+    marked = [tick for tick, rows in enumerate(model.heard) if (rows[0].pcm == 0.75).any()]
+    seen = [None if rows[0].frames is None else int(rows[0].frames.max()) for rows in model.heard]
+    assert marked == [(20 * FRAME + 1600) // WINDOW]
+    assert [(tick, value) for tick, value in enumerate(seen) if value is not None] == [
+        (0, 9),
+        (marked[0], 7),
+    ]
+    assert (stats.frames_received, stats.frames_dropped, stats.frames_shed) == (4, 2, 0)
+
+
+def test_under_overload_pictures_go_first_then_text_waits_and_sound_is_heard() -> None:
+    intake, line = make_intake(10)
+    levels = [Overload.NONE, Overload.SHED_VIDEO, Overload.HOLD_TEXT, Overload.NONE]
+    for i in range(200):
+        line.now_ns = at = (i + 1) * FRAME_NS
+        intake.overload = levels[i // 50]
+        intake.audio(i, i * FRAME, ramp(i * FRAME), at)
+        if i % 10 == 0:
+            intake.video(i // 10, i * FRAME, FRAME_RGB, at)
+            intake.text(str(i))
+            assert line.texts == [
+                str(n) for n in range(0, i + 1, 10) if not 100 <= i < 150 or n < 100
+            ]
+    assert len(line.frames) == 10
+    stats = intake.stats()
+    assert (stats.frames_dropped, stats.frames_shed, stats.texts_waiting) == (10, 10, 0)
+    assert [w for w in line.missing_windows() if 0 < w < 20] == []
+
+
+def test_texts_wait_in_order_and_are_bounded() -> None:
+    intake, line = make_intake(10, queue=3)
+    texts = [f"{i}" for i in range(3 + MAX_WAITING_TEXTS)]
+    for text in texts:
+        intake.text(text)
+    with pytest.raises(errors.InputBackpressure, match="waiting"):
+        intake.text("one more")
+    stats = intake.stats()
+    assert (stats.texts_waiting, stats.backpressure) == (MAX_WAITING_TEXTS, 1)
+    line.queue = 10**6
+    intake.audio(0, 0, ramp(0), 0)
+    assert line.texts == texts
+
+
+def test_full_queues_of_the_session_are_counted_not_raised() -> None:
+    runtime, _ = make_runtime()
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        for i in range(2000):  # one sample each
+            intake.audio(i, i, ramp(i, 1), 0)
+        for i in range(100):
+            intake.video(i, 0, np.zeros((480, 640, 3), np.uint8), 0)
+        stats = intake.stats()
+        assert stats.backpressure > 1000
+        assert stats.packets_discarded > 1000 and stats.frames_dropped > 80
+        runtime.run_ticks(1)
+
+
+def test_the_end_of_a_session_reaches_the_caller() -> None:
+    runtime, _ = make_runtime()
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        intake.audio(0, 0, ramp(0), 0)
+        session.close()
+        with pytest.raises(errors.SessionClosed):
+            intake.audio(1, FRAME, ramp(FRAME), FRAME_NS)
+
+
+def test_a_rate_the_session_does_not_hear_is_refused() -> None:
+    runtime, _ = make_runtime()
+    with runtime, runtime.open_session() as session, pytest.raises(errors.InputValueError):
+        Intake(session, sample_rate=48_000)
+
+
+def test_arrivals_are_told_on_the_clock_that_ticks_run_by() -> None:
+    before, now, after = time.monotonic_ns(), now_ns(), time.monotonic_ns()
+    assert before <= now <= after
+
+
+def test_stats_are_frozen_and_complete() -> None:
+    intake, _ = make_intake(1)
+    stats = intake.stats()
+    assert stats == replace(stats) and stats.target_delay == 0.08
+    with pytest.raises(AttributeError):
+        stats.packets_lost = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_an_hour_holds_no_more_memory_than_a_minute(name: str) -> None:
+    def size(intake: Intake) -> int:
+        parts = (intake._heard._starts, intake._timeline._stamps, intake._delay._best)
+        return sum(map(len, parts)) + len(intake._delay._drift._points)
+
+    intake, line = make_intake(240)
+    largest: list[int] = [0, 0]
+    for n, (at, i) in enumerate(arrive(Profile.named(name), 2000, size=5 * FRAME)):
+        hear(intake, line, [(at, i)], size=5 * FRAME, scale=SILENT)
+        largest[n > 1000] = max(largest[n > 1000], size(intake))
+    assert largest[1] <= max(2 * largest[0], 400)
