@@ -221,12 +221,17 @@ class ModelState:
         assert self._sessions[slot].slot == slot  # the slot freed last is handed out first
 
     def fork(self, slot: int, to_slot: int) -> None:
-        """Make `to_slot` a session that goes on where `slot` is; what was in it ends."""
+        """Make `to_slot` a session that goes on where `slot` is; what was in it ends, also when
+        there are no pages for that, which is OutOfPages and leaves it as new."""
         session, target = self.session(slot), self.session(to_slot)
         if slot == to_slot:
             raise ValueError(f"to_slot={to_slot} is the slot that is forked")
         self.cache.close(target)
-        self._sessions[to_slot] = self.cache.fork(session)
+        try:
+            self._sessions[to_slot] = self.cache.fork(session)
+        except BaseException:
+            self._sessions[to_slot] = self.cache.open(self.budget.pages())
+            raise
         assert self._sessions[to_slot].slot == to_slot
 
     def load(self, slot: int, path: str | Path) -> None:
