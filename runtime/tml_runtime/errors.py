@@ -58,6 +58,10 @@ class SessionFault(TmlRuntimeError, RuntimeError):
         self.t = t
 
 
+class HandoffError(TmlRuntimeError, RuntimeError):
+    """A background model could not answer; the message tells the live model why."""
+
+
 class NotRunning(TmlRuntimeError, RuntimeError):
     """The runtime was stopped, or is asked for what its mode (real time, virtual) cannot do."""
 

@@ -17,13 +17,14 @@ import torch
 
 from ._tick import Schedule, TickThread, now_ns
 from .admission import Admission
-from .checks import Sampling, checked_ids
+from .checks import Sampling
 from .clock import QuietCollector, VirtualClock, torch_threads
-from .errors import InputValueError, LoopFailed, NotRunning
+from .errors import LoopFailed, NotRunning
+from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
 from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
 from .nvtx import ranges
-from .options import check_int, checked_layout, mailbox_spec
+from .options import check_int, checked_layout, checked_prompt, mailbox_spec
 from .overload import Overload
 from .session import Session
 from .slots import Batch, Seat, Slots
@@ -60,6 +61,8 @@ class Runtime:
         output_queue_ticks: int = 64,
         cpu_threads: int = 1,
         black_box: Path | None = None,
+        background: BackgroundModel | None = None,
+        handoff: HandoffOptions | None = None,
     ) -> None:
         """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
         global_pages: of all sessions' global layers, by default as their budgets need; with fewer
@@ -69,7 +72,8 @@ class Runtime:
         cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
         gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
         a file with the newest ticks when one misses, a session faults or the loop fails; see
-        `blackbox`. Raises InputTypeError or InputValueError naming the argument.
+        `blackbox`. background: answers what the model delegates; without one, `delegate` is an
+        action like any other. Raises InputTypeError or InputValueError naming the argument.
         """
         sizes = {
             "num_slots": num_slots,
@@ -88,11 +92,17 @@ class Runtime:
         )
         self._model = model
         self._budget = KvBudget() if budget is None else budget
-        self._state = model.new_state(num_slots, budget=self._budget, global_pages=global_pages)
-        by_pages = None if global_pages is None else self._sessions_in(global_pages)
+        options = HandoffOptions() if handoff is None else handoff
+        num_spare = 0 if background is None else options.snapshots
+        self._state = model.new_state(
+            num_slots + num_spare, budget=self._budget, global_pages=global_pages
+        )
+        by_pages = None if global_pages is None else self._sessions_in(global_pages) - num_spare
         self._admission = Admission(num_slots, by_pages=by_pages)
         self._probe_ticks = probe_ticks
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+        parts = (options, model.config, self._tokenizer, self._state)
+        self._handoff = Handoff(background, *parts, first_spare=num_slots)
         make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
         self._vocoders = [make_vocoder() for _ in range(num_slots)]
         self._slots = Slots(num_slots)
@@ -114,9 +124,10 @@ class Runtime:
         self._seed = seed
         self._num_opened = 0
         self._lock = threading.Lock()  # clients only: open, start, stop
-        options = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
-        self._watch = Watch(self, model, black_box, options)
+        settings = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
+        self._watch = Watch(self, model, black_box, settings)
         if not realtime:
+            self._borrowed.callback(self._handoff.stop)
             self._borrowed.enter_context(self._watch)
 
     @property
@@ -153,6 +164,7 @@ class Runtime:
         seed: int | None = None,
         prompt: str | Sequence[int] | None = None,
         priority: int = 0,
+        handoff_policy: Policy | None = None,
     ) -> Session:
         """A new session; its media clock starts with the next window that begins; before
         `start`, that is the first one.
@@ -160,7 +172,8 @@ class Runtime:
         prompt: text, or token ids, that the model reads before anything else and never forgets, at
         most `KvBudget.anchor` tokens. It is read in time that ticks leave; windows that end before
         that pass unheard (`stats.absent_ticks`). priority: where pages run out, sessions of a lower
-        one leave the device first.
+        one leave the device first. handoff_policy: when answers of the background model reach the
+        live one, by default as in HandoffOptions.
 
         temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; see `tml_kernels.sample`.
         Without a seed, it is the runtime's and how many were opened before that decide. Raises
@@ -173,12 +186,14 @@ class Runtime:
                 seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
             sampling = Sampling(temperature, top_k, top_p, min_p, seed)
             check_int("priority", priority, at_least=-(2**31))
-            ids = self._checked_prompt(prompt)
+            vocab, anchor = self._model.config.vocab, self._budget.anchor
+            ids = checked_prompt(prompt, self._tokenizer, vocab, anchor)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
                 self._release()
             period_ns = self._spec.window_ns
             open_tick = -(-self.media_ns() // period_ns)
             seat = Seat(self._spec, sampling, open_tick, prompt=ids, priority=priority)
+            seat.inbox.line = self._handoff.open(seat, handoff_policy, ids)
             self._slots.claim(seat, self._admission)
             self._num_opened += 1
         return Session(
@@ -203,6 +218,8 @@ class Runtime:
                 if self._probe_ticks > 0:
                     by_time, table = self._warm_up.probe(self._probe_ticks)
                     self._admission = replace(self._admission, by_time=by_time, table=table)
+                borrowed.callback(self._handoff.stop)
+                self._handoff.start()
                 borrowed.enter_context(self._collector)
                 self._thread.start()
                 self._borrowed = borrowed.pop_all()
@@ -235,6 +252,7 @@ class Runtime:
         self.check_alive()
         with torch_threads(self._cpu_threads):
             for _ in range(num_ticks):
+                self._handoff.before_tick()
                 clock.sleep_until(self._schedule.next_wake_ns)
                 tick, _ = self._schedule.begin(clock.now_ns())
                 try:
@@ -254,6 +272,7 @@ class Runtime:
             "sessions_refused": self._slots.num_refused,
             "admission": self._admission.report(),
             "scheduling": None if self._thread is None else self._thread.scheduling,
+            "handoff": self._handoff.report(),
             **self._watch.report(),
             **self._metrics.report(),
         }
@@ -327,6 +346,7 @@ class Runtime:
         """Free the slots of sessions that are over, and give back all that they hold."""
         for slot in self._slots.sweep():
             self._state.reset(slot)
+        self._handoff.release()
 
     def _think(self, inputs: TickInput) -> TickOutput:
         out = self._model.tick(self._state, inputs)
@@ -371,15 +391,3 @@ class Runtime:
         """How many sessions' budgets fit; page 0 is nobody's."""
         check_int("global_pages", global_pages, at_least=2)
         return (global_pages - 1) // sum(self._budget.pages().values())
-
-    def _checked_prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
-        if prompt is None:
-            return []
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        ids = checked_ids(ids, self._model.config.vocab.num_valid)
-        if len(ids) > self._budget.anchor:
-            raise InputValueError(
-                f"prompt: {len(ids)} tokens, but KvBudget.anchor={self._budget.anchor}: shorten "
-                "it, or give the Runtime a budget with more"
-            )
-        return ids

@@ -25,6 +25,7 @@ import numpy as np
 from ._tick import Ring
 from .checks import FrameGrid
 from .conceal import Concealer
+from .handoff.line import Line
 
 SHED_VIDEO, SHED_TEXT = 1, 2  # how much of a tick's input is left out under overload
 MAX_QUEUED = 512  # messages per ring, so that one client's tiny pieces cannot stretch a tick
@@ -210,6 +211,7 @@ class Inbox:
             spec.num_windows + 1, spec.max_frame_pairs, spec.grid, spec.past_ticks
         )
         self._pending_text: deque[int] = deque()
+        self.line: Line | None = None  # to a background model; set before the first `take`
 
     def put_audio(self, start: int, pcm: np.ndarray) -> bool:
         return _put(self._audio, _AUDIO.pack(start) + pcm.tobytes())
@@ -234,7 +236,7 @@ class Inbox:
             num_shed += self._frames.forget_before(window + 1)
         missing = self._samples.take(window, pcm_N)
         pairs, shed_at_take = (None, 0) if shed >= SHED_VIDEO else self._frames.take(window)
-        text = [] if shed >= SHED_TEXT else self._next_text()
+        text = [] if shed >= SHED_TEXT else self._next_text(window)
         return Window(missing, pairs, text, dropped, num_shed + shed_at_take)
 
     def pass_by(self, window: int) -> tuple[int, int]:
@@ -264,14 +266,21 @@ class Inbox:
             shed += self._frames.write(stamp // self._spec.window_ns, stamp, frame)
         return shed
 
-    def _next_text(self) -> list[int]:
+    def _next_text(self, window: int) -> list[int]:
         pending, limit = self._pending_text, self._spec.max_text_tokens
         while len(pending) < limit:  # so what does not fit stays in the bounded ring
             message = self._text.pop()
             if message is None:
                 break
             pending.extend(np.frombuffer(message, np.int32).tolist())
-        return [pending.popleft() for _ in range(min(limit, len(pending)))]
+        if self.line is None:
+            return [pending.popleft() for _ in range(min(limit, len(pending)))]
+        # of an odd limit, 1 too, each has the larger half every other time
+        wanted = min(len(pending), (limit + window % 2) // 2)
+        given = self.line.take(window, limit - wanted)
+        own = [pending.popleft() for _ in range(min(limit - len(given), len(pending)))]
+        self.line.read(window, text := own + given)
+        return text
 
 
 class Output(NamedTuple):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from .checks import FrameGrid
+from .checks import FrameGrid, checked_ids
 from .errors import InputTypeError, InputValueError
 from .mailbox import MailboxSpec
 from .model import ModelConfig, TurnLayout
+from .model.config import Vocabulary
 from .recall import PAST_TICKS
+from .text import Tokenizer
 
 
 def check_int(name: str, value: Any, *, at_least: int) -> None:
@@ -24,6 +27,22 @@ def checked_layout(config: ModelConfig, layout: TurnLayout | None) -> TurnLayout
     if config.patch.frames != 2:
         raise InputValueError(f"patch.frames={config.patch.frames}: video is taken in pairs")
     return config.layout
+
+
+def checked_prompt(
+    prompt: str | Sequence[int] | None, tokenizer: Tokenizer, vocab: Vocabulary, limit: int
+) -> list[int]:
+    """Token ids, at most `limit`."""
+    if prompt is None:
+        return []
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    ids = checked_ids(ids, vocab.num_valid)
+    if len(ids) > limit:
+        raise InputValueError(
+            f"prompt: {len(ids)} tokens, but KvBudget.anchor={limit}: shorten "
+            "it, or give the Runtime a budget with more"
+        )
+    return ids
 
 
 def mailbox_spec(

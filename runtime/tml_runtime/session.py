@@ -18,8 +18,10 @@ import numpy as np
 from . import checks
 from .errors import (
     InputBackpressure,
+    InputTypeError,
     InputValueError,
     LateInput,
+    NotRunning,
     SessionClosed,
     SessionFault,
 )
@@ -169,6 +171,24 @@ class Session:
                 raise InputValueError(f"text: {len(ids)} tokens in one push, {limit=}: split it")
             if ids and not self._seat.inbox.put_text(ids):
                 raise InputBackpressure(f"the text queue is full; {len(ids)} tokens, {limit=}")
+
+    def delegate(self, text: str) -> int:
+        """Ask the background model for `text`, as the model's own action would; returns the
+        request's id. The answer goes to the model, as the session's policy says."""
+        with self._lock:
+            self._check_open()
+            if not isinstance(text, str):
+                raise InputTypeError(f"text: expected str, got {type(text).__name__}")
+            limit = self._seat.spec.text_queue_tokens
+            if not 0 < len(text) <= limit:
+                raise InputValueError(f"text: {len(text)} characters, expected 1..{limit}")
+            line = self._seat.inbox.line
+            if line is None:
+                raise NotRunning("delegate: no background model; Runtime(model, background=...)")
+            number = line.ask(text)
+            if number is None:
+                raise InputBackpressure("delegate: too many texts wait for the next tick")
+            return number
 
     def poll(self) -> list[SpeechOut | TextOut | ActionOut]:
         """All output since the last call, tick by tick: speech first, then text and actions.

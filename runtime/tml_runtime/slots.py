@@ -92,6 +92,11 @@ class Seat:
         return self.closed or self.fault is not None
 
     @property
+    def played_ns(self) -> int:
+        """How far its speech was heard before the newest interruption."""
+        return self.interruption.played_ns
+
+    @property
     def present(self) -> bool:
         """Whether it takes part in ticks."""
         return not self.paused and self.num_read == len(self.prompt)
@@ -125,7 +130,10 @@ class Seat:
 
     def publish(self, tick: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
         """Whether the output found room; if not, it is lost and counted."""
-        published = self.outbox.put(tick - self.open_tick, self.epoch, token_K, pcm)
+        window = tick - self.open_tick
+        published = self.outbox.put(window, self.epoch, token_K, pcm)
+        if self.inbox.line is not None:
+            self.inbox.line.said(window, token_K)
         self.stats.lost_outputs += not published
         return published
 
