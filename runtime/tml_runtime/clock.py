@@ -83,25 +83,43 @@ def torch_threads(num_threads: int) -> Iterator[None]:
 
 
 class Collections:
-    """Garbage collections of this process so far, and the time they took; all threads wait then."""
+    """When Python's garbage collections of this process ran; all its threads wait for one.
+
+    The last KEPT are known. The collector says that one is over only when its thread has the GIL
+    again, which may be after others ran: one that has not said so ends, for `between`, at `to_ns`.
+    """
+
+    KEPT = 64
 
     def __init__(self) -> None:
-        self.runs = self.ns = 0
-        self.start_ns = self.end_ns = 0  # of the last one
+        self.begun = 0
+        self._begin_ns, self._end_ns = [0] * self.KEPT, [0] * self.KEPT
 
     def __call__(self, phase: str, info: dict[str, Any]) -> None:
-        """What `gc.callbacks` asks for."""
+        """What `gc.callbacks` asks for. Collections do not nest."""
         if phase == "start":
-            self.start_ns = now_ns()
+            row = self.begun % self.KEPT
+            self._begin_ns[row], self._end_ns[row] = now_ns(), 0
+            self.begun += 1
         else:
-            self.end_ns = now_ns()
-            self.ns += self.end_ns - self.start_ns
-            self.runs += 1
+            self._end_ns[(self.begun - 1) % self.KEPT] = now_ns()
+
+    def between(self, first: int, from_ns: int, to_ns: int) -> tuple[int, int, int]:
+        """Of collections number `first` and on, those that overlap the given time: how many, how
+        much of it they took, and when the last of them ended, 0 for none."""
+        count = took_ns = ended_ns = 0
+        for number in range(max(first, self.begun - self.KEPT), self.begun):
+            row = number % self.KEPT
+            end_ns = min(self._end_ns[row] or to_ns, to_ns)
+            overlap_ns = end_ns - max(self._begin_ns[row], from_ns)
+            if overlap_ns > 0:
+                count, took_ns, ended_ns = count + 1, took_ns + overlap_ns, end_ns
+        return count, took_ns, ended_ns
 
 
 @functools.cache
 def garbage_collections() -> Collections:
-    """Those of this process, counted from the first call on."""
+    """Those of this process, from the first call on."""
     counted = Collections()
     gc.callbacks.append(counted)
     return counted

@@ -12,7 +12,7 @@ import numpy as np
 
 from ._tick import now_ns
 from .clock import garbage_collections
-from .misses import Reason, parts_ns, skipped_behind, why_missed
+from .misses import Reason, parts_ns, skipped_behind, why_missed, why_slept
 from .nvtx import Ranges
 
 MAX_STAGES = 24
@@ -43,7 +43,8 @@ RECORD = np.dtype(
         ("lost_outputs", np.int32),  # sessions whose output queue was full
         ("faults", np.int32),  # sessions ended by this tick
         ("missed", np.bool_),
-        ("reason", np.int8),  # a `misses.Reason`, of this tick alone; `skipped` have their own
+        ("reason", np.int8),  # of this tick alone: a `misses.Reason`
+        ("skip_reason", np.int8),  # of those skipped ticks that the tick before did not hold up
         ("gc_runs", np.int32),  # Python's garbage collections between scheduled and done
         ("gc_ns", np.int64),  # and the time they took there
         ("gc_end_ns", np.int64),  # when the last one ended; 0: there were none
@@ -133,7 +134,7 @@ class Metrics:
         self._kv_most = np.zeros(len(CLASS_NAMES), np.int64)
         self._kv_dropped = np.zeros(len(CLASS_NAMES), np.int64)
         self._collections = garbage_collections()
-        self._gc_runs = self._gc_ns = 0  # of `_collections`, when the record was opened
+        self._gc_before = self._gc_seen = 0  # collections begun by the last close; looked at
         self._begin_ns = self._lap_ns = self._woke_ns = self._done_ns = 0
         self.tick_times = Histogram(round(share * period_ns) for share in TICK_BOUNDS)
         self.wake_times = Histogram(round(ms * 1e6) for ms in WAKE_BOUNDS_MS)
@@ -151,9 +152,8 @@ class Metrics:
         self._record = record = self._records[row]
         record["tick"], record["scheduled_ns"], record["woke_ns"] = tick, scheduled_ns, woke_ns
         record["before_done_ns"], self._woke_ns = self._done_ns, woke_ns
-        if self._collections.runs != self._gc_runs:
-            self._note_late_collection(woke_ns - scheduled_ns)
-        self._gc_runs, self._gc_ns = self._collections.runs, self._collections.ns
+        self._gc_before = self._gc_seen
+        self._note_collections(self._begin_ns - (woke_ns - scheduled_ns), self._begin_ns)
         if self._ranges is not None:
             self._ranges.open(tick)
 
@@ -210,8 +210,7 @@ class Metrics:
         record["done_ns"], record["busy_ns"], record["throttle"] = done_ns, busy_ns, throttle
         missed = done_ns > deadline_ns
         record["missed"] = missed
-        if self._collections.runs != self._gc_runs:
-            self._note_collections()
+        self._note_collections(self._begin_ns, self._begin_ns + busy_ns)
         late_ns = self._woke_ns - int(record["scheduled_ns"])
         self.wake_times.add(late_ns)
         self.tick_times.add(late_ns + busy_ns)
@@ -223,25 +222,23 @@ class Metrics:
             self._note_skipped(skipped)
         if self._ranges is not None:
             self._ranges.close()
-        self._done_ns, self._gc_runs = done_ns, self._collections.runs
+        self._done_ns = done_ns
         self.count += 1
         return "fault" if record["faults"] else ("miss" if missed or skipped else None)
 
     def _placed(self, real_ns: int) -> int:
         return self._woke_ns + real_ns - self._begin_ns
 
-    def _note_late_collection(self, late_ns: int) -> None:
-        """A collection since the tick before: the part of it that kept this tick from waking."""
-        due_ns = self._begin_ns - late_ns  # in real time
-        stopped_ns = self._collections.end_ns - max(self._collections.start_ns, due_ns)
-        if stopped_ns > 0:
-            self._record["gc_runs"], self._record["gc_ns"] = 1, stopped_ns
-            self._record["gc_end_ns"] = self._placed(self._collections.end_ns)
-
-    def _note_collections(self) -> None:
-        self._record["gc_runs"] += self._collections.runs - self._gc_runs
-        self._record["gc_ns"] += self._collections.ns - self._gc_ns
-        self._record["gc_end_ns"] = self._placed(self._collections.end_ns)
+    def _note_collections(self, from_ns: int, to_ns: int) -> None:
+        """Those begun since the last look, as far as they lie in that stretch of real time."""
+        if self._collections.begun == self._gc_seen:
+            return
+        runs, took_ns, ended_ns = self._collections.between(self._gc_seen, from_ns, to_ns)
+        self._gc_seen = self._collections.begun
+        if runs:
+            self._record["gc_runs"] += runs
+            self._record["gc_ns"] += took_ns
+            self._record["gc_end_ns"] = self._placed(ended_ns)
 
     def _why_missed(self) -> Reason:
         num_rows = len(self._records)
@@ -258,14 +255,20 @@ class Metrics:
         return why_missed(part_N_A[-1], usual_A, gc_ns=gc_ns, throttle=throttle)
 
     def _note_skipped(self, skipped: int) -> None:
+        scheduled_ns = int(self._record["scheduled_ns"])
         behind = skipped_behind(
             skipped,
-            scheduled_ns=int(self._record["scheduled_ns"]),
+            scheduled_ns=scheduled_ns,
             before_done_ns=int(self._record["before_done_ns"]),
             period_ns=self._period_ns,
         )
+        slept_ns = (skipped - behind) * self._period_ns
+        due_ns = self._begin_ns - (self._woke_ns - scheduled_ns)  # in real time
+        _, gc_ns, _ = self._collections.between(self._gc_before, due_ns - slept_ns, due_ns)
+        reason = why_slept(slept_ns, gc_ns)
+        self._record["skip_reason"] = reason
         self._reasons[Reason.OVERRUN] += behind
-        self._reasons[Reason.WOKE_LATE] += skipped - behind
+        self._reasons[reason] += skipped - behind
 
     def records(self, newest: int | None = None) -> np.ndarray:
         """Copy of the records kept, oldest first, or of the `newest` of them: dtype `RECORD`."""

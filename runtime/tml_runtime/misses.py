@@ -9,8 +9,9 @@ median over the newest ticks that were in time; without any, it is 0.
 2. Otherwise, the part that lies furthest above its usual time.
 3. If that is the model's while the GPU's clocks were held down: `THROTTLED`.
 
-A tick that never ran is an `OVERRUN` if it was due while the tick before still ran, and `WOKE_LATE`
-if the thread slept through it.
+A tick that never ran is an `OVERRUN` if it was due while the tick before still ran. If the thread
+slept through it, collections that took half or more of what was slept through make it `GARBAGE`;
+otherwise it is `WOKE_LATE`.
 
 >>> ms = 1_000_000
 >>> usual = np.array([0, 0, 1, 90, 5, 1]) * ms
@@ -77,6 +78,13 @@ def why_missed(part_A: np.ndarray, usual_A: np.ndarray, *, gc_ns: int, throttle:
     if reason is Reason.MODEL and throttle & SLOWDOWNS:
         return Reason.THROTTLED
     return reason
+
+
+def why_slept(slept_ns: int, gc_ns: int) -> Reason:
+    """The reason of ticks that the thread slept through, in which collections took `gc_ns`."""
+    if slept_ns == 0:
+        return Reason.NONE
+    return Reason.GARBAGE if 2 * gc_ns >= slept_ns else Reason.WOKE_LATE
 
 
 def skipped_behind(skipped: int, *, scheduled_ns: int, before_done_ns: int, period_ns: int) -> int:

@@ -181,10 +181,10 @@ def _miss_events(record: np.void, period_ns: int) -> Iterator[Event]:
         period_ns=period_ns,
     )
     for i in range(skipped):
-        reason = (Reason.OVERRUN if i < behind else Reason.WOKE_LATE).name.lower()
+        reason = Reason.OVERRUN if i < behind else Reason(int(record["skip_reason"]))
         due_ns = scheduled_ns - (skipped - i - 1) * period_ns
-        args = {"tick": tick - skipped + i, "reason": reason}
-        yield instant(f"MISS: skipped, {reason}", due_ns, TICKS, args)
+        args = {"tick": tick - skipped + i, "reason": reason.name.lower()}
+        yield instant(f"MISS: skipped, {args['reason']}", due_ns, TICKS, args)
 
 
 def _meta_events(process: str, threads: Mapping[int, str]) -> Iterator[Event]:

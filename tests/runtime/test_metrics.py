@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_ticks import MS, PERIOD_MS, FakeTicks
 
-from tml_runtime.clock import garbage_collections
+from tml_runtime.clock import Collections, garbage_collections
 from tml_runtime.metrics import MAX_STAGES, RECORD, Metrics, percentiles_ms
 from tml_runtime.nvtx import Ranges
 
@@ -156,6 +156,33 @@ def test_collections_are_counted_in_the_tick_they_held_up(monkeypatch: pytest.Mo
     assert (held["gc_runs"], held["gc_ns"]) == (2, 7 * MS)
     none = ticks.run()
     assert none["gc_runs"] == none["gc_ns"] == none["gc_end_ns"] == 0
+
+
+def test_a_collection_that_has_not_said_it_is_over_counts_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread waits for the GIL to say so, while the tick it held up runs already."""
+    ticks = FakeTicks(monkeypatch)
+    ticks.run()
+    ticks.now_ns = 2 * PERIOD_MS * MS - 5 * MS
+    ticks.metrics._collections("start", {})
+    held = ticks.run(late=30)
+    assert (held["gc_runs"], held["gc_ns"]) == (1, 30 * MS)
+    assert held["gc_end_ns"] == held["woke_ns"]
+    ticks.metrics._collections("stop", {})
+    assert ticks.run()["gc_runs"] == 0
+
+
+def test_many_collections_in_a_tick_are_counted_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = FakeTicks(monkeypatch)
+    ticks.metrics.open(0, scheduled_ns=0, woke_ns=0)
+    for _ in range(Collections.KEPT + 7):
+        ticks.collect(1)
+    ticks.metrics.close(done_ns=1, deadline_ns=2)
+    (record,) = ticks.metrics.records()
+    assert (record["gc_runs"], record["gc_ns"]) == (Collections.KEPT, Collections.KEPT * MS)
 
 
 def test_a_real_collection_is_seen() -> None:

@@ -102,6 +102,22 @@ def test_skipped_ticks_count_as_misses_with_a_reason(monkeypatch: pytest.MonkeyP
     assert report["misses"] == 5 and ticks.wrong == "miss"
 
 
+@pytest.mark.parametrize(
+    ("took", "reason"), [(199, "woke_late"), (200, "garbage"), (400, "garbage")]
+)
+def test_ticks_that_a_collection_slept_through_are_its_own(
+    took: float, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = FakeTicks(monkeypatch)
+    ticks.run()
+    ticks.now_ns = 2 * PERIOD_MS * MS  # ticks 1 and 2 are slept through, 400 ms of it
+    ticks.collect(took)
+    record = ticks.run(skip=2)
+    assert record["skipped"] == 2 and Reason(int(record["skip_reason"])).name.lower() == reason
+    counted = {name: n for name, n in ticks.metrics.report()["misses_by_reason"].items() if n}
+    assert counted == {reason: 2}
+
+
 @given(
     st.lists(
         st.tuples(
