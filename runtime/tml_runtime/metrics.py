@@ -287,12 +287,12 @@ class Metrics:
 
     def totals(self) -> dict:
         """What `report` counts over all ticks, without its percentiles."""
-        newest = self.records(newest=1)
+        newest, reasons = self.records(newest=1), self._reasons.tolist()
         return {
             "ticks": self.count,
-            "misses": int(self._reasons.sum()),
+            "misses": sum(reasons),
             "misses_by_reason": {
-                reason.name.lower(): int(self._reasons[reason]) for reason in Reason if reason
+                reason.name.lower(): reasons[reason] for reason in Reason if reason
             },
             "tokens": by_class(self._tokens),
             "kv_pages": by_class(newest["kv_pages"][-1] if len(newest) else _BLANK["kv_pages"]),
