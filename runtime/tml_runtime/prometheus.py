@@ -38,7 +38,7 @@ _COUNTERS = (
     ("lost_outputs", "lost_outputs", "Ticks of a session whose output found its queue full."),
     ("faults", "faults", "Sessions that the runtime ended."),
     ("sessions_opened", "sessions_opened", "Sessions opened."),
-    ("refused_admissions", "sessions_refused", "Sessions refused because no slot was free."),
+    ("refused_admissions", "sessions_refused", "Sessions refused: no slot, no time or no page."),
 )
 _BY_CLASS = (
     ("tokens", "tokens", "Tokens appended."),

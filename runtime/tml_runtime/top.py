@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from ._optional import require
 from .errors import TmlRuntimeError
 
-DEFAULT_URL = "http://127.0.0.1:8000"
+DEFAULT_URL = "http://127.0.0.1:8760"
 MAX_BYTES = 16 << 20  # of an answer; one with a thousand sessions has some hundred KiB
 TIMEOUT_S = 5.0
 _SPARKS = "▁▂▃▄▅▆▇█"

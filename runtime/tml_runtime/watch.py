@@ -115,14 +115,18 @@ class Watch:
 
 
 def session_status(seat: Seat, media_ns: int) -> dict[str, Any]:
-    """One session for `Runtime.status`. `state` is waiting (for its first tick), running, closing
-    or faulted; `age_s` its media time."""
+    """One session for `Runtime.status`. `state` is waiting (for its first tick), reading (its
+    prompt), running, paused, closing or faulted; `age_s` its media time."""
     if seat.fault is not None:
         state = "faulted"
     elif seat.closed:
         state = "closing"
+    elif seat.paused:
+        state = "paused"
+    elif not seat.admitted:
+        state = "waiting"
     else:
-        state = "running" if seat.admitted else "waiting"
+        state = "running" if seat.present else "reading"
     age_s = (media_ns - seat.open_tick * seat.spec.window_ns) / 1e9
     return {
         "id": seat.number,

@@ -98,6 +98,14 @@ def test_states_of_sessions() -> None:
         assert states == ["faulted", "closing"]
         assert "not finite" in runtime.status()["sessions"][0]["fault"]
         del faulty
+        runtime.run_ticks(1)
+        session = runtime.open_session()
+        for pause in (True, False):
+            session.pause() if pause else session.resume()
+            (told,) = runtime.status()["sessions"]
+            assert told["state"] == ("paused" if pause else "waiting")
+        runtime.run_ticks(1)
+        assert runtime.status()["sessions"][0]["state"] == "running"
 
 
 def test_one_frame(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
