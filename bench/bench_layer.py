@@ -29,7 +29,7 @@ from tml_runtime.model.backbone import Backbone
 from tml_runtime.model.config import FlowSpec, ModelConfig, Vocabulary
 from tml_runtime.model.full import expert_scores, full_attention, full_mlp
 from tml_runtime.model.load import random_weights
-from tml_runtime.model.passes import Pass, plan_passes
+from tml_runtime.model.passes import Pass, plan_pass
 from tml_runtime.model.state import CONV_TAPS, KvBudget, ModelState
 from tml_runtime.model.weights import CONV_WIDTH, DenseWeights, LayerWeights, ModelWeights
 
@@ -175,7 +175,7 @@ def begin(state: ModelState, tokens: int) -> Pass:
     runs = [[(PageClass.TEXT, tokens)]] * len(slots)
     for slot in slots:
         state.reserve(slot, runs[slot])
-    return plan_passes(state, slots, runs)[0]
+    return plan_pass(state, slots, runs)
 
 
 def fill(state: ModelState, inputs: dict[str, Any]) -> None:

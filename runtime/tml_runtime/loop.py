@@ -106,7 +106,7 @@ class Runtime:
         make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
         self._vocoders = [make_vocoder() for _ in range(num_slots)]
         self._slots = Slots(num_slots)
-        self._batch = Batch(num_slots, self._spec.window_samples, model.device)
+        self._batch = Batch(num_slots, self._spec.window_samples)
         self._metrics = Metrics(period_ns=self._spec.window_ns, ranges=ranges())
         self._collector = QuietCollector()
         self._overload = Overload()

@@ -206,13 +206,12 @@ class Slots:
 class Batch:
     """The rows of one tick, in arrays made once; its `TickInput` is valid until the next one."""
 
-    def __init__(self, num_slots: int, window_samples: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, window_samples: int) -> None:
         self._slot_S = np.full(num_slots, -1, np.int32)
         self._pcm_S_N = np.zeros((num_slots, window_samples), np.float32)
         self._missing_S = np.zeros(num_slots, np.bool_)
         self._frames: list[np.ndarray | None] = [None] * num_slots
         self._text: list[list[int]] = [[]] * num_slots
-        self._device = device
 
     def fill(self, seats: list[Seat], tick: int, metrics: Metrics, shed: int = 0) -> TickInput:
         """Row s is `seats[s]`: its window of `tick`, which is closed from here on."""
@@ -239,9 +238,9 @@ class Batch:
 
     def _input(self, num_rows: int) -> TickInput:
         return TickInput(
-            torch.from_numpy(self._slot_S[:num_rows]).to(self._device),
-            torch.from_numpy(self._pcm_S_N[:num_rows]).to(self._device),
-            torch.from_numpy(self._missing_S[:num_rows]).to(self._device),
+            torch.from_numpy(self._slot_S[:num_rows]),
+            torch.from_numpy(self._pcm_S_N[:num_rows]),
+            torch.from_numpy(self._missing_S[:num_rows]),
             self._frames[:num_rows],
             self._text[:num_rows],
         )

@@ -10,7 +10,7 @@ from small_model import small_config
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.testing import LAUNCHES, count_launches, log_ops
 from tml_runtime.model import InteractionModel
-from tml_runtime.model.passes import plan_passes
+from tml_runtime.model.passes import plan_pass
 
 
 def log_of_a_step() -> tuple[InteractionModel, Counter[str]]:
@@ -23,7 +23,7 @@ def log_of_a_step() -> tuple[InteractionModel, Counter[str]]:
     runs = [[(PageClass.REPLY, 1)]] * 2
     for slot in (1, 0):
         state.reserve(slot, runs[0])
-    step = plan_passes(state, [1, 0], runs)[0]
+    step = plan_pass(state, [1, 0], runs)
     token_S = torch.tensor([3, 4], dtype=torch.int32)
     levels_S_F_B = torch.zeros(2, 1, 80, dtype=torch.uint8)
     log = log_ops(

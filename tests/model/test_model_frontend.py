@@ -18,6 +18,7 @@ from tml_kernels.ops.patch_embed.reference import divide_frames
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo.media import MediaError, speech_path
 from tml_runtime.model import InteractionModel, ModelState, TickInput, TurnLayout
+from tml_runtime.model.tick import embed_rows
 
 CONFIG = small_config()
 TICK = CONFIG.layout.samples_per_tick
@@ -79,7 +80,7 @@ def test_ticks_hear_the_speech_that_transformers_hears(speech: np.ndarray) -> No
     for n in range(10):
         pcm = np.stack([half[n * TICK : (n + 1) * TICK] for half in halves])
         tick = make_tick((1, 0), pcm_S_W=torch.from_numpy(pcm))
-        x_T_D, start_S1 = model.frontend.embed_tick(state, tick)
+        x_T_D, start_S1 = embed_rows(model.frontend, state, tick)
         assert start_S1.tolist() == [0, 5, 10]
         for row in range(2):
             heard = x_T_D[5 * row : 5 * row + 4]
@@ -117,7 +118,7 @@ def test_a_row_is_text_video_audio_and_the_first_step(dtype: torch.dtype) -> Non
     missing = torch.tensor([False, True, True])
     tick = make_tick((2, 0, 1), frames=frames, text=text, missing_S=missing)
     tails = state.tail_N_W.clone()
-    x_T_D, start_S1 = model.frontend.embed_tick(state, tick)
+    x_T_D, start_S1 = embed_rows(model.frontend, state, tick)
 
     levels = dmel_levels(tick.pcm_S_W, tails, tick.slot_S, spec=CONFIG.layout.dmel)
     assert_bitwise(state.tail_N_W, tails)
@@ -147,7 +148,7 @@ def test_block_order_is_the_layout_s() -> None:
     layout = TurnLayout(blocks=("audio", "text", "video"))
     model = InteractionModel.random(replace(CONFIG, layout=layout))
     tick = make_tick(text=[(1, 2)], frames=[random_frames(1, 8, 8)])
-    x_T_D, _ = model.frontend.embed_tick(model.new_state(1), tick)
+    x_T_D, _ = embed_rows(model.frontend, model.new_state(1), tick)
     assert_bitwise(x_T_D[4:6], model.embed_text([1, 2]))
     assert_bitwise(x_T_D[6:7], model.embed_frames(tick.frames[0]))
 
@@ -159,7 +160,7 @@ def test_frames_may_be_arrays_read_only_and_empty() -> None:
     array.flags.writeable = False
     rows = [array, np.empty((0, 2, 16, 16, 3), np.uint8)]
     tick = make_tick((0, 1), frames=rows)
-    x_T_D, start_S1 = model.frontend.embed_tick(model.new_state(2), tick)
+    x_T_D, start_S1 = embed_rows(model.frontend, model.new_state(2), tick)
     assert start_S1.tolist() == [0, 6, 11]
     assert_bitwise(x_T_D[:1], model.embed_frames(frames))
 

@@ -19,10 +19,11 @@ from tml_runtime.model import (
     TurnLayout,
     output,
 )
+from tml_runtime.model.tick import embed_rows
 from tml_runtime.model.weights import named_tensors
 
 CONFIG = small_config()
-STAGES = {"frontend", "prefill", "steps"}
+STAGES = {"stage", "frontend", "prefill", "steps"}
 
 
 class Client:
@@ -159,7 +160,7 @@ def test_tick_is_the_full_forward_of_its_tokens() -> None:
         for name, tensor in vars(state).items():
             if isinstance(tensor, Tensor):
                 getattr(twin, name).copy_(tensor)
-        x_T_D, _ = model.frontend.embed_tick(twin, make_tick({0: row}))
+        x_T_D, _ = embed_rows(model.frontend, twin, make_tick({0: row}))
         out = model.tick(state, make_tick({0: row}))
         sequence.append(x_T_D)
         at.append(sum(len(x) for x in sequence) - 1)
@@ -300,10 +301,5 @@ def test_gpu_tick_follows_the_cpu() -> None:
         CONFIG, gpu.weights, gpu.report
     )  # which reads scales of the weights once
     tick = make_tick({0: Client(CONFIG, 1).next()})
-    moved = TickInput(
-        *(t.cuda() for t in (tick.slot_S, tick.pcm_S_W, tick.missing_S)), tick.frames, tick.text
-    )
-    outs = [
-        model.tick(new_state(model, {0: 1}), each) for model, each in ((cpu, tick), (gpu, moved))
-    ]
+    outs = [model.tick(new_state(model, {0: 1}), tick) for model in (cpu, gpu)]
     assert_matches(outs[1].mel_S_K_B[:, 0], outs[0].mel_S_K_B[:, 0], limit=1e-3)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tml_kernels.quant import FORMATS, PackedExperts, dequantize
 from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
-from tml_runtime.model import InteractionModel, ModelConfig, TickInput, load
+from tml_runtime.model import InteractionModel, ModelConfig, load
 from tml_runtime.model.load import SINGLE, save_weights
 from tml_runtime.model.packing import EXPERTS, REST
 from tml_runtime.model.weights import DenseWeights, LayerWeights, ModelWeights
@@ -346,12 +346,7 @@ def test_gpu_tick_follows_the_cpu(
     assert_matches(append_logits(gpu, x_T_D.cuda()), append_logits(cpu, x_T_D), limit=3e-2)
 
     tick = make_tick({0: Client(config, 1).next()})
-    moved = TickInput(
-        *(t.cuda() for t in (tick.slot_S, tick.pcm_S_W, tick.missing_S)), tick.frames, tick.text
-    )
-    outs = [
-        model.tick(new_state(model, {0: 1}), each) for model, each in ((cpu, tick), (gpu, moved))
-    ]
+    outs = [model.tick(new_state(model, {0: 1}), tick) for model in (cpu, gpu)]
     assert not outs[1].fault_S.any()
     assert_matches(outs[1].mel_S_K_B[:, 0], outs[0].mel_S_K_B[:, 0], limit=3e-2)
 

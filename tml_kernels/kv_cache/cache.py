@@ -107,13 +107,19 @@ class RollingKVCache:
         self._suspended: dict[Session, Contents] = {}
         self._retired: deque[tuple[torch.cuda.Event, Contents]] = deque()
         self._last_commit = [0] * max_sessions
-        self._deltas = np.empty((self._table.num_keys, 4), np.int64)
+        self.num_keys = self._table.num_keys  # entries of page lists: the most a tick can change
+        self._deltas = np.empty((self.num_keys, 4), np.int64)
         self._lag = lag
         self._tick = 0
 
     @property
     def groups(self) -> list[GroupPages]:
         return self._pools.groups
+
+    @property
+    def num_tables(self) -> int:
+        """Groups whose rows have positions of their own."""
+        return sum(group.row_position_P_R is not None for group in self.groups)
 
     # A session's life
 
@@ -176,33 +182,38 @@ class RollingKVCache:
         nobody. Queues one copy and one launch; waits for nothing.
         """
         num_groups, num_tokens = len(self.groups), len(positions)
-        if rows.shape != (num_groups, num_tokens):
-            expected = (num_groups, num_tokens)
+        if rows.shape != (expected := (num_groups, num_tokens)):
             raise ValueError(f"rows: expected shape {expected}, got {rows.shape}")
         num_deltas = self._table.take_deltas(self._deltas.data)
-        placed = [  # in the rows of all groups whose rows have positions of their own
-            np.where(row_T < 0, -1, row_T + group.first_row)
-            for group, row_T in zip(self.groups, rows, strict=True)
-            if group.row_position_P_R is not None
-        ]
-        parts = (self._deltas[:num_deltas], rows, positions, *placed, *[positions] * len(placed))
+        row_Z, position_Z = self._placed(rows, positions)
+        parts = (self._deltas[:num_deltas], rows, positions, row_Z, position_Z)
         staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
-        placed_size = num_tokens * len(placed)
-        delta, row, position_T, row_Z, position_Z = staged.split(
-            (4 * num_deltas, num_groups * num_tokens, num_tokens, placed_size, placed_size)
-        )
-        if num_deltas > 0 or placed_size > 0:
-            pools = self._pools
-            apply_deltas(
-                delta.view(-1, 4),
-                row_Z,
-                position_Z,
-                page_Q=pools.page_Q,
-                base_Q=pools.base_Q,
-                rows_Q=pools.rows_Q,
-                row_position_W=pools.row_position_W,
-            )
+        delta, row, position_T, row_Z, position_Z = staged.split([part.size for part in parts])
+        self.write(delta.view(-1, 4), row_Z, position_Z)
         return Rows(row.view(num_groups, num_tokens), position_T)
+
+    def stage(
+        self, rows: np.ndarray, positions: np.ndarray,
+        delta_U_4: np.ndarray, row_Z: np.ndarray, position_Z: np.ndarray,
+    ) -> None:  # fmt: skip
+        """The host's half of `apply`: what `write` takes, into int64 arrays of sizes that no tick
+        changes. delta: `num_keys` rows, padded; row and position: `num_tables` * T."""
+        num_deltas = self._table.take_deltas(delta_U_4.data)
+        delta_U_4[num_deltas:] = (-1, 0, 0, 0)
+        row_Z[:], position_Z[:] = self._placed(rows, positions)
+
+    def write(self, delta_U_4: Tensor, row_Z: Tensor, position_Z: Tensor) -> None:
+        """The device's half of `apply`: one launch, which a captured graph can hold."""
+        pools = self._pools
+        apply_deltas(
+            delta_U_4,
+            row_Z,
+            position_Z,
+            page_Q=pools.page_Q,
+            base_Q=pools.base_Q,
+            rows_Q=pools.rows_Q,
+            row_position_W=pools.row_position_W,
+        )
 
     def commit(self, session: Session) -> None:
         """Keep what was appended. Classes over their budget lose their oldest pages, windows what
@@ -352,6 +363,17 @@ class RollingKVCache:
         check_device_tables(self, self._sessions.values())
 
     # Inside
+
+    def _placed(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(row_Z, position_Z): each token in the rows of all groups that keep their positions."""
+        placed = [
+            np.where(row_T < 0, -1, row_T + group.first_row)
+            for group, row_T in zip(self.groups, rows, strict=True)
+            if group.row_position_P_R is not None
+        ]
+        if not placed:
+            return np.empty(0, np.int64), np.empty(0, np.int64)
+        return np.concatenate(placed), np.tile(positions, len(placed))
 
     def _opened(self, session: Session) -> Session:
         self._sessions[session.slot] = session

@@ -1,7 +1,6 @@
 """The interaction model in plain form: configuration, weights, state, and its streaming step."""
 
 from .config import ModelConfig as ModelConfig
-from .frontend import TickInput as TickInput
 from .layout import TurnLayout as TurnLayout
 from .load import CheckpointError as CheckpointError
 from .load import WeightReport as WeightReport
@@ -11,3 +10,4 @@ from .replay import PastTick as PastTick
 from .scale import scale_frames as scale_frames
 from .state import KvBudget as KvBudget
 from .state import ModelState as ModelState
+from .tick_input import TickInput as TickInput

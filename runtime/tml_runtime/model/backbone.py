@@ -20,7 +20,7 @@ from tml_kernels.ops.rms_norm import rms_norm
 from tml_kernels.ops.short_conv import short_conv
 
 from .config import ModelConfig
-from .passes import Pass, plan_passes
+from .passes import Pass, plan_pass
 from .scratch import Scratch
 from .state import ModelState, Run
 from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
@@ -86,7 +86,7 @@ class Backbone:
                 if slot >= 0:
                     state.reserve(slot, row_runs)
                     begun.append(slot)
-            h_T_D = self.run(state, x_T_D, plan_passes(state, slots, runs)[0])
+            h_T_D = self.run(state, x_T_D, plan_pass(state, slots, runs))
         except BaseException:
             state.roll_back(begun)
             raise

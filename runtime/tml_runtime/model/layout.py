@@ -96,6 +96,11 @@ class TurnLayout:
         return self.period_ms / self.num_steps
 
     @property
+    def max_prefill_tokens(self) -> int:
+        """The most tokens of one session in the first pass of a tick: all but the later steps."""
+        return self.max_tokens_per_tick - self.num_steps + 1
+
+    @property
     def max_tokens_per_tick(self) -> int:
         """The most tokens one session can append in one tick, output steps included."""
         text = 1 + self.max_text_tokens  # `missing` goes before it

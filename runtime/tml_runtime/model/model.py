@@ -1,32 +1,32 @@
 """InteractionModel: one set of weights that listens, watches, reads, speaks and acts in ticks."""
 
-# Dimension key: T tokens, S session rows, D model width, V vocabulary, K output steps of a tick,
-# B mel bands.
+# Dimension key: T tokens, S session rows, D model width, V vocabulary, B mel bands.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
-from tml_kernels.kv_cache import CacheError, PageClass
+from tml_kernels.kv_cache import PageClass
 from tml_kernels.precision import ACTIVATIONS
 
 from .backbone import Backbone
+from .buffers import Bucket
 from .config import ModelConfig
-from .frontend import Frontend, TickInput, check_ids
+from .frontend import Frontend
 from .full import full_forward
 from .load import WeightReport, load_weights, random_weights
-from .output import Speaker, TickOutput
+from .output import Done, TickOutput
 from .packing import Packing, pack_weights
-from .passes import plan_passes
 from .replay import PastTick, replay_tick
-from .state import KvBudget, ModelState, Run
+from .state import KvBudget, ModelState
+from .tick import DeviceTick, Laps, run_tick, wait
+from .tick_input import TickInput, check_ids
 from .weights import ModelWeights
 
 
@@ -46,7 +46,7 @@ class InteractionModel:
         self.device = weights.embed_V_D.device
         self.backbone = Backbone(config, weights)
         self.frontend = Frontend(config, weights)
-        self._speaker = Speaker(self.backbone, self.frontend)
+        self.device_tick = DeviceTick(self.backbone, self.frontend)
 
     @classmethod
     def random(
@@ -184,33 +184,15 @@ class InteractionModel:
         sessions are as they were. A session with samples that are not finite is reported in
         `fault_S` and harms no other, and so is one that finds no room for its keys.
         """
-        begin = time.perf_counter_ns()
-        tick.check(self.config, state)
-        output = self._quiet(len(tick.slot_S))
-        rows, runs = self._reserve(state, tick, output)
-        if not rows:
-            return output
-        slots = tick.slot_S[rows].tolist()
-        try:
-            said, marks = self._think(state, tick.select(rows), slots, runs)
-        except BaseException:
-            state.roll_back(slots)
-            raise
-        state.commit(slots)
-        for page_class, count in chain.from_iterable(runs):
-            output.tokens[page_class.value] += count
-        output.kv_pages[:] = state.kv_pages(slots)
-        output.kv_dropped[:] = state.take_dropped()
-        index = torch.tensor(rows, device=self.device)
-        output.token_S_K[index] = said.token_S_K
-        output.mel_S_K_B[index] = said.mel_S_K_B
-        output.fault_S[index] = said.fault_S | ~tick.pcm_S_W[index].isfinite().all(1)
-        embedded, prefilled = marks
-        done = time.perf_counter_ns()
-        output.stage_ns.update(
-            frontend=embedded - begin, prefill=prefilled - embedded, steps=done - prefilled
-        )
-        return output
+        return run_tick(state, tick, choose=lambda needed: needed, run=partial(self.run, state))
+
+    def run(self, state: ModelState, bucket: Bucket, done: Done | None = None) -> dict[str, int]:
+        """The device's half of a tick whose host's half was staged in `bucket`, op by op. Returns
+        how long each stage took the host, once the output is there. done: see `DeviceTick.run`."""
+        laps = Laps()
+        self.device_tick.run(state, bucket, laps if done is None else done)
+        wait(self.device)
+        return laps.ns
 
     def replay(
         self, state: ModelState, slot: int, position: int, past: Sequence[PastTick]
@@ -247,51 +229,6 @@ class InteractionModel:
         start_S1 = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
         slot_S = torch.tensor([slot], dtype=torch.int32, device=self.device)
         self.append(state, x_T_D, start_S1, slot_S, page_class)
-
-    def _reserve(
-        self, state: ModelState, tick: TickInput, output: TickOutput
-    ) -> tuple[list[int], list[list[Run]]]:
-        """Live rows with room for what they will append, and that; the others are refused."""
-        rows, all_runs = tick.live_rows(), []
-        if not rows:
-            return rows, all_runs
-        slots = tick.slot_S.tolist()
-        ready = []
-        for row, runs in zip(rows, tick.select(rows).runs(self.config), strict=True):
-            try:
-                state.reserve(slots[row], runs)
-            except CacheError as error:
-                output.refused[row] = error
-                output.fault_S[row] = True
-                continue
-            ready.append(row)
-            all_runs.append(runs)
-        return ready, all_runs
-
-    def _think(
-        self, state: ModelState, live: TickInput, slots: list[int], runs: list[list[Run]]
-    ) -> tuple[TickOutput, tuple[int, int]]:
-        """What live rows say, and when their input was embedded and prefilled."""
-        num_steps = self.config.layout.num_steps
-        first = [[*row[:-1], (PageClass.REPLY, 1)] for row in runs]  # the others have their pass
-        x_T_D, start_S1 = self.frontend.embed_tick(state, live)
-        passes = plan_passes(state, slots, first, num_steps=num_steps)
-        embedded = time.perf_counter_ns()
-        h_T_D = self.backbone.run(state, x_T_D, passes[0])
-        h_S_D = h_T_D[start_S1[1:].long() - 1]
-        prefilled = time.perf_counter_ns()
-        return self._speaker.run_steps(state, h_S_D, passes), (embedded, prefilled)
-
-    def _quiet(self, num_rows: int) -> TickOutput:
-        """What idle rows say."""
-        layout, device = self.config.layout, self.device
-        mel = (num_rows, layout.mel_frames, layout.dmel.num_bands)
-        return TickOutput(
-            torch.full((num_rows, layout.num_steps), -1, dtype=torch.int32, device=device),
-            torch.full(mel, layout.dmel.level_min, device=device),
-            torch.zeros(num_rows, dtype=torch.bool, device=device),
-            dict.fromkeys(("frontend", "prefill", "steps"), 0),
-        )
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

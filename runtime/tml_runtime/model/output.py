@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,29 +18,34 @@ from tml_kernels.ops.flow_head import flow_head
 from tml_kernels.ops.sample import sample
 
 from .backbone import Backbone
+from .buffers import Bucket, TickInputs, TickSaid
 from .frontend import Frontend
 from .passes import Pass
 from .state import ModelState
 
+Done = Callable[[str, Tensor], None]  # told of each stage of a tick, and what it made
+
 
 @dataclass(frozen=True)
 class TickOutput:
-    """What one tick said, on the model's device. Row s is row s of the input.
+    """What one tick said, on the host. Row s is row s of the input.
 
     token: int32, one text or action token per step. mel: float32 log10 mel frames in time order,
     K * F of them. fault: the session's samples, logits or speech were not finite; its tokens are
     silence from there on, its speech is the quietest level, and the session should be closed and
-    its slot reset. An idle row says -1 and the quietest level. stage_ns: host time of each stage,
-    which on a GPU is the time to queue its work. refused: rows that found no room for this tick's
-    keys, and why; they are faults, and their state is as it was. tokens: that the tick appended, by
-    class (anchor, text, audio, video, reply). kv_pages: that the rows' sessions hold in global
-    layers, by class. kv_dropped: that they lost there since the last tick with live rows.
+    its slot reset. An idle row says -1 and the quietest level. stage_ns: how long each stage took,
+    one after the other; of ops queued one by one on a GPU, how long that took. bucket: the shapes
+    it ran in, None where no row was live. refused: rows that found no room for this tick's keys,
+    and why; they are faults, and their state is as it was. tokens: that the tick appended, by class
+    (anchor, text, audio, video, reply). kv_pages: that the rows' sessions hold in global layers, by
+    class. kv_dropped: that they lost there since the last tick with live rows.
     """
 
     token_S_K: Tensor
     mel_S_K_B: Tensor
     fault_S: Tensor
     stage_ns: dict[str, int] = field(default_factory=dict)
+    bucket: Bucket | None = None
     refused: dict[int, CacheError] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=lambda: [0] * 5)
     kv_pages: list[int] = field(default_factory=lambda: [0] * 5)
@@ -53,19 +58,24 @@ class Drawing(NamedTuple):
     temperature_S: Tensor
     top_k_S: Tensor
     top_p_S: Tensor
-    min_p_S: Tensor | None
+    min_p_S: Tensor
     seed_S: Tensor
     draws_S: Tensor
 
     @classmethod
-    def of(cls, state: ModelState, slot_S: Tensor) -> Drawing:
+    def of(cls, state: ModelState, at_S: Tensor) -> Drawing:
         return cls(
-            state.temperature_N[slot_S],
-            state.top_k_N[slot_S],
-            state.top_p_N[slot_S],
-            state.min_p_N[slot_S] if state.uses_min_p else None,
-            state.seed_N[slot_S],
-            state.draws_N[slot_S],
+            *(
+                setting_N.index_select(0, at_S)
+                for setting_N in (
+                    state.temperature_N,
+                    state.top_k_N,
+                    state.top_p_N,
+                    state.min_p_N,
+                    state.seed_N,
+                    state.draws_N,
+                )
+            )
         )
 
 
@@ -84,30 +94,41 @@ class Speaker:
         self.frontend = frontend
         self.config = backbone.config
 
-    def run_steps(self, state: ModelState, h_S_D: Tensor, steps: Sequence[Pass]) -> TickOutput:
-        """All K steps of live rows; `steps` are the tick's passes, of which the first has been
-        run: h is its hidden state.
+    def run_steps(
+        self,
+        state: ModelState,
+        h_S_D: Tensor,
+        steps: Sequence[Pass],
+        inputs: TickInputs[Tensor],
+        said: TickSaid[Tensor],
+        done: Done,
+    ) -> None:
+        """All K steps of the rows, into `said`; `steps` are the tick's passes, of which the first
+        has been run: h is its hidden state.
 
         The last one said is not appended: it opens the next tick's output. Updates what the state
         knows of the last step and its count of draws.
         """
-        slot_S = steps[0].slot_S.long()
-        drawing = Drawing.of(state, slot_S)
-        said = [self._say(state, h_S_D, drawing, 0)]
-        for k, step in enumerate(steps[1:], start=1):
-            x_S_D = self.frontend.embed_step(said[-1].token_S, said[-1].levels_S_F_B)
-            h_S_D = self.backbone.run(state, x_S_D, step)
-            said.append(self._say(state, h_S_D, drawing, k))
-        state.token_N[slot_S] = said[-1].token_S.long()
-        state.levels_N_F_B[slot_S] = said[-1].levels_S_F_B
-        state.draws_N[slot_S] = drawing.draws_S + len(said)
-        return TickOutput(
-            token_S_K=torch.stack([step.token_S for step in said], dim=1),
-            mel_S_K_B=torch.cat([step.mel_S_F_B for step in said], dim=1),
-            fault_S=torch.stack([step.fault_S for step in said]).any(0),
-        )
+        drawing = Drawing.of(state, inputs.at_S)
+        spoken: list[Step] = []
+        for k, step in enumerate(steps):
+            if k > 0:
+                x_S_D = self.frontend.embed_step(spoken[-1].token_S, spoken[-1].levels_S_F_B)
+                h_S_D = self.backbone.run(state, x_S_D, step)
+            spoken.append(self._say(state, h_S_D, drawing, k, done))
+        for own_N, last_S in (
+            (state.token_N, spoken[-1].token_S.long()),
+            (state.levels_N_F_B, spoken[-1].levels_S_F_B),
+        ):
+            torch.index_select(torch.cat([own_N, last_S]), 0, inputs.said_N, out=own_N)
+        state.draws_N.add_(inputs.steps_N)
+        torch.stack([step.token_S for step in spoken], dim=1, out=said.token_S_O)
+        torch.cat([step.mel_S_F_B for step in spoken], dim=1, out=said.mel_S_F_B)
+        broken_S = ~inputs.pcm_S_W.isfinite().all(1)
+        faults = torch.stack([broken_S, *(step.fault_S for step in spoken)])
+        torch.any(faults, 0, out=said.fault_S)
 
-    def _say(self, state: ModelState, h_S_D: Tensor, drawing: Drawing, k: int) -> Step:
+    def _say(self, state: ModelState, h_S_D: Tensor, drawing: Drawing, k: int, done: Done) -> Step:
         config, dmel = self.config, self.config.layout.dmel
         counter_S = drawing.draws_S + k
         logits_S_V = self.backbone.logits(h_S_D, state.scratch)
@@ -130,6 +151,7 @@ class Speaker:
             num_steps=config.flow.num_steps,
             guidance=config.flow.guidance,
         )
+        done(f"step {k}", mel_S_FB)
         finite_S = mel_S_FB.isfinite().all(1)
         mel_S_FB = mel_S_FB.where(finite_S[:, None], dmel.level_min)
         mel_S_F_B = mel_S_FB.unflatten(1, (-1, dmel.num_bands))

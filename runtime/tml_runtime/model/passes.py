@@ -1,6 +1,7 @@
 """The passes of a tick over the layers: which tokens belong to whom, and where their keys go."""
 
-# Dimension key: T tokens of a pass, S session rows, K layer groups.
+# Dimension key: T tokens of a pass, S session rows, O output steps, Z tokens of all passes of a
+# tick: T, then S for every step but the first. K layer groups.
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from tml_kernels._page_plan import PagePlan
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.plan_pages import plan_pages
 
+from .buffers import TickInputs
 from .state import ModelState, Run
 
 
@@ -28,61 +30,97 @@ class Pass(NamedTuple):
     plans: tuple[PagePlan, ...]  # of each group, the same in all passes of a tick
 
 
-def plan_passes(
-    state: ModelState,
-    slots: Sequence[int],
-    runs: Sequence[Sequence[Run]],
-    *,
-    num_tokens: int | None = None,
-    num_steps: int = 1,
-) -> list[Pass]:
-    """The pass of each row's `runs`, then num_steps - 1 passes of one reply token for each row.
+def plan_pass(state: ModelState, slots: Sequence[int], runs: Sequence[Sequence[Run]]) -> Pass:
+    """The pass of each row's `runs`, appended and sent to the device; slot -1 is idle.
 
-    Everything is appended here and the page lists are sent to the device once, so the passes only
-    run the layers. Sessions must have reserved as much. Slot -1 is idle: its tokens go nowhere, and
-    neither do those from the last row's end up to `num_tokens`.
+    Sessions must have reserved as much.
     """
     sizes = [sum(tokens for _, tokens in row) for row in runs]
     start = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    first_step = start[-1] if num_tokens is None else num_tokens
-    total = first_step + (num_steps - 1) * len(slots)
-    rows = np.full((len(state.groups), total), -1, np.int64)
-    position_T = np.zeros(total, np.int64)
-    length_S = np.zeros(len(slots), np.int64)
+    rows = np.full((len(state.groups), start[-1]), -1, np.int64)
+    position_T, length_S = np.zeros(start[-1], np.int64), np.zeros(len(slots), np.int64)
     for s, slot in enumerate(slots):
-        if slot < 0:
-            continue
-        session = state.session(slot)
-        column = start[s]
-        for page_class, tokens in runs[s]:
-            position = state.cache.append(session, page_class, tokens, rows, int(column))
-            position_T[column : column + tokens] = position + np.arange(tokens)
-            column += tokens
-        length_S[s] = state.length(slot)
-        for step in range(num_steps - 1):
-            column = first_step + step * len(slots) + s
-            position_T[column] = state.cache.append(session, PageClass.REPLY, 1, rows, int(column))
+        if slot >= 0:
+            length_S[s] = append_runs(state, slot, runs[s], rows, position_T, int(start[s]))
     row_K_T, _ = state.cache.apply(rows, position_T)
 
     def to_device(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(values).to(state.device, dtype)
 
     slot_S = to_device(np.asarray(slots, np.int64), torch.int32)
-    plans = tuple(
+    return Pass(
+        to_device(start, torch.int32),
+        slot_S,
+        to_device(length_S, torch.int64),
+        row_K_T,
+        plan_all(state, slot_S),
+    )
+
+
+def append_runs(
+    state: ModelState,
+    slot: int,
+    runs: Sequence[Run],
+    rows: np.ndarray,
+    position_Z: np.ndarray,
+    column: int,
+) -> int:
+    """Append a slot's runs one behind another from `column` on; returns its length then."""
+    session = state.session(slot)
+    for page_class, tokens in runs:
+        position = state.cache.append(session, page_class, tokens, rows, column)
+        position_Z[column : column + tokens] = np.arange(position, position + tokens)
+        column += tokens
+    return state.length(slot)
+
+
+def fill_passes(
+    state: ModelState,
+    slots: Sequence[int],
+    runs: Sequence[Sequence[Run]],
+    staged: TickInputs[np.ndarray],
+) -> None:
+    """Append a tick's tokens, and write where all its passes' keys go to a buffer that has its rows
+    already; the changes of page lists too.
+
+    Row s is slot slots[s] with runs[s], of which the last is its output steps: the first of them is
+    in the first pass.
+    """
+    num_steps, num_tokens = len(staged.length_O_S), len(staged.kind_T)
+    staged.row_K_Z[:] = -1
+    staged.length_O_S[:] = 0
+    position_Z = np.zeros(staged.row_K_Z.shape[1], np.int64)
+    for s, slot in enumerate(slots):
+        first = [*runs[s][:-1], (PageClass.REPLY, 1)]
+        column = int(staged.start_S1[s])
+        length = append_runs(state, slot, first, staged.row_K_Z, position_Z, column)
+        staged.length_O_S[:, s] = np.arange(length, length + num_steps)
+        for step in range(num_steps - 1):
+            column = num_tokens + step * len(staged.slot_S) + s
+            append_runs(state, slot, [(PageClass.REPLY, 1)], staged.row_K_Z, position_Z, column)
+    state.cache.stage(
+        staged.row_K_Z, position_Z, staged.delta_U_4, staged.placed_X, staged.position_X
+    )
+
+
+def passes_of(state: ModelState, inputs: TickInputs[Tensor]) -> list[Pass]:
+    """The passes that `fill_passes` wrote, once they and the page lists are on the device."""
+    num_rows, num_tokens = len(inputs.slot_S), len(inputs.kind_T)
+    plans = plan_all(state, inputs.slot_S)
+    one_each_S1 = torch.arange(num_rows + 1, dtype=torch.int32, device=inputs.slot_S.device)
+    starts = [inputs.start_S1, *[one_each_S1] * (len(inputs.length_O_S) - 1)]
+    rows = [
+        inputs.row_K_Z[:, :num_tokens],
+        *inputs.row_K_Z[:, num_tokens:].split(num_rows, dim=1),
+    ]
+    return [
+        Pass(start_S1, inputs.slot_S, length_S, row_K_T, plans)
+        for start_S1, length_S, row_K_T in zip(starts, inputs.length_O_S, rows, strict=False)
+    ]
+
+
+def plan_all(state: ModelState, slot_S: Tensor) -> tuple[PagePlan, ...]:
+    return tuple(
         plan_pages(g.pages.page_N_M, g.pages.base_N_M, g.pages.rows_N_M, slot_S)
         for g in state.groups
     )
-    passes = [
-        Pass(
-            to_device(start, torch.int32),
-            slot_S,
-            to_device(length_S, torch.int64),
-            row_K_T[:, :first_step],
-            plans,
-        )
-    ]
-    one_each_S1 = torch.arange(len(slots) + 1, dtype=torch.int32, device=state.device)
-    for row_K_S in row_K_T[:, first_step:].split(max(1, len(slots)), dim=1):
-        length = passes[-1].length_S + (slot_S >= 0)
-        passes.append(Pass(one_each_S1, slot_S, length, row_K_S, plans))
-    return passes[:num_steps]

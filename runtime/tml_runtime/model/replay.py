@@ -13,9 +13,11 @@ import torch
 from tml_kernels.ops.dmel.reference import quantise_ref
 
 from .backbone import Backbone
-from .frontend import Frontend, TickInput
-from .passes import plan_passes
+from .frontend import Frontend
+from .passes import plan_pass
 from .state import ModelState
+from .tick import embed_rows
+from .tick_input import TickInput
 
 
 class PastTick(NamedTuple):
@@ -39,24 +41,24 @@ def replay_tick(
     """
     config, device = backbone.config, state.device
     tick = TickInput(
-        torch.tensor([slot], dtype=torch.int32, device=device),
-        torch.from_numpy(past.pcm_W).to(device)[None],
-        torch.tensor([past.missing], device=device),
+        torch.tensor([slot], dtype=torch.int32),
+        torch.from_numpy(past.pcm_W)[None],
+        torch.tensor([past.missing]),
         [past.frames],
         [past.text],
     )
-    runs = tick.runs(config)
-    state.reserve(slot, runs[0])
+    runs = tick.runs(config, row=0)
+    state.reserve(slot, runs)
     try:
         token_K = torch.from_numpy(past.token_K).to(device)
         levels_M_B = quantise_ref(torch.from_numpy(past.mel_M_B).to(device), config.layout.dmel)
         levels_K_F_B = levels_M_B.unflatten(0, (config.layout.num_steps, -1))
-        heard_T_D, _ = frontend.embed_tick(state, tick)  # ends with the input of the first step
+        heard_T_D, _ = embed_rows(frontend, state, tick)  # ends with the input of the first step
         said_T_D = frontend.embed_step(token_K[:-1], levels_K_F_B[:-1])
         state.token_N[slot] = token_K[-1]
         state.levels_N_F_B[slot] = levels_K_F_B[-1]
         state.draws_N[slot] += config.layout.num_steps
-        step = plan_passes(state, [slot], runs)[0]
+        step = plan_pass(state, [slot], [runs])
         backbone.run(state, torch.cat([heard_T_D, said_T_D]), step)
     except BaseException:
         state.roll_back([slot])

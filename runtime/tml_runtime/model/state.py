@@ -22,6 +22,7 @@ from tml_kernels.kv_cache import (
     SlotTensor,
 )
 
+from .buffers import TickBuffers, TickShape
 from .config import HeadSpec, ModelConfig
 from .scratch import Scratch
 
@@ -91,7 +92,7 @@ class ModelState:
     cache: RollingKVCache
     groups: tuple[LayerState, ...]
     scratch: Scratch
-    _min_p_slots: set[int]  # that ever drew with min-p
+    buffers: TickBuffers
     _sessions: list[Session]  # by slot
     _dropped: list[int]  # pages by class, since take_dropped
     attn_conv_L_N_3_D: Tensor
@@ -164,19 +165,15 @@ class ModelState:
         assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
         dropped = [0] * len(CLASSES)
-        scratch = Scratch(device)
+        scratch, buffers = Scratch(device), TickBuffers(TickShape.of(config, cache), device)
         return cls(
-            config, budget, max_append, cache, groups, scratch, set(), sessions, dropped, **tensors
+            config, budget, max_append, cache, groups, scratch, buffers, sessions, dropped,
+            **tensors,
         )  # fmt: skip
 
     @property
     def num_slots(self) -> int:
         return len(self._sessions)
-
-    @property
-    def uses_min_p(self) -> bool:
-        """Whether any slot ever drew with min-p: else draws are spared the option."""
-        return bool(self._min_p_slots)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -243,8 +240,6 @@ class ModelState:
             self._sessions[slot] = self.cache.open(self.budget.pages())
             raise
         assert self._sessions[slot].slot == slot
-        if self.min_p_N[slot] > 0.0:
-            self._min_p_slots.add(slot)
 
     def put_away(self, slot: int) -> None:
         """Move a slot's keys to host memory, until its next tick. Waits for the device."""
@@ -306,8 +301,6 @@ class ModelState:
         self.top_k_N[slot] = top_k
         self.top_p_N[slot] = top_p
         self.min_p_N[slot] = min_p
-        if min_p > 0.0:
-            self._min_p_slots.add(slot)
         self.seed_N[slot] = seed
 
     def _count_dropped(self, slot: int, before: Sequence[int]) -> None:

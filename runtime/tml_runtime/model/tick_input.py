@@ -1,0 +1,169 @@
+"""What one tick brings, and how the host lays it out for the device."""
+
+# Dimension key: S session rows, T tokens, W samples of a tick, K blocks of a row, P patches,
+# L frames in a group, Y patch side.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tml_kernels._dims import Dims
+from tml_kernels.kv_cache import PageClass
+from tml_kernels.ops.embed_tokens import TokenKind
+
+from .backbone import check_slots
+from .buffers import TickInputs
+from .config import ModelConfig
+from .state import ModelState, Run
+
+Frames = Tensor | np.ndarray
+HOST = torch.device("cpu")
+CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
+KIND_OF = {
+    "text": TokenKind.TEXT,
+    "video": TokenKind.EMBEDDED,
+    "audio": TokenKind.LEVELS,
+    "step": TokenKind.STEP,
+}
+
+
+@dataclass(frozen=True)
+class TickInput:
+    """What one tick brings, on the host. Row s of everything is the session in slot `slot_S[s]`.
+
+    slot: int32, -1 idle. pcm: float32, the samples of one tick, zeros where none came. missing:
+    bool, something of this tick was lost; the session is told so by a token before its text.
+    frames: per row None or uint8 [groups, frames, height, width, 3], RGB. text: per row token ids.
+    frames and text may be left empty when no row has any.
+    """
+
+    slot_S: Tensor
+    pcm_S_W: Tensor
+    missing_S: Tensor
+    frames: Sequence[Frames | None] = field(default=())
+    text: Sequence[Sequence[int]] = field(default=())
+
+    def check(self, config: ModelConfig, state: ModelState) -> None:
+        """TypeError or ValueError naming what does not fit."""
+        layout = config.layout
+        dims = Dims(W=layout.samples_per_tick)
+        dims.check(slot_S=self.slot_S, dtype=torch.int32, device=HOST)
+        dims.check(pcm_S_W=self.pcm_S_W, dtype=torch.float32, device=HOST)
+        dims.check(missing_S=self.missing_S, dtype=torch.bool, device=HOST)
+        check_slots(config, state, self.slot_S.tolist())
+        for name, rows in {"frames": self.frames, "text": self.text}.items():
+            if len(rows) not in (0, dims["S"]):
+                raise ValueError(f"{name}: {len(rows)} rows, but S={dims['S']}")
+        for row, frames in enumerate(self.frames):
+            if frames is not None:
+                _check_frames(config, f"frames[{row}]", frames)
+        for row, ids in enumerate(self.text):
+            check_ids(config, f"text[{row}]", ids)
+            if len(ids) > layout.max_text_tokens:
+                raise ValueError(
+                    f"text[{row}]: {len(ids)} tokens, a tick takes {layout.max_text_tokens}"
+                )
+
+    def runs(self, config: ModelConfig, row: int) -> list[Run]:
+        """What a row appends: its input blocks, then its output steps."""
+        counts = {
+            "text": len(self._ids(config, row)),
+            "video": self.num_patches(config, row),
+            "audio": config.layout.audio_tokens,
+        }
+        blocks = [(CLASS_OF[block], counts[block]) for block in config.layout.blocks]
+        return [*blocks, (PageClass.REPLY, config.layout.num_steps)]
+
+    def num_patches(self, config: ModelConfig, row: int) -> int:
+        frames = self.frames[row] if self.frames else None
+        if frames is None or len(frames) == 0:
+            return 0
+        patch_rows, patch_columns = config.patch.grid(frames.shape[2], frames.shape[3])
+        return len(frames) * patch_rows * patch_columns
+
+    def fill(
+        self, config: ModelConfig, rows: Sequence[int], staged: TickInputs[np.ndarray]
+    ) -> None:
+        """Write those rows' tokens, sound and patches to the buffer, back to back."""
+        slots = [int(self.slot_S[row]) for row in rows]
+        blocks, num_frames, num_patches = config.layout.blocks, config.layout.audio_tokens, 0
+        parts: list[Sequence[int] | np.ndarray] = []
+        for s, row in enumerate(rows):
+            first_patch = num_patches
+            num_patches += self._fill_patches(config, row, staged.patch_P_L_Y_Y_3[first_patch:])
+            row_parts = {
+                "text": self._ids(config, row),
+                "video": range(first_patch, num_patches),
+                "audio": range(s * num_frames, (s + 1) * num_frames),
+            }
+            parts += [*(row_parts[block] for block in blocks), (slots[s],)]
+        kinds = [KIND_OF[block] for block in (*blocks, "step")] * len(rows)
+        counts = np.array([len(part) for part in parts])
+        total = int(counts.sum())
+        staged.kind_T[:total], staged.kind_T[total:] = np.repeat(kinds, counts), TokenKind.NOTHING
+        staged.index_T[:total], staged.index_T[total:] = np.concatenate(parts), 0
+        pcm_S_W = staged.pcm_S_W[: len(rows)]
+        np.take(self.pcm_S_W.numpy(), rows, axis=0, out=pcm_S_W, mode="clip")  # "raise" copies
+        _fill_rows(slots, counts.reshape(len(rows), -1).sum(1), staged)
+
+    def _ids(self, config: ModelConfig, row: int) -> Sequence[int]:
+        ids = self.text[row] if self.text else ()
+        return (config.vocab.missing, *ids) if self.missing_S[row] else ids
+
+    def _fill_patches(self, config: ModelConfig, row: int, patch_P_L_Y_Y_3: np.ndarray) -> int:
+        """Cut a row's frames; groups, then patch rows, then patch columns. Returns how many."""
+        num_patches = self.num_patches(config, row)
+        if num_patches == 0:
+            return 0
+        frames = self.frames[row]
+        assert frames is not None
+        if isinstance(frames, Tensor):
+            frames = frames.cpu().numpy()
+        groups, length, height, width, _ = frames.shape
+        side, (rows, columns) = config.patch.patch, config.patch.grid(height, width)
+        cut = frames.reshape(groups, length, rows, side, columns, side, 3)
+        to = patch_P_L_Y_Y_3[:num_patches].reshape(groups, rows, columns, length, side, side, 3)
+        to[:] = cut.transpose(0, 2, 4, 1, 3, 5, 6)
+        return num_patches
+
+
+def _fill_rows(slots: list[int], count_S: np.ndarray, staged: TickInputs[np.ndarray]) -> None:
+    """Rows of these slots, with so many tokens each in the first pass; those behind are idle."""
+    num_rows, num_slots = len(slots), len(staged.said_N)
+    end_S = np.cumsum(count_S)
+    staged.slot_S[:num_rows], staged.slot_S[num_rows:] = slots, -1
+    staged.at_S[:num_rows], staged.at_S[num_rows:] = slots, 0
+    staged.start_S1[0] = 0
+    staged.start_S1[1 : num_rows + 1], staged.start_S1[num_rows + 1 :] = end_S, end_S[-1]
+    staged.last_S[:num_rows], staged.last_S[num_rows:] = end_S - 1, 0
+    staged.said_N[:] = np.arange(num_slots)
+    staged.said_N[slots] = np.arange(num_slots, num_slots + num_rows)
+    staged.steps_N[:] = 0
+    staged.steps_N[slots] = len(staged.length_O_S)
+
+
+def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"{name}: expected token ids, got {token!r}")
+        if not 0 <= token < config.vocab.num_valid:
+            raise ValueError(f"{name}: id {token} is not in 0..{config.vocab.num_valid - 1}")
+
+
+def _check_frames(config: ModelConfig, name: str, frames: Frames) -> None:
+    if not isinstance(frames, (Tensor, np.ndarray)):
+        raise TypeError(f"{name}: expected a tensor or array, got {type(frames).__name__}")
+    if str(frames.dtype).removeprefix("torch.") != "uint8":
+        raise TypeError(f"{name}: expected uint8, got {frames.dtype}")
+    shape, group = tuple(frames.shape), config.patch.frames
+    if len(shape) != 5 or shape[1] != group or shape[4] != 3:
+        raise ValueError(f"{name}: expected [n, {group}, height, width, 3], got {shape}")
+    rows, columns = config.patch.grid(shape[2], shape[3])
+    tokens, limit = shape[0] * rows * columns, config.layout.max_video_tokens
+    if tokens > limit:
+        raise ValueError(f"{name}: {shape} is {tokens} tokens, a tick takes {limit}")
