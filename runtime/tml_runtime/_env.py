@@ -14,4 +14,18 @@ def cache_dir() -> Path | None:
 
 def nvtx() -> bool:
     """TML_NVTX: mark ticks and stages for Nsight Systems."""
-    return os.environ.get("TML_NVTX", "0") not in ("", "0")
+    return _is_set("TML_NVTX")
+
+
+def eager() -> bool:
+    """TML_EAGER: on a GPU run ticks op by op, in the shapes that their graphs would have."""
+    return _is_set("TML_EAGER")
+
+
+def debug_graph() -> bool:
+    """TML_DEBUG_GRAPH: as TML_EAGER, on any device, and check every stage's numbers."""
+    return _is_set("TML_DEBUG_GRAPH")
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")

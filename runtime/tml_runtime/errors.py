@@ -68,3 +68,7 @@ class NotRunning(TmlRuntimeError, RuntimeError):
 
 class LoopFailed(NotRunning):
     """The tick itself raised, which ended the loop and all sessions; `__cause__` says why."""
+
+
+class NotCaptured(TmlRuntimeError, RuntimeError):
+    """A tick of shapes that no graph was captured for. The sessions are as they were before it."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from .admission import Admission
 from .checks import Sampling
 from .clock import QuietCollector, VirtualClock, torch_threads
 from .errors import LoopFailed, NotRunning
+from .graph import graphs_for, page_count
 from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
 from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
@@ -54,7 +56,7 @@ class Runtime:
         tokenizer: Tokenizer | None = None,
         vocoder: Callable[[], Vocoder] | None = None,
         budget: KvBudget | None = None,
-        global_pages: int | None = None,
+        global_pages: int | Literal["auto"] | None = None,
         probe_ticks: int = 0,
         max_frame_pairs: int = 1,
         max_lead_ticks: int = 16,
@@ -66,8 +68,9 @@ class Runtime:
     ) -> None:
         """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
         global_pages: of all sessions' global layers, by default as their budgets need; with fewer
-        there are fewer sessions. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions
-        and admits as many sessions as were in time; 0: one for every slot.
+        there are fewer sessions; "auto": no more than fit in the GPU's memory beside the graphs.
+        probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions and admits as many sessions
+        as were in time; 0: one for every slot.
         max_frame_pairs: of video, per tick. vocoder: makes one for a slot, by default Griffin-Lim.
         cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
         gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
@@ -94,9 +97,11 @@ class Runtime:
         self._budget = KvBudget() if budget is None else budget
         options = HandoffOptions() if handoff is None else handoff
         num_spare = 0 if background is None else options.snapshots
+        global_pages = page_count(model, num_slots + num_spare, self._budget, global_pages)
         self._state = model.new_state(
             num_slots + num_spare, budget=self._budget, global_pages=global_pages
         )
+        self._graphs = graphs_for(model, self._state)
         by_pages = None if global_pages is None else self._sessions_in(global_pages) - num_spare
         self._admission = Admission(num_slots, by_pages=by_pages)
         self._probe_ticks = probe_ticks
@@ -271,6 +276,7 @@ class Runtime:
             "sessions_opened": self._num_opened,
             "sessions_refused": self._slots.num_refused,
             "admission": self._admission.report(),
+            "graphs": None if self._graphs is None else self._graphs.report(),
             "scheduling": None if self._thread is None else self._thread.scheduling,
             "handoff": self._handoff.report(),
             **self._watch.report(),
@@ -354,6 +360,10 @@ class Runtime:
         for stage, ns in out.stage_ns.items():
             self._metrics.set_stage(f"model.{stage}", ns)
         self._metrics.set_tokens(out.tokens)
+        self._metrics.add("shed_frames", out.shed_frames)
+        if out.gpu_ns is not None and out.bucket is not None:
+            self._metrics.set_gpu(*out.gpu_ns)
+            self._metrics.set_bucket(out.bucket.rows, out.bucket.tokens)
         self._metrics.set_kv_pages(out.kv_pages, out.kv_dropped)
         return out
 

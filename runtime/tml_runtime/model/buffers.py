@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from tml_kernels.kv_cache import RollingKVCache
 
 from .config import ModelConfig
+
+if TYPE_CHECKING:
+    from .device_tick import Runner
 
 ALIGN = 256  # bytes: what the strictest kernel wants of a pointer
 KEPT_VIEWS = 64  # shapes whose views are kept; a runtime with graphs has fewer buckets
@@ -44,7 +47,8 @@ class Bucket(NamedTuple):
         return all(size >= needed for size, needed in zip(self, other, strict=True))
 
 
-class TickInputs(NamedTuple, Generic[Array]):
+@dataclass(frozen=True)
+class TickInputs(Generic[Array]):
     """Everything that a tick reads. Rows beyond the tick's own are idle, tokens beyond are nothing.
 
     Two rows of slots 3 and 1 in a bucket of four, with 6 and 5 tokens of the 20 it has:
@@ -70,7 +74,8 @@ class TickInputs(NamedTuple, Generic[Array]):
     patch_P_L_Y_Y_3: Array  # uint8, RGB
 
 
-class TickSaid(NamedTuple, Generic[Array]):
+@dataclass(frozen=True)
+class TickSaid(Generic[Array]):
     """What the rows said; of idle ones anything."""
 
     token_S_O: Array  # int32
@@ -145,6 +150,7 @@ class TickBuffers:
 
     def __init__(self, shape: TickShape, device: torch.device) -> None:
         self.shape = shape
+        self.runner: Runner | None = None  # who runs ticks in these buffers; None: op by op
         self._is_cpu = device.type == "cpu"
         size, said_size = size_of(shape.inputs(shape.largest)), size_of(shape.said(shape.num_slots))
         self._staged, self._sent = _buffer_pair(size, device)
@@ -158,6 +164,15 @@ class TickBuffers:
     def staged(self, bucket: Bucket) -> TickInputs[np.ndarray]:
         """For the host to fill before `send`; what it does not write is of an earlier tick."""
         return self._views(bucket)[0]
+
+    def stage_nothing(self, bucket: Bucket) -> None:
+        """A tick whose rows are all idle: what runs on it leaves no trace in a state."""
+        staged = self.staged(bucket)
+        for array in vars(staged).values():
+            array[...] = 0
+        for array in (staged.slot_S, staged.row_K_Z, staged.placed_X, staged.delta_U_4[:, 0]):
+            array[...] = -1
+        staged.said_N[:] = np.arange(len(staged.said_N))
 
     def inputs(self, bucket: Bucket) -> TickInputs[Tensor]:
         """What was sent, on the device."""

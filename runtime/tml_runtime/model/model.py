@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,16 +15,16 @@ from tml_kernels.kv_cache import PageClass
 from tml_kernels.precision import ACTIVATIONS
 
 from .backbone import Backbone
-from .buffers import Bucket
 from .config import ModelConfig
+from .device_tick import DeviceTick, DirectRunner
 from .frontend import Frontend
 from .full import full_forward
 from .load import WeightReport, load_weights, random_weights
-from .output import Done, TickOutput
+from .output import TickOutput
 from .packing import Packing, pack_weights
 from .replay import PastTick, replay_tick
 from .state import KvBudget, ModelState
-from .tick import DeviceTick, Laps, run_tick, wait
+from .tick import run_tick
 from .tick_input import TickInput, check_ids
 from .weights import ModelWeights
 
@@ -184,15 +183,8 @@ class InteractionModel:
         sessions are as they were. A session with samples that are not finite is reported in
         `fault_S` and harms no other, and so is one that finds no room for its keys.
         """
-        return run_tick(state, tick, choose=lambda needed: needed, run=partial(self.run, state))
-
-    def run(self, state: ModelState, bucket: Bucket, done: Done | None = None) -> dict[str, int]:
-        """The device's half of a tick whose host's half was staged in `bucket`, op by op. Returns
-        how long each stage took the host, once the output is there. done: see `DeviceTick.run`."""
-        laps = Laps()
-        self.device_tick.run(state, bucket, laps if done is None else done)
-        wait(self.device)
-        return laps.ns
+        runner = state.buffers.runner or DirectRunner(self.device_tick, state)
+        return run_tick(state, tick, runner)
 
     def replay(
         self, state: ModelState, slot: int, position: int, past: Sequence[PastTick]

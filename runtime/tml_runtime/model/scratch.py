@@ -19,8 +19,9 @@ class Scratch:
     """One buffer for each op, which its calls share in stream order: counters, which they leave at
     zero, and room for partial sums. Without it every call allocates and clears its own.
 
-    A buffer grows to the largest call so far; a captured graph keeps the one it was captured with,
-    so the largest call comes first. For one stream at a time. None on a CPU: ops need none there.
+    A buffer grows to the largest call so far; a captured graph uses the one it was captured with,
+    so the largest call comes first, and who captures keeps `buffers`. For one stream at a time.
+    None on a CPU: ops need none there.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -59,6 +60,9 @@ class Scratch:
         num_rows, vocabulary = logits_S_V.shape
         size = sample_configs.scratch_words(num_rows, vocabulary)
         return self._at_least(f"sample of {num_rows}", size, torch.int32)
+
+    def buffers(self) -> list[Tensor]:
+        return list(self._buffers.values())
 
     def _at_least(self, name: str, size: int, dtype: torch.dtype) -> Tensor | None:
         if size == 0:

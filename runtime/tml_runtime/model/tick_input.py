@@ -79,6 +79,11 @@ class TickInput:
         blocks = [(CLASS_OF[block], counts[block]) for block in config.layout.blocks]
         return [*blocks, (PageClass.REPLY, config.layout.num_steps)]
 
+    def num_frames(self) -> int:
+        return sum(
+            frames.shape[0] * frames.shape[1] for frames in self.frames if frames is not None
+        )
+
     def num_patches(self, config: ModelConfig, row: int) -> int:
         frames = self.frames[row] if self.frames else None
         if frames is None or len(frames) == 0:

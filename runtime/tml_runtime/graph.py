@@ -1,0 +1,286 @@
+"""A tick as one CUDA graph: which shapes are captured, when, and how a tick is replayed.
+
+Nothing compiles, captures or allocates after `TickGraphs` is made: a tick runs in the smallest
+bucket that holds it, and shapes that were not captured are an error, never a fallback. All graphs
+read and write the buffers of one `ModelState` and share one pool of memory.
+"""
+
+# Dimension key: S session rows.
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import _env
+from ._tick import now_ns
+from .errors import InputValueError, NotCaptured
+from .model import InteractionModel, KvBudget, ModelState, TickInput, TurnLayout
+from .model.buffers import Bucket
+from .model.device_tick import DirectRunner, Ran, wait
+from .model.state import cache_groups
+from .model.tick import needed_for
+
+GROWTH = (1, 2, 4, 16)  # tokens per row of a bucket, in those of a row that hears and says a step
+MAX_TOKENS = 4096  # of a bucket, unless all rows need more without any video
+MARGIN = 1 << 30  # bytes left to other libraries and to fragmentation
+
+
+def buckets_of(layout: TurnLayout, num_slots: int) -> list[Bucket]:
+    """The shapes that ticks of up to `num_slots` sessions run in, smallest first.
+
+    Rows 1, 2, 4, ... and num_slots. Tokens per row: what a row has that only listens (audio, and
+    the step), 2, 4 and 16 times as much, and the layout's most, as far as a bucket has no more than
+    MAX_TOKENS; but all rows always fit with their longest text. Each without video and, where there
+    is room for any, with as many patches as it holds.
+
+    >>> buckets_of(TurnLayout(), 1)[:4]
+    [Bucket(rows=1, tokens=5, patches=0), Bucket(rows=1, tokens=10, patches=0), \
+Bucket(rows=1, tokens=10, patches=5), Bucket(rows=1, tokens=20, patches=0)]
+    """
+    quiet, longest = layout.audio_tokens + 1, layout.max_prefill_tokens
+    buckets = set()
+    for rows in {*(1 << n for n in range(num_slots.bit_length())), num_slots}:
+        unseen = rows * (longest - layout.max_video_tokens)
+        most = min(rows * longest, max(MAX_TOKENS, unseen))
+        for tokens in {*(min(rows * quiet * growth, most) for growth in GROWTH), most}:
+            patches = min(tokens - rows * quiet, rows * layout.max_video_tokens)
+            buckets |= {Bucket(rows, tokens, 0), Bucket(rows, tokens, patches)}
+    return sorted(buckets)
+
+
+def pages_that_fit(
+    free_bytes: int, page_bytes: int, *, held: int, wanted: int, margin: int = MARGIN
+) -> int:
+    """Pages that a pool can have where `free_bytes` are free beside one of `held` pages: no more
+    than `wanted`, and `margin` bytes stay free.
+
+    >>> pages_that_fit(10 << 30, 1 << 20, held=100, wanted=20_000)
+    9316
+    """
+    return min(wanted, held + max(0, free_bytes - margin) // page_bytes)
+
+
+class TickGraphs:
+    """The ticks of one model and state: from here on `InteractionModel.tick` runs that state's in
+    these buckets. For one thread.
+
+    mode: "graph" replays captured graphs; "eager" runs the same shapes op by op; "debug" does that
+    with a wait and a look at the numbers after each stage, and raises FloatingPointError naming
+    stage and row. By default what the environment says, else "graph"; only "graph" needs a GPU.
+    """
+
+    def __init__(
+        self,
+        model: InteractionModel,
+        state: ModelState,
+        *,
+        buckets: Sequence[Bucket] | None = None,
+        mode: str | None = None,
+    ) -> None:
+        """Captures everything, which takes seconds. Raises RuntimeError naming the bucket that
+        could not be captured."""
+        if buckets is None:
+            buckets = buckets_of(model.config.layout, state.num_slots)
+        self.mode = mode or mode_of(model)
+        self.buckets = sorted(buckets)
+        self._model = model
+        self._state = state
+        self._device = state.device
+        self._direct = DirectRunner(model.device_tick, state)
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._kept: list[Tensor] = []
+        self._bytes = 0
+        if self._device.type == "cuda":
+            with torch.inference_mode(), torch.cuda.device(self._device):
+                self._prepare()
+        state.buffers.runner = self
+
+    def close(self) -> None:
+        """The state's ticks are run op by op again."""
+        self._state.buffers.runner = None
+
+    def report(self) -> dict[str, Any]:
+        """Plain data. bytes: of device memory that capturing took, buffers and all."""
+        return {
+            "mode": self.mode,
+            "buckets": len(self.buckets),
+            "captured": len(self._graphs),
+            "largest": self.buckets[-1]._asdict(),
+            "bytes": self._bytes,
+        }
+
+    # As a Runner
+
+    def begin(self, tick: TickInput) -> TickInput:
+        """Where no bucket has room for all video, the rows with most of it lose theirs."""
+        if self.mode == "graph":
+            with torch.cuda.device(self._device):
+                self._events[0].record()  # the device has nothing to do: it happens now
+            self._origin_ns = now_ns()
+        config = self._model.config
+        while self._smallest(needed_for(config, tick)) is None:
+            patches = [
+                tick.num_patches(config, row) if slot >= 0 else 0
+                for row, slot in enumerate(tick.slot_S.tolist())
+            ]
+            if not any(patches):
+                return tick
+            frames = list(tick.frames)
+            frames[patches.index(max(patches))] = None
+            tick = replace(tick, frames=frames)
+        return tick
+
+    def choose(self, needed: Bucket) -> Bucket:
+        """Raises NotCaptured."""
+        bucket = self._smallest(needed)
+        if bucket is None:
+            raise NotCaptured(
+                f"no bucket holds {needed}; the largest of {len(self.buckets)} is "
+                f"{self.buckets[-1]}: make the runtime with more slots, or capture more buckets"
+            )
+        return bucket
+
+    def run(self, bucket: Bucket) -> Ran:
+        if self.mode == "eager":
+            return self._direct.run(bucket)
+        if self.mode == "debug":
+            check = FiniteCheck(self._state, bucket)
+            self._model.device_tick.run(self._state, bucket, check)
+            wait(self._device)
+            return Ran({})
+        with torch.cuda.device(self._device):
+            return self._replay(self._graphs[bucket])
+
+    def _smallest(self, needed: Bucket) -> Bucket | None:
+        return next((bucket for bucket in self.buckets if bucket.holds(needed)), None)
+
+    # Graphs
+
+    def _prepare(self) -> None:
+        """First every bucket is run, largest first: then kernels are compiled, and scratch is as
+        large as it will be. The ticks are idle ones, which leave no trace in the state."""
+        free_bytes = torch.cuda.mem_get_info()[0]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for bucket in reversed(self.buckets):
+                self._state.buffers.stage_nothing(bucket)
+                self._direct.run(bucket)
+        torch.cuda.current_stream().wait_stream(side)
+        self._kept = self._state.scratch.buffers()  # a later, larger call may replace them
+        if self.mode == "graph":
+            self._capture(side)
+        torch.cuda.synchronize()
+        self._bytes = free_bytes - torch.cuda.mem_get_info()[0]
+
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(3)]
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(self.buckets):
+            graph = torch.cuda.CUDAGraph(keep_graph=True)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
+                    self._model.device_tick.run(self._state, bucket, _nothing)
+                graph.instantiate()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"{bucket} could not be captured: TML_EAGER=1 runs ticks op by op"
+                ) from error
+            self._graphs[bucket] = graph
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> Ran:
+        origin, start, end = self._events
+        launch_ns = now_ns()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        done_ns = now_ns()
+        start_ns, end_ns = (
+            self._origin_ns + int(1e6 * origin.elapsed_time(event)) for event in (start, end)
+        )
+        stage_ns = {
+            "launch_gap": max(0, start_ns - launch_ns),
+            "gpu": end_ns - start_ns,
+            "fetch": max(0, done_ns - end_ns),
+        }
+        return Ran(stage_ns, (start_ns, end_ns))
+
+
+class FiniteCheck:
+    """Waits after each stage, and raises FloatingPointError where a live row is not finite."""
+
+    def __init__(self, state: ModelState, bucket: Bucket) -> None:
+        staged = state.buffers.staged(bucket)
+        self._device = state.device
+        self._slots = staged.slot_S.tolist()
+        self._start = staged.start_S1.tolist()
+
+    def __call__(self, stage: str, made: Tensor) -> None:
+        wait(self._device)
+        finite = made.isfinite().flatten(1).all(1).tolist()
+        for row, slot in enumerate(self._slots):
+            of_row = slice(row, row + 1)
+            if not stage.startswith("step"):  # made for tokens
+                of_row = slice(self._start[row], self._start[row + 1])
+            if slot >= 0 and not all(finite[of_row]):
+                raise FloatingPointError(f"{stage}: row {row}, of {slot=}, is not finite")
+
+
+def mode_of(model: InteractionModel) -> str:
+    if _env.debug_graph():
+        return "debug"
+    # float32 products have no kernels: their plain paths ask the host, which no graph can hold.
+    return "eager" if _env.eager() or model.dtype == torch.float32 else "graph"
+
+
+def graphs_for(model: InteractionModel, state: ModelState) -> TickGraphs | None:
+    """Of a model on a GPU, captured. None on a CPU, where a tick takes the shapes it has, since
+    padding costs time there; but with TML_DEBUG_GRAPH its buckets are run there too."""
+    if not isinstance(model, InteractionModel):
+        return None
+    if model.device.type != "cuda" and not _env.debug_graph():
+        return None
+    return TickGraphs(model, state)
+
+
+def page_count(
+    model: InteractionModel,
+    num_slots: int,
+    budget: KvBudget,
+    global_pages: int | Literal["auto"] | None,
+) -> int | None:
+    """`global_pages` as a number: with "auto", as many as fit beside the graphs.
+
+    Everything is captured over the fewest pages that serve one session, so that what is free then
+    is free for more; then all of it is given back. Raises InputValueError for "auto" on a CPU.
+    """
+    if global_pages != "auto":
+        return global_pages
+    if model.device.type != "cuda":
+        raise InputValueError("global_pages='auto' is for a GPU; on a CPU give a number")
+    longest = model.config.layout.max_tokens_per_tick
+    groups = cache_groups(model.config, num_slots, budget, longest)
+    spec = next((group for group in groups if group.window is None), None)
+    if spec is None:
+        return None
+    held = 1 + spec.columns
+    probe = model.new_state(num_slots, budget=budget, global_pages=held)
+    graphs = TickGraphs(model, probe)
+    free_bytes = torch.cuda.mem_get_info(model.device)[0]
+    graphs.close()
+    del graphs, probe
+    gc.collect()
+    torch.cuda.empty_cache()
+    page_bytes = spec.page_bytes(model.dtype) + 8 * spec.page_rows  # and a position for each row
+    return pages_that_fit(free_bytes, page_bytes, held=held, wanted=spec.pages)
+
+
+def _nothing(stage: str, made: Tensor) -> None:
+    pass
