@@ -76,13 +76,15 @@ def allocate(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule(routing: Routing, out: Routing | None = None) -> Routing:
-    return moe_route(
+    """Ready ids, in the order of the work."""
+    scheduled = moe_route(
         expert_T_K=routing.expert_T_K,
         weight_T_K=routing.weight_T_K,
         shared_weight_T_Z=routing.shared_weight_T_Z,
         num_experts=routing.num_experts,
         out=out,
     )
+    return replace(scheduled, inv_rms_T=routing.inv_rms_T)
 
 
 def allocate_ids(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def check(case: cases.Case, device: str) -> None:
         routing.expert_T_K,
         routing.weight_T_K,
         routing.shared_weight_T_Z,
+        inv_rms_T=routing.inv_rms_T,
         activation=case.activation,
     )
     assert_matches(fused_moe(**allocate(inputs)), expected, dtype=case.dtype)

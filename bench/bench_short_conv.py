@@ -42,15 +42,18 @@ def torch_short_conv(
     slot_S: Tensor,
     residual_T_D: Tensor,
     norm_weight_D: Tensor,
+    eps: float,
+    late_norm: bool,
 ) -> Tensor:
     """As models write it, for sessions of one length: cut the window, convolve, add, norm."""
+    assert not late_norm
     num_sessions, width = slot_S.shape[0], x_T_D.shape[1]
     x_S_L_D = x_T_D.view(num_sessions, -1, width)
     window = torch.cat([state_N_3_D[slot_S], x_S_L_D], dim=1)
     state_N_3_D[slot_S] = window[:, -3:]
     mixed = F.conv1d(window.transpose(1, 2), weight_D_4[:, None], groups=width).transpose(1, 2)
     residual_T_D.add_((x_S_L_D + mixed).reshape(x_T_D.shape))
-    return F.rms_norm(residual_T_D, (width,), norm_weight_D, 1e-6)
+    return F.rms_norm(residual_T_D, (width,), norm_weight_D, eps)
 
 
 OP = OpBench(

@@ -110,6 +110,8 @@ class Routing:
 
     schedule: on CUDA, and there only above a handful of tokens (`choose_blocking`). scratch: what
     `moe_route` needs between its parts; None where the routing was not made by its kernel.
+    inv_rms_T: where tokens come without the division of their norm, what makes up for it: token t
+    stands for x[t] * inv_rms[t], in the router and in the experts.
     """
 
     expert_T_K: Tensor  # int32
@@ -118,6 +120,7 @@ class Routing:
     num_experts: int
     schedule: Schedule | None = None
     scratch: Tensor | None = None
+    inv_rms_T: Tensor | None = None  # float32
 
     @classmethod
     def empty(
@@ -129,11 +132,12 @@ class Routing:
         device: torch.device | str,
         *,
         width: int = 0,
+        late_norm: bool = False,
     ) -> Routing:
         """A routing to be written by `moe_route(..., out=routing)`, as often as one likes.
 
-        width: D of the tokens, 0 when logits or ids come ready. Schedule and scratch are those of
-        `choose_blocking` on CUDA and None elsewhere.
+        width: D of the tokens, 0 when logits or ids come ready. late_norm: with `inv_rms_T`.
+        Schedule and scratch are those of `choose_blocking` on CUDA and None elsewhere.
         """
         shape = (num_tokens, top_k)
         return cls(
@@ -142,6 +146,7 @@ class Routing:
             torch.empty(num_tokens, num_shared, dtype=torch.float32, device=device),
             num_experts,
             *new_parts(num_tokens, top_k, num_shared, num_experts, device, width=width),
+            torch.empty(num_tokens, dtype=torch.float32, device=device) if late_norm else None,
         )
 
 
@@ -170,10 +175,11 @@ def scratch_sizes(
 ) -> list[int]:
     """Words of the scratch's parts, each a multiple of 16 bytes: arrival counters; assignments of
     each group to each expert, and those of the groups before it; where each expert begins; each
-    assignment's place among its group's to the same expert; partial logits (float32)."""
+    assignment's place among its group's to the same expert; partial logits, and behind each token's
+    a partial sum of squares (float32)."""
     groups, splits = -(-num_tokens // GROUP_T), -(-width // SPLIT_D)
     counts = groups * num_experts
-    partials = splits * num_tokens * round_up(num_logits)
+    partials = splits * num_tokens * round_up(num_logits + 1)
     sizes = (groups + 1, counts, counts, num_experts, num_tokens * top_k, partials)
     return [round_up(size) for size in sizes]
 

@@ -19,7 +19,8 @@ def expected(inputs: dict[str, Any], **more: Any) -> Tensor:
     routing = inputs["routing"]
     return fused_moe_ref(
         inputs["x"], inputs["weights"], routing.expert_T_K, routing.weight_T_K,
-        routing.shared_weight_T_Z, activation=inputs["activation"], **more,
+        routing.shared_weight_T_Z, inv_rms_T=routing.inv_rms_T,
+        activation=inputs["activation"], **more,
     )  # fmt: skip
 
 
@@ -27,7 +28,9 @@ def rows(inputs: dict[str, Any], index: Any) -> dict[str, Any]:
     """The same call for some of the tokens."""
     r = inputs["routing"]
     parts = (r.expert_T_K, r.weight_T_K, r.shared_weight_T_Z)
-    routing = Routing(*(part[index].contiguous() for part in parts), r.num_experts)
+    inv_rms_T = None if r.inv_rms_T is None else r.inv_rms_T[index].contiguous()
+    parts = (part[index].contiguous() for part in parts)
+    routing = Routing(*parts, r.num_experts, inv_rms_T=inv_rms_T)
     return inputs | {"x": inputs["x"][index].contiguous(), "routing": routing}
 
 

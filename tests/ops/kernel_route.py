@@ -26,7 +26,8 @@ def empty_routing(case: Case, device: str, blocking: Blocking | None = SCHEDULED
     if blocking is not None:
         schedule = Schedule.empty(blocking, *sizes[:2], case.num_experts, device)
     scratch = new_scratch(*sizes, device, width=case.width)
-    return replace(Routing.empty(*sizes, device), schedule=schedule, scratch=scratch)
+    empty = Routing.empty(*sizes, device, late_norm=case.late_norm)
+    return replace(empty, schedule=schedule, scratch=scratch)
 
 
 def run_kernel(inputs: dict, out: Routing, config: Config | None = None) -> Routing:
@@ -34,10 +35,10 @@ def run_kernel(inputs: dict, out: Routing, config: Config | None = None) -> Rout
     schedule = out.schedule
     launch_route(
         given["x_T_D"], given.get("w_gate_A_D"), given["bias_E"], given["logit_bias_A"],
-        given["global_scale_1"],
-        rule.scoring, rule.renormalize, rule.num_groups, rule.top_groups, rule.scale,
+        given["global_scale_1"], given.get("residual_T_D"),
+        rule.scoring, rule.renormalize, rule.num_groups, rule.top_groups, rule.scale, 1e-6,
         schedule.blocking.size if schedule else 0, schedule.max_blocks if schedule else 0,
-        out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z,
+        out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z, out.inv_rms_T,
         schedule.buffer if schedule else None, out.scratch, config,
     )  # fmt: skip
     return out
@@ -59,5 +60,6 @@ def assert_counters(out: Routing) -> None:
 
 
 def assert_same(actual: Routing, expected: Routing, rows: object = slice(None)) -> None:
-    for name in TENSORS:
+    names = TENSORS if expected.inv_rms_T is None else (*TENSORS, "inv_rms_T")
+    for name in names:
         assert_bitwise(getattr(actual, name)[rows], getattr(expected, name)[rows])

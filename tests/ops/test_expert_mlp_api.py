@@ -41,13 +41,14 @@ def test_zipf_skews_and_draws_without_replacement() -> None:
     assert ids.unique().numel() < uniform.unique().numel()
 
 
-@pytest.mark.parametrize("case", [EDGE[2], EDGE[9], PACKED[4]], ids=str)
+@pytest.mark.parametrize("case", [EDGE[2], EDGE[9], EDGE[-1], PACKED[4]], ids=str)
 def test_opcheck(case: Case) -> None:
     inputs = replace(case, num_tokens=2).make_inputs("cpu")
     weights, routing = inputs["weights"], inputs["routing"]
     args = (
         inputs["x"], *flatten(weights), *flatten(weights.shared), routing.expert_T_K,
-        routing.weight_T_K, routing.shared_weight_T_Z, None, 0, case.num_experts, None,
+        routing.weight_T_K, routing.shared_weight_T_Z, routing.inv_rms_T, None, 0,
+        case.num_experts, None,
         case.activation, False, torch.empty_like(inputs["x"]), None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.tml_kernels.expert_mlp.default, args)
@@ -117,6 +118,11 @@ def routing_with(**fields: Any) -> Routing:
             {"routing": routing_with(weight_T_K=torch.zeros(3, 3))},
             ValueError,
             "weight_T_K: K=3, but K=2",
+        ),
+        (
+            {"routing": routing_with(inv_rms_T=torch.zeros(2))},
+            ValueError,
+            "inv_rms_T: T=2, but T=3",
         ),
         (
             {"routing": routing_with(shared_weight_T_Z=torch.zeros(3, 1))},

@@ -199,6 +199,7 @@ def test_nan_row_gets_valid_ids_and_stays_in_its_row(
     "case",
     [
         Case(29, 128, 8, 2, 2),
+        Case(29, 600, 8, 2, 2, late_norm=True),
         Case(29, 77, 60, 4, scoring="softmax", bias=False),
         Case(29, 96, 60, 7, scoring="sqrtsoftplus", groups=(5, 2)),
         Case(29, 0, 13, 3, scoring="sigmoid"),
@@ -207,27 +208,33 @@ def test_nan_row_gets_valid_ids_and_stays_in_its_row(
 )
 def test_row_does_not_depend_on_neighbours(case: Case, place: str) -> None:
     inputs = case.make_inputs(place)
-    name = "x_T_D" if case.width else "logits_T_A"
     together = moe_route(**inputs)
-    alone = [moe_route(**inputs | {name: inputs[name][t : t + 1].clone()}) for t in range(29)]
-    for field in TENSORS:
+    alone = [moe_route(**rows_of(inputs, slice(t, t + 1))) for t in range(29)]
+    for field in (*TENSORS, "inv_rms_T") if case.late_norm else TENSORS:
         assert_bitwise(getattr(together, field), torch.cat([getattr(r, field) for r in alone]))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", [0, 8])
-def test_gpu_row_has_the_same_bits_in_every_batch(index: int) -> None:
+@pytest.mark.parametrize("case", [BENCH[0], BENCH[8], BENCH[-1]], ids=str)
+def test_gpu_row_has_the_same_bits_in_every_batch(case: Case) -> None:
     """Every configuration, with and without a schedule, any place."""
-    inputs = replace(BENCH[index], num_tokens=1024).make_inputs("cuda")
-    whole, x = moe_route(**inputs), inputs["x_T_D"]
+    inputs = replace(case, num_tokens=1024).make_inputs("cuda")
+    whole = moe_route(**inputs)
     for tokens in (1, 3, 4, 5, 8, 9, 16, 17, 40, 64, 65, 200, 1023):
         for first in (0, 1, 1024 - tokens):
             rows = slice(first, first + tokens)
-            assert_same(moe_route(**inputs | {"x_T_D": x[rows]}), replace_rows(whole, rows))
+            assert_same(moe_route(**rows_of(inputs, rows)), replace_rows(whole, rows))
 
 
 def replace_rows(routing: Routing, rows: slice) -> Routing:
-    return replace(routing, **{name: getattr(routing, name)[rows] for name in TENSORS})
+    names = TENSORS if routing.inv_rms_T is None else (*TENSORS, "inv_rms_T")
+    return replace(routing, **{name: getattr(routing, name)[rows] for name in names})
+
+
+def rows_of(inputs: dict, rows: slice) -> dict:
+    """The same call for some of the tokens."""
+    names = [name for name in ("x_T_D", "logits_T_A", "residual_T_D") if name in inputs]
+    return inputs | {name: inputs[name][rows].clone() for name in names}
 
 
 def by_id(expert_T_K: Tensor, weight_T_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,8 @@ from tml_kernels.ops.route.kernel import launch_route_schedule
 from tml_kernels.ops.route.reference import schedule_ref
 from tml_kernels.testing import assert_bitwise, randn
 
+LATE = [case for case in BENCH if case.late_norm]
+
 
 def ints(values: list, device: str = "cpu") -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
@@ -205,13 +207,12 @@ def test_ready_ids() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [BENCH[0], BENCH[3], BENCH[6]], ids=str)
+@pytest.mark.parametrize("case", [BENCH[0], BENCH[3], BENCH[6], *LATE], ids=str)
 def test_gpu_graph_replays_into_out(case: Case) -> None:
     """Nothing synchronises or is allocated, and a replay is the same as a call."""
     inputs = case.make_inputs("cuda")
-    out = Routing.empty(
-        case.num_tokens, case.top_k, case.num_shared, case.num_experts, "cuda", width=case.width
-    )
+    sizes = (case.num_tokens, case.top_k, case.num_shared, case.num_experts)
+    out = Routing.empty(*sizes, "cuda", width=case.width, late_norm=case.late_norm)
     moe_route(**inputs, out=out)  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -224,6 +225,8 @@ def test_gpu_graph_replays_into_out(case: Case) -> None:
         moe_route(**inputs, out=out)
     for _ in range(3):
         inputs["x_T_D"].normal_()
+        if case.late_norm:
+            inputs["residual_T_D"].normal_()
         graph.replay()
         assert_same(out, moe_route(**inputs))
         assert_counters(out)
@@ -232,16 +235,18 @@ def test_gpu_graph_replays_into_out(case: Case) -> None:
 
 
 @pytest.mark.parametrize("num_shared", [0, 2])
-@pytest.mark.parametrize("gate", [True, False])
-def test_opcheck(num_shared: int, gate: bool) -> None:
-    case = Case(9, 16 if gate else 0, 6, 2, num_shared, logit_bias=True)
+@pytest.mark.parametrize(("gate", "late_norm"), [(True, True), (True, False), (False, False)])
+def test_opcheck(num_shared: int, gate: bool, late_norm: bool) -> None:
+    width = 16 if gate else 0
+    case = Case(9, width, 6, 2, num_shared, logit_bias=True, late_norm=late_norm)
     inputs = case.make_inputs("cpu")
     out = empty_routing(case, "cpu")
     assert out.schedule is not None
     args = (
         inputs["x_T_D" if gate else "logits_T_A"], inputs.get("w_gate_A_D"), inputs["bias_E"],
-        inputs["logit_bias_A"], inputs["global_scale_1"], "sink_sigmoid", True, 1, 1, 8.0,
-        16, out.schedule.max_blocks, out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z,
+        inputs["logit_bias_A"], inputs["global_scale_1"], inputs.get("residual_T_D"),
+        "sink_sigmoid", True, 1, 1, 8.0, 1e-6, 16, out.schedule.max_blocks,
+        out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z, out.inv_rms_T,
         out.schedule.buffer, out.scratch,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.tml_kernels.route.default, args)
@@ -276,6 +281,7 @@ def test_what_is_no_config() -> None:
 
 IDS = {"expert_T_K": ints([[1, 2]] * 3), "weight_T_K": torch.ones(3, 2), "num_experts": 6}
 OUT = Routing.empty(3, 2, 2, 6, "cpu")
+RESIDUAL = torch.zeros(3, 8)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +304,38 @@ OUT = Routing.empty(3, 2, 2, 6, "cpu")
         ({"bias_E": torch.zeros(8)}, ValueError, "bias_E: E=8, but E=6"),
         ({"logit_bias_A": torch.zeros(6)}, ValueError, "logit_bias_A: A=6, but A=8"),
         ({"global_scale_1": torch.ones(2)}, ValueError, "global_scale_1"),
+        ({"residual_T_D": torch.zeros(3, 9)}, ValueError, "residual_T_D: D=9, but D=8"),
+        ({"residual_T_D": RESIDUAL.half()}, TypeError, "residual_T_D.*float16"),
+        (
+            {
+                "residual_T_D": RESIDUAL,
+                "x_T_D": None,
+                "w_gate_A_D": None,
+                "logits_T_A": torch.zeros(3, 8),
+            },
+            ValueError,
+            "residual_T_D: goes with x_T_D and w_gate_A_D alone",
+        ),
+        (
+            {
+                "residual_T_D": torch.zeros(3, 0),
+                "x_T_D": torch.zeros(3, 0),
+                "w_gate_A_D": torch.zeros(8, 0),
+            },
+            ValueError,
+            "residual_T_D: D=0",
+        ),
+        ({"residual_T_D": RESIDUAL, "out": OUT}, ValueError, "out.inv_rms_T: needed with"),
+        (
+            {"out": Routing.empty(3, 2, 2, 6, "cpu", late_norm=True)},
+            ValueError,
+            "out.inv_rms_T: given without residual_T_D",
+        ),
+        (
+            {"residual_T_D": RESIDUAL, "out": replace(OUT, inv_rms_T=torch.zeros(2))},
+            ValueError,
+            "inv_rms_T: T=2, but T=3",
+        ),
         ({"scoring": "relu"}, ValueError, "scoring: .*softmax, sigmoid, .*, got 'relu'"),
         ({"renormalize": False}, ValueError, "renormalize: sink_sigmoid.*False"),
         ({"top_k": 7}, ValueError, "top_k: expected 1..6 of 6 experts, got 7"),
@@ -381,6 +419,7 @@ def with_nan(*at: int, shape: tuple[int, ...] = (3, 2)) -> Tensor:
         ({"renormalize": False}, ValueError, "renormalize: False does not go"),
         ({"scale": 2.0}, ValueError, "scale: 2.0 does not go"),
         ({"num_shared": 1}, ValueError, "num_shared: 1 does not go"),
+        ({"residual_T_D": RESIDUAL}, ValueError, "residual_T_D: a tensor does not go"),
         ({"bias_E": torch.zeros(6)}, ValueError, "bias_E: a tensor does not go"),
         ({"out": OUT}, ValueError, "shared_weight_T_Z: Z=2, but Z=0"),
     ],

@@ -28,6 +28,7 @@ def run_kernel(inputs: dict) -> Tensor:
             inputs.get("residual_T_D"),
             inputs.get("norm_weight_D"),
             1e-6,
+            inputs.get("late_norm", False),
             out,
         )
     return out
@@ -192,8 +193,8 @@ def test_out_is_used() -> None:
 def test_opcheck() -> None:
     for case in (Case((2, 1), 16, idle=(1,)), Case((3,), 16, residual=False, norm=False)):
         inputs = case.make_inputs("cpu")
-        inputs = {k: v if v is None else v.nan_to_num() for k, v in inputs.items()}
-        args = (*inputs.values(), 1e-6, torch.zeros_like(inputs["x_T_D"]))
+        inputs = {k: v.nan_to_num() if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        args = (*inputs.values(), torch.zeros_like(inputs["x_T_D"]))
         torch.library.opcheck(torch.ops.tml_kernels.short_conv.default, args)
 
 
@@ -228,6 +229,7 @@ BAD = torch.zeros(3, 8)
         ({"slot_S": ints([-2])}, ValueError, "got [-2]"),
         ({"start_S1": ints([0, 1, 2]), "slot_S": ints([1, 1])}, ValueError, "named twice"),
         ({"norm_weight_D": torch.ones(8)}, ValueError, "residual_T_D is None"),
+        ({"late_norm": True}, ValueError, "norm_weight_D is None"),
         ({"residual_T_D": torch.zeros(2, 8)}, ValueError, "T=2, but T=3"),
         ({"out_T_D": torch.zeros(3, 8).half()}, TypeError, "float16"),
         ({"x_T_D": BAD, "out_T_D": BAD}, ValueError, "same memory as x_T_D"),

@@ -70,6 +70,7 @@ class Call(NamedTuple):
     expert: Tensor
     weight: Tensor
     shared_weight: Tensor
+    inv_rms: Tensor | None
     schedule: Tensor | None
     block_size: int
     num_routed: int
@@ -92,15 +93,16 @@ class Call(NamedTuple):
             num_tokens, top_k = self.expert.shape
             max_blocks = blocking.max_blocks(num_tokens, top_k, self.num_routed)
             schedule = Schedule(self.schedule, blocking, max_blocks)
-        return Routing(self.expert, self.weight, self.shared_weight, self.num_routed, schedule)
+        given = (self.expert, self.weight, self.shared_weight, self.num_routed)
+        return Routing(*given, schedule, inv_rms_T=self.inv_rms)
 
 
 def _plain(*args: Any) -> None:
     call = Call(*args)
     result = fused_moe_ref(
         call.x, call.weights(), call.expert, call.weight, call.shared_weight,
-        activation=call.activation, quantize_x=call.quantize_x, expert_map_G=call.expert_map,
-        dtype=torch.float32,
+        inv_rms_T=call.inv_rms, activation=call.activation, quantize_x=call.quantize_x,
+        expert_map_G=call.expert_map, dtype=torch.float32,
     )  # fmt: skip
     call.out.copy_(result)
 
@@ -123,8 +125,8 @@ def _kernel(*args: Any) -> None:
 _op = register_op(
     "expert_mlp(Tensor x, Tensor?[] routed, str[] names, int[] sizes, Tensor?[] shared, "
     "str[] shared_names, int[] shared_sizes, Tensor expert, Tensor weight, Tensor shared_weight, "
-    "Tensor? schedule, int block_size, int num_routed, Tensor? expert_map, str activation, "
-    "bool quantize_x, Tensor(a!) out, Tensor(b!)? workspace) -> ()",
+    "Tensor? inv_rms, Tensor? schedule, int block_size, int num_routed, Tensor? expert_map, "
+    "str activation, bool quantize_x, Tensor(a!) out, Tensor(b!)? workspace) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -149,12 +151,13 @@ def fused_moe(
     read. Two launches on CUDA: gate-up with the activation, down with the sum.
 
     x, out: [T, D], float32, bfloat16 or float16, distinct. weights: of `prepare_moe_weights`.
-    routing: of `moe_route`. activation: "silu", "gelu", "gelu_tanh" (of the gate, times the up) or
-    "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) * (up + 1)). quantize_x:
-    also round the activations of fp8 weights, to e4m3 with one scale per token and 128 columns,
-    and multiply in fp8. expert_map: [G] int32, row of the weights for each of G global ids, -1 for
-    one that lives elsewhere; `routing` then holds global ids. workspace: uint8, of
-    `workspace_bytes`, any content, aligned to 64.
+    routing: of `moe_route`; where it has `inv_rms_T`, x[t] stands for x[t] * inv_rms[t], and the
+    sums of gate-up are multiplied by it. activation: "silu", "gelu", "gelu_tanh" (of the gate,
+    times the up) or "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) *
+    (up + 1)). quantize_x: also round the activations of fp8 weights, to e4m3 with one scale per
+    token and 128 columns, and multiply in fp8. expert_map: [G] int32, row of the weights for each
+    of G global ids, -1 for one that lives elsewhere; `routing` then holds global ids. workspace:
+    uint8, of `workspace_bytes`, any content, aligned to 64.
 
     Accumulates in float32 and rounds once, but for the hidden row between the launches, which CUDA
     rounds to x's dtype. Deterministic; row t depends on row t, its ids and weights alone: the same
@@ -188,7 +191,7 @@ def fused_moe(
     if dims["T"] > 0:
         _op(
             x, routed, names, sizes, shared, shared_names, shared_sizes,
-            routing.expert_T_K, routing.weight_T_K, routing.shared_weight_T_Z,
+            routing.expert_T_K, routing.weight_T_K, routing.shared_weight_T_Z, routing.inv_rms_T,
             None if schedule is None else schedule.buffer,
             0 if schedule is None else schedule.blocking.size,
             routing.num_experts, expert_map, activation, quantize_x, out, workspace,
@@ -224,6 +227,8 @@ def _check_input(
     dims.check(weight_T_K=routing.weight_T_K, dtype=torch.float32, device=x.device)
     dims = Dims(**dims, Z=weights.num_shared)
     dims.check(shared_weight_T_Z=routing.shared_weight_T_Z, dtype=torch.float32, device=x.device)
+    if routing.inv_rms_T is not None:
+        dims.check(inv_rms_T=routing.inv_rms_T, dtype=torch.float32, device=x.device)
     if dims["K"] == 0:
         raise ValueError("expert_T_K: expected K of at least 1, got 0")
     if expert_map is None:

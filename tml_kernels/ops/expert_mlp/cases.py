@@ -38,6 +38,7 @@ class Case:
     order: str = "interleaved"
     bias: bool = False
     activation: str = "silu"
+    late_norm: bool = False  # with a factor for each token
 
     def __str__(self) -> str:
         parts = [
@@ -48,7 +49,7 @@ class Case:
             parts.append(f"{self.format_of('routed')}+{self.format_of('shared')}")
         if (self.order, self.bias, self.activation) != ("interleaved", False, "silu"):
             parts.append(f"{self.order}-{self.activation}" + "-bias" * self.bias)
-        return "-".join(parts)
+        return "-".join([*parts, "late"] if self.late_norm else parts)
 
     def format_of(self, side: str) -> str:
         routed = self.precision or PLAIN[self.dtype]
@@ -107,6 +108,7 @@ class Case:
                 randn(*shape, device=device).abs(),
                 randn(self.num_tokens, self.num_shared, device=device).abs(),
                 self.num_experts,
+                inv_rms_T=randn(self.num_tokens, device=device).exp() if self.late_norm else None,
             ),
             "activation": self.activation,
         }
@@ -138,6 +140,7 @@ EDGE = [
     Case(7, 160, 72, 4, 2, order="gate_up", bias=True, activation="swiglu_oai"),  # as gpt-oss
     Case(7, 48, 24, 4, 2, 1, order="up_gate", activation="gelu_tanh"),
     Case(6, 32, 16, 60, 10, activation="gelu"),  # many experts, ten a token
+    Case(7, 77, 33, 5, 3, 2, skew="skip", bias=True, late_norm=True),  # biases are not multiplied
 ]
 PACKED = [
     Case(t, 288, 136, 5, 2, z, precision=precision, shared_precision=shared, order=order)
@@ -151,7 +154,7 @@ PACKED = [
         (5, "nvfp4", 1, "nvfp4", "gate_up"),
         (5, "int4", 1, "fp32", "gate_up"),
     )
-]
+] + [Case(5, 288, 136, 5, 2, 2, precision="int4", shared_precision="fp8", late_norm=True)]
 MODEL = [
     Case(23, 128, 128, 8, 2, num_shared=2),  # tiny
     Case(2, 4096, 256, 6, 6, num_shared=2),  # inkling-small: its widths, few experts, narrow ones

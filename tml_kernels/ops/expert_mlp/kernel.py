@@ -144,11 +144,12 @@ def _rows_of(f_m, up_m, F, ORDER: tl.constexpr):
 SIZES = ["T", "shared_blocks", "blocks_per_shared", "num_counters"]
 TABLES = ["num_blocks_ptr", "begin_ptr", "block_expert_ptr", "order_ptr"]
 GIVEN = ["expert_ptr", "weight_ptr", "shared_weight_ptr"]
+INV_RMS = "inv_rms_ptr"
 
 
-@triton.jit(do_not_specialize=[*SIZES, *TABLES, GIVEN[0]])
+@triton.jit(do_not_specialize=[*SIZES, *TABLES, GIVEN[0], INV_RMS])
 def gate_up_kernel(
-    x_ptr,                                            # in   [T, D]
+    x_ptr, inv_rms_ptr,                               # in   [T, D]; [T], or None: x is normed
     w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,  # in   [E, J, D] in its format; [E, J]
     shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
     expert_ptr, map_ptr,                              # in   [T, K]; [E]
@@ -182,12 +183,15 @@ def gate_up_kernel(
         slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
                                    K, S, SCHEDULED, BLOCK_N)  # fmt: skip
         x_row_n = (slot_n // S).to(tl.int64) * D
+        inv_rms_n = None
+        if inv_rms_ptr is not None:
+            inv_rms_n = tl.load(inv_rms_ptr + slot_n // S, mask=mask_n, other=0.0)
         offs_m = tl.arange(0, BLOCK_M)
         f_m = tile * HALF + offs_m % HALF
         if Z > 0 and not ALIKE and is_shared:
             row_m = _rows_of(f_m, offs_m // HALF, SHARED_F, SHARED_ORDER)
             acc_m_n = expert_tile(
-                x_ptr, x_row_n, mask_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
+                x_ptr, x_row_n, mask_n, inv_rms_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
                 shared_outer_ptr, shared_bias_ptr, expert, row_m, 2 * SHARED_F, D,
                 SHARED_FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
@@ -195,7 +199,7 @@ def gate_up_kernel(
         else:
             row_m = _rows_of(f_m, offs_m // HALF, F, ORDER)
             acc_m_n = either_tile(
-                is_shared, x_ptr, x_row_n, mask_n,
+                is_shared, x_ptr, x_row_n, mask_n, inv_rms_n,
                 w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,
                 shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
                 expert, row_m, 2 * F, D, ALIKE,
@@ -242,13 +246,13 @@ def down_kernel(
         row_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         if Z > 0 and not ALIKE and is_shared:
             acc_m_n = expert_tile(
-                h_ptr, h_row_n, mask_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
+                h_ptr, h_row_n, mask_n, None, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
                 shared_outer_ptr, shared_bias_ptr, expert, row_m, D, SHARED_F,
                 SHARED_FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
         else:
             acc_m_n = either_tile(
-                is_shared, h_ptr, h_row_n, mask_n,
+                is_shared, h_ptr, h_row_n, mask_n, None,
                 w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,
                 shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
                 expert, row_m, D, F, ALIKE,

@@ -53,7 +53,7 @@ def launch_expert_mlp(
     programs = shared_blocks * triton.cdiv(shared.expert_width, HALF_M)
     programs += routed_blocks * triton.cdiv(weights.expert_width, HALF_M)
     gate_up_kernel[(programs,)](
-        x, *_matrices(weights, "w13"), *ids, *tables, h, counter, out,
+        x, routing.inv_rms_T, *_matrices(weights, "w13"), *ids, *tables, h, counter, out,
         num_tokens, width, routing.num_experts, weights.expert_width, shared.expert_width, hidden,
         shared_blocks, blocks_per_shared, layout.num_counters,
         **common, **_gate_up_constexprs(weights, activation), **_tile(config),

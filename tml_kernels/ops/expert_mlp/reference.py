@@ -24,6 +24,7 @@ def fused_moe_ref(
     weight_T_K: Tensor,
     shared_weight_T_Z: Tensor | None = None,
     *,
+    inv_rms_T: Tensor | None = None,
     activation: str = "silu",
     quantize_x: bool = False,
     expert_map_G: Tensor | None = None,
@@ -31,13 +32,16 @@ def fused_moe_ref(
 ) -> Tensor:
     """out_T_D in `dtype`: sum over k of weight[t, k] * mlp(expert[t, k], x[t]), then the shared.
 
-    mlp(e, x) = w2[e] act(w13[e] x + b13[e]) + b2[e], with the dequantised weights. Only experts
-    with a token are read; ids outside 0..E-1 contribute nothing, whatever their weight holds.
+    mlp(e, x) = w2[e] act(w13[e] x + b13[e]) + b2[e], with the dequantised weights; x[t] is first
+    multiplied by inv_rms[t] where that is given. Only experts with a token are read; ids outside
+    0..E-1 contribute nothing, whatever their weight holds.
     """
     num_tokens, top_k = expert_T_K.shape
     num_experts = weights.num_experts
     expert_A = local_experts(expert_T_K.reshape(-1), num_experts, expert_map_G)
     x_T_D = x_T_D.to(dtype)
+    if inv_rms_T is not None:
+        x_T_D = x_T_D * inv_rms_T.to(dtype)[:, None]
     out_T_D = torch.zeros_like(x_T_D)
 
     skipped_A = expert_A == num_experts

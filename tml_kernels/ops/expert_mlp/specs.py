@@ -7,7 +7,7 @@ from typing import Any
 
 from ..._aot import MAX_LOOP, AotSpec
 from .configs import STEP, Problem, choose_config
-from .kernel import GIVEN, SIZES, TABLES, down_kernel, gate_up_kernel
+from .kernel import GIVEN, INV_RMS, SIZES, TABLES, down_kernel, gate_up_kernel
 
 # Format -> Triton types of data, scale, zero and outer; None: there is no such tensor.
 _TENSORS = {
@@ -24,6 +24,7 @@ _TYPES = {
     **dict.fromkeys(("part_ptr", "weight_ptr", "shared_weight_ptr"), "*fp32"),
     **dict.fromkeys(("expert_ptr", "counter_ptr", *TABLES), "*i32"),
 }
+INTERACTION_SHARED = 2  # shared experts of the model whose tokens come with a late norm
 _ALIGNED_SIZES = ("D", "F", "SHARED_F", "H")
 
 
@@ -111,7 +112,7 @@ def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
             signature[name] = kind
         elif name not in constexprs:
             constexprs[name] = None
-    given = {*SIZES, *TABLES, *GIVEN}
+    given = {*SIZES, *TABLES, *GIVEN, INV_RMS}
     aligned = [name for name, kind in signature.items() if kind[0] == "*" or name in _ALIGNED_SIZES]
     return AotSpec(
         kernel=kernel,
@@ -136,6 +137,8 @@ def _type_of(name: str, shape: Shape) -> str | None:
         return None if name in TABLES and not shape.scheduled else _TYPES[name]
     if not name.endswith("_ptr"):
         return "i32"
+    if name == INV_RMS:
+        return "*fp32" if shape.num_shared == INTERACTION_SHARED else None
     format = shape.shared if name.startswith("shared_") else shape.routed
     name = name.removeprefix("shared_").removesuffix("_ptr")
     if name == "bias":

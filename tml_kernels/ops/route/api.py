@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..._registry import refuse_grad, register_op
 from ..._routing import Blocking, Routing, new_parts
-from .checks import check_out, check_ready, check_scored, exactly_one, refuse_scoring
+from .checks import (
+    check_out,
+    check_ready,
+    check_residual,
+    check_scored,
+    exactly_one,
+    refuse_scoring,
+)
 from .reference import Rule, moe_route_ref, schedule_ref
 
 
@@ -20,16 +27,19 @@ def _plain(
     bias: Tensor | None,
     logit_bias: Tensor | None,
     global_scale: Tensor | None,
+    residual: Tensor | None,
     scoring: str,
     renormalize: bool,
     num_groups: int,
     top_groups: int,
     scale: float,
+    eps: float,
     block_size: int,
     max_blocks: int,
     expert: Tensor,
     weight: Tensor,
     shared_weight: Tensor,
+    inv_rms: Tensor | None,
     schedule: Tensor | None,
     scratch: Tensor | None,
 ) -> None:
@@ -41,12 +51,16 @@ def _plain(
         bias_E=bias,
         logit_bias_A=logit_bias,
         global_scale_1=global_scale,
+        residual_T_D=residual,
+        eps=eps,
         rule=Rule(scoring, renormalize, num_groups, top_groups, scale),
         dtype=torch.float32,
     )
     expert.copy_(result.expert_T_K)
     weight.copy_(result.weight_T_K)
     shared_weight.copy_(result.shared_weight_T_Z)
+    if inv_rms is not None and result.inv_rms_T is not None:
+        inv_rms.copy_(result.inv_rms_T)
     if schedule is not None:
         _plain_schedule(expert, result.num_experts, block_size, max_blocks, schedule, scratch)
 
@@ -78,9 +92,10 @@ def _schedule_kernel(*args) -> None:
 
 _op = register_op(
     "route(Tensor x, Tensor? gate, Tensor? bias, Tensor? logit_bias, Tensor? global_scale, "
-    "str scoring, bool renormalize, int num_groups, int top_groups, float scale, "
-    "int block_size, int max_blocks, Tensor(a!) expert, Tensor(b!) weight, "
-    "Tensor(c!) shared_weight, Tensor(d!)? schedule, Tensor(e!)? scratch) -> ()",
+    "Tensor? residual, str scoring, bool renormalize, int num_groups, int top_groups, float scale, "
+    "float eps, int block_size, int max_blocks, Tensor(a!) expert, Tensor(b!) weight, "
+    "Tensor(c!) shared_weight, Tensor(d!)? inv_rms, Tensor(e!)? schedule, Tensor(f!)? scratch) "
+    "-> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -106,6 +121,8 @@ def moe_route(
     scale: float = 1.0,
     global_scale_1: Tensor | None = None,
     num_shared: int = 0,
+    residual_T_D: Tensor | None = None,
+    eps: float = 1e-6,
     logits_T_A: Tensor | None = None,
     expert_T_K: Tensor | None = None,
     weight_T_K: Tensor | None = None,
@@ -130,6 +147,10 @@ def moe_route(
     scale * global_scale; those of shared experts are 1. With "sink_sigmoid" they are a softmax over
     log-sigmoids of the chosen and the `num_shared` last logits together, times the same.
 
+    With `residual_T_D`, of x's shape and dtype, x is what `short_conv` gives with `late_norm`: x[t]
+    over the root mean square of residual[t] (with eps) is routed, and `inv_rms_T` of the result
+    tells `fused_moe` the same.
+
     bias [E], logit_bias [A], global_scale [1]: float32. Returns a `Routing`, written into `out` if
     given: then nothing is allocated and nothing synchronises. float32 throughout. Deterministic;
     row t has the same bits for every number of tokens and every place among them. A row with NaN
@@ -147,7 +168,8 @@ def moe_route(
     rule = Rule(scoring, renormalize, num_groups, top_groups, scale)
     tensors = {"bias_E": bias_E, "logit_bias_A": logit_bias_A, "global_scale_1": global_scale_1}
     if not scored:
-        refuse_scoring(rule, {"top_k": top_k, "num_shared": num_shared or None} | tensors)
+        given = {"top_k": top_k, "num_shared": num_shared or None, "residual_T_D": residual_T_D}
+        refuse_scoring(rule, given | tensors)
         assert expert_T_K is not None and weight_T_K is not None
         return _route_ready(expert_T_K, weight_T_K, shared_weight_T_Z, num_experts, out)
     if shared_weight_T_Z is not None:
@@ -158,17 +180,20 @@ def moe_route(
     for name, tensor in tensors.items():
         if tensor is not None:
             dims.check(dtype=torch.float32, device=source.device, contiguous=True, **{name: tensor})
+    check_residual(dims, residual_T_D, source)
+    late_norm = residual_T_D is not None
     if out is None:
         sizes = (dims["T"], dims["K"], dims["Z"], dims["E"])
-        out = Routing.empty(*sizes, source.device, width=dims.get("D", 0))
+        width = dims.get("D", 0)
+        out = Routing.empty(*sizes, source.device, width=width, late_norm=late_norm)
     else:
-        check_out(out, dims, source.device)
-    refuse_grad(source, w_gate_A_D, *tensors.values())
+        check_out(out, dims, source.device, late_norm=late_norm)
+    refuse_grad(source, w_gate_A_D, residual_T_D, *tensors.values())
     if dims["T"] > 0:
         _op(
-            source, w_gate_A_D, bias_E, logit_bias_A, global_scale_1,
-            scoring, renormalize, num_groups, top_groups, scale, *_blocks(out),
-            out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z,
+            source, w_gate_A_D, bias_E, logit_bias_A, global_scale_1, residual_T_D,
+            scoring, renormalize, num_groups, top_groups, scale, eps, *_blocks(out),
+            out.expert_T_K, out.weight_T_K, out.shared_weight_T_Z, out.inv_rms_T,
             out.schedule and out.schedule.buffer, out.scratch,
         )  # fmt: skip
     return out

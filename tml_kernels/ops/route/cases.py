@@ -34,6 +34,7 @@ class Case:
     scale: float = 8.0
     dtype: torch.dtype = torch.float32
     gate_dtype: torch.dtype | None = None  # dtype, unless given
+    late_norm: bool = False  # with the residual that x is to be divided by the size of
 
     def __str__(self) -> str:
         flags = {
@@ -42,6 +43,7 @@ class Case:
             "plain": not self.renormalize,
             "G{}of{}".format(*self.groups[::-1]): self.groups != (1, 1),
             "gate32": self.gate_dtype == torch.float32,
+            "late": self.late_norm,
         }
         return "-".join([
             f"T{self.num_tokens}-D{self.width}-E{self.num_experts}-K{self.top_k}-Z{self.num_shared}",
@@ -62,6 +64,9 @@ class Case:
             gate = randn(logits, width, device=device, dtype=gate_dtype, scale=width**-0.5)
             x = randn(tokens, width, device=device, dtype=self.dtype)
             source = {"x_T_D": x, "w_gate_A_D": gate}
+            if self.late_norm:
+                source["residual_T_D"] = 3.0 * randn(tokens, width, device=device, dtype=self.dtype)
+                source["x_T_D"] = 3.0 * x
         else:
             source = {"logits_T_A": randn(tokens, logits, device=device, dtype=self.dtype)}
         bias = randn(self.num_experts, device=device, scale=0.1)
@@ -82,7 +87,7 @@ class Case:
         logits, size = self.num_logits, self.dtype.itemsize
         gate_size = (self.gate_dtype or self.dtype).itemsize
         out = self.num_tokens * 4 * (2 * self.top_k + self.num_shared)
-        source = self.num_tokens * size * (self.width or logits)
+        source = self.num_tokens * size * (self.width or logits) * (1 + self.late_norm)
         return Cost(
             bytes=source + gate_size * self.width * logits + 4 * self.num_experts + out,
             flops=2 * self.num_tokens * logits * self.width,
@@ -102,9 +107,12 @@ def assert_routes(result: Routing, inputs: dict[str, Any]) -> None:
     """Fail unless this is the oracle's routing of these inputs, up to experts that nearly tie."""
     given, rule = split_inputs(inputs)
     expected = moe_route_ref(**given, rule=rule)
-    logit_T_A = logits_ref(
-        given["x_T_D"], given.get("w_gate_A_D"), given.get("logit_bias_A"), torch.float64
-    )
+    x_T_D = given["x_T_D"]
+    if expected.inv_rms_T is not None:
+        assert result.inv_rms_T is not None
+        assert_matches(result.inv_rms_T, expected.inv_rms_T)
+        x_T_D = x_T_D.double() * expected.inv_rms_T[:, None]
+    logit_T_A = logits_ref(x_T_D, given.get("w_gate_A_D"), given.get("logit_bias_A"), torch.float64)
     score_T_E = scores_ref(logit_T_A[:, : expected.num_experts], rule.scoring)
     choice_T_E = choice_ref(score_T_E, given.get("bias_E"), rule)
     assert_chosen(result.expert_T_K, expected.expert_T_K, choice_T_E)
@@ -141,6 +149,8 @@ EDGE = [
     Case(17, 600, 60, 4, scoring="softmax", bias=False),  # two splits, the second not full
     Case(21, 96, 60, 7, scoring="sigmoid", groups=(5, 2), scale=1.5),  # groups of 12
     Case(6, 32, 12, 2, scoring="softmax", bias=False, groups=(3, 1), renormalize=False),
+    Case(9, 600, 8, 2, 2, late_norm=True),  # two groups and two splits of squares, not full
+    Case(20, 77, 12, 3, scoring="softmax", logit_bias=True, late_norm=True),
     Case(10, 0, 9, 5, scoring="sqrtsoftplus", num_shared=3),  # ready logits
     Case(11, 0, 10, 4, scoring="sigmoid", bias=False, renormalize=False, logit_bias=True),
     Case(12, 0, 12, 3, 2, dtype=torch.bfloat16),  # ready logits, shared ones among them
@@ -148,6 +158,7 @@ EDGE = [
 MODEL = [
     Case(23, 128, 8, 2, 2),  # tiny
     Case(32, 4096, 256, 6, 2),  # inkling-small
+    Case(17, 4096, 256, 6, 2, late_norm=True),  # inkling-small as its layers call it
     Case(7, 4096, 8, 2, scoring="softmax", bias=False, scale=1.0),  # Mixtral
     Case(7, 2048, 128, 8, scoring="softmax", bias=False, scale=1.0),  # Qwen3-MoE
     Case(40, 2048, 512, 10, scoring="softmax", bias=False, scale=1.0),  # Qwen3-Next
@@ -157,5 +168,6 @@ MODEL = [
 ]
 BENCH = [
     *(Case(t, 4096, 256, 6, 2, dtype=torch.bfloat16) for t in (1, 8, 16, 32, 64, 256, 1024)),
+    *(Case(t, 4096, 256, 6, 2, dtype=torch.bfloat16, late_norm=True) for t in (1, 8, 32, 256)),
     *(Case(t, 7168, 256, 8, dtype=torch.bfloat16, **DEEPSEEK) for t in (1, 8, 64, 1024)),
 ]

@@ -96,6 +96,17 @@ def check_scored(
     return Dims(**dims, E=experts, K=top_k, Z=num_shared)
 
 
+def check_residual(dims: Dims, residual: Tensor | None, source: Tensor) -> None:
+    """Of x, whose norm is divided by here."""
+    if residual is None:
+        return
+    if "D" not in dims:
+        raise ValueError("residual_T_D: goes with x_T_D and w_gate_A_D alone")
+    if dims["D"] == 0:
+        raise ValueError("residual_T_D: D=0, there is nothing to take the mean of")
+    dims.check(residual_T_D=residual, dtype=source.dtype, device=source.device, contiguous=True)
+
+
 def check_ready(
     expert: Tensor, weight: Tensor, shared_weight: Tensor | None, num_experts: int | None
 ) -> Dims:
@@ -124,8 +135,13 @@ def _refuse_nan(name: str, weight: Tensor, used: Tensor | None) -> None:
         raise ValueError(f"{name}: NaN at {bad.nonzero()[0].tolist()}")
 
 
-def check_out(out: Routing, dims: Dims, device: torch.device) -> None:
-    """That `out` has these sizes, and on CUDA the schedule and scratch that the kernel writes."""
+def check_out(
+    out: Routing, dims: Dims, device: torch.device, *, late_norm: bool | None = None
+) -> None:
+    """That `out` has these sizes, and on CUDA the schedule and scratch that the kernel writes.
+
+    late_norm: whether it must have `inv_rms_T` or must not; None: that is not written.
+    """
     if not isinstance(out, Routing):
         raise TypeError(f"out: expected a Routing, got {type(out).__name__}")
     if out.num_experts != dims["E"]:
@@ -133,6 +149,11 @@ def check_out(out: Routing, dims: Dims, device: torch.device) -> None:
     dims.check(expert_T_K=out.expert_T_K, dtype=torch.int32, device=device)
     dims.check(weight_T_K=out.weight_T_K, dtype=torch.float32, device=device)
     dims.check(shared_weight_T_Z=out.shared_weight_T_Z, dtype=torch.float32, device=device)
+    if late_norm is not None and (out.inv_rms_T is not None) != late_norm:
+        wanted = "needed with residual_T_D" if late_norm else "given without residual_T_D"
+        raise ValueError(f"out.inv_rms_T: {wanted}; see Routing.empty")
+    if out.inv_rms_T is not None:
+        dims.check(inv_rms_T=out.inv_rms_T, dtype=torch.float32, device=device)
     tokens, top_k, experts = dims["T"], dims["K"], dims["E"]
     schedule, scratch = out.schedule, out.scratch
     if schedule is not None:

@@ -1,7 +1,8 @@
 """Triton kernels of moe_route: one launch from tokens to a schedule.
 
 1. A program multiplies some gate rows by a tile of tokens over one split of D, and stores partial
-   logits. The cuts of D are fixed, so that a token's sum has one order in every batch.
+   logits. The cuts of D are fixed, so that a token's sum has one order in every batch. Where tokens
+   come without the division of their norm, further programs sum the squares of that split.
 2. The last program of a tile to arrive adds the splits up in order, scores the tile in groups of
    GROUP_T tokens, chooses and weighs, and counts each group's experts.
 3. The last of those builds the schedule.
@@ -33,10 +34,12 @@ from .scheduling import build_schedule, count_group, is_last
 from .scoring import (
     choose,
     keep_best_groups,
+    load_inv_rms,
     load_logits,
     score,
     sink_weights,
     store_partial,
+    store_squares,
 )
 
 EPS = tl.constexpr(RENORM_EPS)
@@ -46,20 +49,20 @@ EPS = tl.constexpr(RENORM_EPS)
 SIZES = ["T", "MAX_BLOCKS", "BLOCK_SIZE"]
 UNALIGNED = [
     "logits_ptr", "bias_ptr", "logit_bias_ptr", "global_scale_ptr", "expert_ptr", "weight_ptr",
-    "shared_weight_ptr", "schedule_ptr",
+    "shared_weight_ptr", "inv_rms_ptr", "schedule_ptr",
 ]  # fmt: skip
 
 
 @triton.jit
 def route_group(
     logits_ptr, bias_ptr, logit_bias_ptr, global_scale_ptr,
-    expert_ptr, weight_ptr, shared_weight_ptr,
-    group, T, scale,
+    expert_ptr, weight_ptr, shared_weight_ptr, inv_rms_ptr,
+    group, T, D, scale, eps,
     SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    E: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, PITCH: tl.constexpr, SPLITS: tl.constexpr,
-    GROUP_T: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_Z: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, PITCH: tl.constexpr,
+    SPLITS: tl.constexpr, GROUP_T: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
     """Route GROUP_T tokens; returns their ids, -1 beyond T and K."""
     J: tl.constexpr = E // NUM_GROUPS
@@ -71,8 +74,12 @@ def route_group(
     offs_k, offs_z = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
     mask_k, mask_z = offs_k < K, offs_z < Z
 
+    inv_rms_t = None
+    if inv_rms_ptr is not None:
+        inv_rms_t = load_inv_rms(logits_ptr, t, mask_t, T, D, eps, A, PITCH, SPLITS)
+        tl.store(inv_rms_ptr + t, inv_rms_t, mask=mask_t)
     logit_t_i = load_logits(
-        logits_ptr, logit_bias_ptr, t, mask_t, expert_i, mask_i, T, PITCH, SPLITS
+        logits_ptr, logit_bias_ptr, inv_rms_t, t, mask_t, expert_i, mask_i, T, PITCH, SPLITS
     )
     score_t_i = score(logit_t_i, mask_i, SCORING)
     choice_t_i = score_t_i
@@ -88,7 +95,7 @@ def route_group(
     nan_t = tl.max((logit_t_i != logit_t_i).to(tl.int32), axis=1)
     if SCORING == "sink_sigmoid":
         shared_t_z = load_logits(
-            logits_ptr, logit_bias_ptr, t, mask_t, E + offs_z, mask_z, T, PITCH, SPLITS
+            logits_ptr, logit_bias_ptr, inv_rms_t, t, mask_t, E + offs_z, mask_z, T, PITCH, SPLITS
         )
         expert_t_k, value_t_k = choose(choice_t_i, logit_t_i, expert_i, mask_i, K, BLOCK_K)
         weight_t_k, shared_t_z = sink_weights(value_t_k, mask_k, shared_t_z, mask_z)
@@ -115,11 +122,13 @@ def route_kernel(
     logits_ptr,               # in   [T, A], where there is no gate
     bias_ptr, logit_bias_ptr, # in   [E], [A], or None
     global_scale_ptr,         # in   [1], or None
+    residual_ptr,             # in   [T, D], or None: x is normed
     expert_ptr, weight_ptr,   # out  [T, K]
     shared_weight_ptr,        # out  [T, Z]
+    inv_rms_ptr,              # out  [T], where there is a residual
     schedule_ptr,             # out  see Schedule, or None
     counter_ptr, count_ptr, before_ptr, first_ptr, place_ptr, partial_ptr,  # scratch_sizes
-    T, D, MAX_BLOCKS, BLOCK_SIZE, scale,
+    T, D, MAX_BLOCKS, BLOCK_SIZE, scale, eps,
     SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, PITCH: tl.constexpr,
@@ -131,14 +140,22 @@ def route_kernel(
     num_tiles = tl.cdiv(T, BLOCK_T)
     if gate_ptr is not None:
         ROW_TILES: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
-        tile = tl.program_id(0) // (ROW_TILES * SPLITS)
-        part = tl.program_id(0) % (ROW_TILES * SPLITS)
-        store_partial(
-            x_ptr, gate_ptr, partial_ptr, tile, part % ROW_TILES, part // ROW_TILES, T, D,
-            A, PITCH, SPLIT_D, BLOCK_A, BLOCK_T, BLOCK_D,
-        )  # fmt: skip
+        GROUPS: tl.constexpr = 0 if residual_ptr is None else BLOCK_T // GROUP_T
+        tile = tl.program_id(0) // ((ROW_TILES + GROUPS) * SPLITS)
+        split = tl.program_id(0) // (ROW_TILES + GROUPS) % SPLITS
+        part = tl.program_id(0) % (ROW_TILES + GROUPS)
+        if part < ROW_TILES:
+            store_partial(
+                x_ptr, gate_ptr, partial_ptr, tile, part, split, T, D,
+                A, PITCH, SPLIT_D, BLOCK_A, BLOCK_T, BLOCK_D,
+            )  # fmt: skip
+        elif residual_ptr is not None:
+            store_squares(
+                residual_ptr, partial_ptr, tile * GROUPS + part - ROW_TILES, split, T, D,
+                A, PITCH, SPLIT_D, GROUP_T,
+            )  # fmt: skip
         logits_ptr = partial_ptr
-        last = is_last(counter_ptr + 1 + tile, ROW_TILES * SPLITS)
+        last = is_last(counter_ptr + 1 + tile, (ROW_TILES + GROUPS) * SPLITS)
     else:
         tile = tl.program_id(0)
         last = True
@@ -147,8 +164,8 @@ def route_kernel(
             group = (tile * BLOCK_T + first) // GROUP_T
             expert_t_k = route_group(
                 logits_ptr, bias_ptr, logit_bias_ptr, global_scale_ptr,
-                expert_ptr, weight_ptr, shared_weight_ptr, group, T, scale,
-                SCORING, RENORMALIZE, NUM_GROUPS, TOP_GROUPS, E, K, Z, PITCH, SPLITS,
+                expert_ptr, weight_ptr, shared_weight_ptr, inv_rms_ptr, group, T, D, scale, eps,
+                SCORING, RENORMALIZE, NUM_GROUPS, TOP_GROUPS, E, K, Z, A, PITCH, SPLITS,
                 GROUP_T, BLOCK_G, BLOCK_J, BLOCK_K, BLOCK_Z,
             )  # fmt: skip
             if schedule_ptr is not None:
@@ -189,16 +206,19 @@ def launch_route(
     bias: Tensor | None,
     logit_bias: Tensor | None,
     global_scale: Tensor | None,
+    residual: Tensor | None,
     scoring: str,
     renormalize: bool,
     num_groups: int,
     top_groups: int,
     scale: float,
+    eps: float,
     block_size: int,
     max_blocks: int,
     expert: Tensor,
     weight: Tensor,
     shared_weight: Tensor,
+    inv_rms: Tensor | None,
     schedule: Tensor | None,
     scratch: Tensor | None,
     config: Config | None = None,
@@ -211,16 +231,17 @@ def launch_route(
     if config is None:
         config = choose_config(Problem(num_tokens, rule.num_experts(num_logits, num_shared)))
     constexprs = _route_constexprs(
-        rule, num_logits, top_k, num_shared, width, config, gate is not None
+        rule, num_logits, top_k, num_shared, width, config, gate is not None, residual is not None
     )
     parts = _split(scratch, num_tokens, top_k, num_logits, constexprs["E"], width)
     grid = triton.cdiv(num_tokens, constexprs["BLOCK_T"])
     if gate is not None:
-        grid *= triton.cdiv(num_logits, config.block_a) * constexprs["SPLITS"]
+        groups = 0 if residual is None else config.block_t // GROUP_T
+        grid *= (triton.cdiv(num_logits, config.block_a) + groups) * constexprs["SPLITS"]
     route_kernel[(grid,)](
         None if gate is None else x, gate, x if gate is None else None,
-        bias, logit_bias, global_scale, expert, weight, shared_weight, schedule,
-        *parts, num_tokens, width, max_blocks, block_size, scale,
+        bias, logit_bias, global_scale, residual, expert, weight, shared_weight, inv_rms, schedule,
+        *parts, num_tokens, width, max_blocks, block_size, scale, eps,
         **constexprs, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -277,6 +298,7 @@ def _route_constexprs(
     width: int,
     config: Config,
     has_gate: bool,
+    late_norm: bool = False,
 ) -> dict[str, Any]:
     num_experts = rule.num_experts(num_logits, num_shared)
     return _schedule_constexprs(top_k, num_experts) | {
@@ -287,7 +309,7 @@ def _route_constexprs(
         "Z": num_shared,
         "A": num_logits,
         # Ready logits are read as one split, by tiles of one group of tokens.
-        "PITCH": round_up(num_logits) if has_gate else num_logits,
+        "PITCH": round_up(num_logits + late_norm) if has_gate else num_logits,
         "SPLITS": triton.cdiv(width, SPLIT_D) if has_gate else 1,
         "SPLIT_D": SPLIT_D,
         "BLOCK_A": config.block_a,
@@ -300,12 +322,15 @@ def _route_constexprs(
     }
 
 
-INPUTS = ("x_ptr", "gate_ptr", "logits_ptr", "bias_ptr", "logit_bias_ptr", "global_scale_ptr")
+INPUTS = (
+    "x_ptr", "gate_ptr", "logits_ptr", "bias_ptr", "logit_bias_ptr", "global_scale_ptr",
+    "residual_ptr", "inv_rms_ptr",
+)  # fmt: skip
 TYPES = {
     **dict.fromkeys(("expert_ptr", "schedule_ptr", "counter_ptr", "count_ptr"), "*i32"),
     **dict.fromkeys(("before_ptr", "first_ptr", "place_ptr"), "*i32"),
     **dict.fromkeys(("weight_ptr", "shared_weight_ptr", "partial_ptr"), "*fp32"),
-    "scale": "fp32",
+    **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
 
@@ -316,9 +341,11 @@ def aot_specs() -> list[AotSpec]:
     wide = (Rule("softmax"), 512, 10, 0, 4096)
     bf16, fp32 = {"x_ptr": "*bf16", "gate_ptr": "*bf16"}, {"x_ptr": "*fp32", "gate_ptr": "*fp32"}
     chosen = {"bias_ptr": "*fp32", "global_scale_ptr": "*fp32"}
+    late = {"residual_ptr": "*bf16", "inv_rms_ptr": "*fp32"} | bf16 | chosen
     return [
         _schedule_spec(6, 256),
         _route_spec("logits", SHIPPED[0], deepseek, {"logits_ptr": "*fp32", "bias_ptr": "*fp32"}),
+        *(_route_spec("late-norm", config, inkling, late) for config in SHIPPED),
         *(_route_spec("bf16", config, inkling, bf16 | chosen) for config in SHIPPED),
         *(_route_spec("fp32", config, inkling, fp32 | chosen) for config in SHIPPED),
         _route_spec("grouped", SHIPPED[2], deepseek, bf16 | {"bias_ptr": "*fp32"}),
@@ -331,7 +358,14 @@ def _route_spec(label: str, config: Config, case: tuple, inputs: dict[str, str])
     rule, num_logits, top_k, num_shared, width = case
     config = replace(config, num_warps=num_warps(rule.num_experts(num_logits, num_shared)))
     constexprs = _route_constexprs(
-        rule, num_logits, top_k, num_shared, width, config, "gate_ptr" in inputs
+        rule,
+        num_logits,
+        top_k,
+        num_shared,
+        width,
+        config,
+        "gate_ptr" in inputs,
+        "residual_ptr" in inputs,
     ) | {name: None for name in INPUTS if name not in inputs}
     label = f"{label}-E{constexprs['E']}-K{top_k}-{config.block_a}x{config.block_t}"
     return _spec(route_kernel, config, constexprs, label, inputs)

@@ -80,15 +80,22 @@ def moe_route_ref(
     bias_E: Tensor | None = None,
     logit_bias_A: Tensor | None = None,
     global_scale_1: Tensor | None = None,
+    residual_T_D: Tensor | None = None,
+    eps: float = 1e-6,
     rule: Rule,
     dtype: torch.dtype = torch.float64,
 ) -> Routing:
-    """Weights in `dtype`, ids in int32, no schedule. Without a gate, x is the logits [T, A].
+    """Weights in `dtype`, ids in int32, no schedule. Without a gate, x is the logits [T, A]. With
+    a residual, x[t] / sqrt(mean(residual[t]^2) + eps) is routed.
 
     Chosen: the K largest of `choice_ref`, ties to the lowest id, by descending value. Weights: the
     scores of the chosen, divided by their sum when renormalised; with "sink_sigmoid" a softmax over
     log(sigmoid(l)) of the chosen and of the Z last logits. All times scale * global_scale.
     """
+    inv_rms_T = None
+    if residual_T_D is not None:
+        inv_rms_T = torch.rsqrt(residual_T_D.to(dtype).square().mean(-1) + eps)
+        x_T_D = x_T_D.to(dtype) * inv_rms_T[:, None]
     logit_T_A = logits_ref(x_T_D, w_gate_A_D, logit_bias_A, dtype)
     num_experts = rule.num_experts(logit_T_A.shape[1], num_shared)
     logit_T_E = logit_T_A[:, :num_experts]
@@ -110,7 +117,8 @@ def moe_route_ref(
             weight_T_K.masked_fill_(logit_T_A.isnan().any(1, keepdim=True), float("nan"))
         weight_T_K = weight_T_K * scale
         shared_T_Z = weight_T_K.new_ones(weight_T_K.shape[0], num_shared)
-    return Routing(expert_T_K.to(torch.int32), weight_T_K, shared_T_Z, num_experts)
+    expert_T_K = expert_T_K.to(torch.int32)
+    return Routing(expert_T_K, weight_T_K, shared_T_Z, num_experts, inv_rms_T=inv_rms_T)
 
 
 def schedule_ref(expert_T_K: Tensor, num_experts: int, blocking: Blocking) -> Schedule:

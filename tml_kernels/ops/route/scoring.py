@@ -40,9 +40,42 @@ def store_partial(
 
 
 @triton.jit
+def store_squares(
+    residual_ptr,             # in   [T, D]
+    partial_ptr,              # out  [splits, T, PITCH]  column A
+    group, split, T, D,
+    A: tl.constexpr, PITCH: tl.constexpr, SPLIT_D: tl.constexpr, GROUP_T: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares of GROUP_T tokens over one split of D. Of one tile for every number of
+    tokens, and so with one order of summation."""
+    t = group.to(tl.int64) * GROUP_T + tl.arange(0, GROUP_T)
+    offs_d = split * SPLIT_D + tl.arange(0, SPLIT_D)
+    ptr_t_d = residual_ptr + t[:, None] * D + offs_d[None, :]
+    mask_t_d = (t < T)[:, None] & (offs_d < D)[None, :]
+    residual_t_d = tl.load(ptr_t_d, mask=mask_t_d, other=0.0).to(tl.float32)
+    square_t = tl.sum(residual_t_d * residual_t_d, axis=1)
+    tl.store(partial_ptr + (split * T + t) * PITCH + A, square_t, mask=t < T)
+
+
+@triton.jit
+def load_inv_rms(
+    partial_ptr,              # in   [splits, T, PITCH]
+    t, mask_t, T, D, eps,
+    A: tl.constexpr, PITCH: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """1 / sqrt(mean of squares + eps) of some tokens, splits added in order."""
+    square_t = tl.zeros([t.shape[0]], tl.float32)
+    for split in tl.static_range(SPLITS):
+        ptr_t = partial_ptr + (split * T + t) * PITCH + A
+        square_t += tl.load(ptr_t, mask=mask_t, other=0.0, cache_modifier=".cg")
+    return 1.0 / tl.sqrt(square_t / D + eps)
+
+
+@triton.jit
 def load_logits(
     logits_ptr,               # in   [splits, T, PITCH]
     logit_bias_ptr,           # in   [A], or None
+    inv_rms_t,                # in   [T] of these tokens, or None
     t, mask_t, offs_a, mask_a, T,
     PITCH: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -53,9 +86,17 @@ def load_logits(
         ptr_t_a = logits_ptr + (split * T + t)[:, None] * PITCH + offs_a[None, :]
         part_t_a = tl.load(ptr_t_a, mask=mask_t_a, other=0.0, cache_modifier=".cg")
         logit_t_a += part_t_a.to(tl.float32)
+    bias_a = tl.zeros([offs_a.shape[0]], tl.float32)
     if logit_bias_ptr is not None:
-        logit_t_a += tl.load(logit_bias_ptr + offs_a, mask=mask_a, other=0.0)[None, :]
-    return logit_t_a
+        bias_a = tl.load(logit_bias_ptr + offs_a, mask=mask_a, other=0.0)
+    if inv_rms_t is not None:
+        # One fma, so that no compiler makes one with a later sum in one kernel only.
+        bias_t_a = tl.broadcast_to(bias_a[None, :], logit_t_a.shape)
+        return tl.fma(logit_t_a, tl.broadcast_to(inv_rms_t[:, None], logit_t_a.shape), bias_t_a)
+    elif logit_bias_ptr is not None:
+        return logit_t_a + bias_a[None, :]
+    else:
+        return logit_t_a
 
 
 @triton.jit

@@ -24,6 +24,7 @@ def _plain(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
+    late_norm: bool,
     out: Tensor,
 ) -> None:
     if x.device.type == "cpu":  # elsewhere reading the values would synchronise
@@ -38,6 +39,7 @@ def _plain(
         residual_T_D=residual,
         norm_weight_D=norm_weight,
         eps=eps,
+        late_norm=late_norm,
         dtype=torch.float32,
     )
     out.copy_(result.out_T_D)
@@ -55,7 +57,8 @@ def _kernel(*args) -> None:
 
 _op = register_op(
     "short_conv(Tensor x, Tensor weight, Tensor(a!) state, Tensor start, Tensor slot, "
-    "Tensor(b!)? residual, Tensor? norm_weight, float eps, Tensor(c!) out) -> ()",
+    "Tensor(b!)? residual, Tensor? norm_weight, float eps, bool late_norm, "
+    "Tensor(c!) out) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -71,6 +74,7 @@ def short_conv(
     residual_T_D: Tensor | None = None,
     norm_weight_D: Tensor | None = None,
     eps: float = 1e-6,
+    late_norm: bool = False,
     out_T_D: Tensor | None = None,
 ) -> Tensor:
     """y = x + conv(x) per session, with the residual addition and RMSNorm that follow it.
@@ -79,8 +83,10 @@ def short_conv(
     three tokens before a session's first one are its state, oldest first, which is updated in
     place to the session's last three inputs. With `residual_T_D`, residual += y in place, rounded
     once; with `norm_weight_D` as well, the result is the RMSNorm of that sum before rounding,
-    otherwise it is y. Tokens of idle sessions (slot -1) and padding (at or beyond start[S]) give
-    zeros whatever they hold, and leave state and residual alone.
+    otherwise it is y. With `late_norm` it is sum * norm_weight alone: what multiplies it divides by
+    the root mean square afterwards, as `moe_route` does. Tokens of idle sessions (slot -1) and
+    padding (at or beyond start[S]) give zeros whatever they hold, and leave state and residual
+    alone.
 
     Accumulates in float32 and rounds once. Deterministic; a token depends on its session's inputs
     alone, and a session's tokens have the same bits however they are split over calls. One launch.
@@ -108,6 +114,8 @@ def short_conv(
         dims.check(norm_weight_D=norm_weight_D, dtype=(torch.float32, x_T_D.dtype), device=device)
         if residual_T_D is None:
             raise ValueError("norm_weight_D: normalises the residual sum, but residual_T_D is None")
+    elif late_norm:
+        raise ValueError("late_norm: of no norm, norm_weight_D is None")
     if out_T_D is None:
         out_T_D = x_T_D.new_empty(x_T_D.shape)
     else:
@@ -120,7 +128,7 @@ def short_conv(
     if dims["T"] > 0:
         _op(
             x_T_D, weight_D_4, state_N_3_D, start_S1, slot_S,
-            residual_T_D, norm_weight_D, eps, out_T_D,
+            residual_T_D, norm_weight_D, eps, late_norm, out_T_D,
         )  # fmt: skip
     return out_T_D
 

@@ -24,11 +24,20 @@ class Case:
     padding: int = 0
     residual: bool = True
     norm: bool = True
+    late_norm: bool = False
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         counts = "-".join(map(str, self.counts[:8])) or "none"
-        kind = "norm" if self.norm else "add" if self.residual else "conv"
+        kind = (
+            "late"
+            if self.late_norm
+            else "norm"
+            if self.norm
+            else "add"
+            if self.residual
+            else "conv"
+        )
         return (
             f"{counts}x{len(self.counts)}-i{len(self.idle)}-p{self.padding}-D{self.width}-{kind}-"
             f"{str(self.dtype).removeprefix('torch.')}"
@@ -65,6 +74,8 @@ class Case:
             "slot_S": torch.tensor(slots, device=device, dtype=torch.int32),
             "residual_T_D": rows(residual) if self.residual else None,
             "norm_weight_D": 1 + 0.1 * randn(self.width, device=device) if self.norm else None,
+            "eps": 1e-6,
+            "late_norm": self.late_norm,
         }
 
     def cost(self) -> Cost:
@@ -88,12 +99,14 @@ EDGE = [
     Case((3, 2, 5), 130, idle=(1,), norm=False),  # an idle row between live ones, no norm
     Case((4, 2), 96, idle=(0, 1), padding=1),  # nobody is live
     Case((1,) * 130, 32, idle=(5, 129)),  # more rows than one block of session ends
+    Case((0, 1, 2, 5), 77, idle=(2,), padding=3, late_norm=True),  # its reader divides
     Case((2, 5), 1100, residual=False, norm=False),  # one step past a shipped block, conv alone
 ]
 MODEL = [
     Case((4, 1, 9), 128),  # tiny preset
     Case((4, 1, 1, 6), 4096),  # inkling-small, prefill and decode rows in one call
     Case((1, 4), 6144),  # 975B: a row in three blocks
+    Case((1, 4), 6144, late_norm=True),
     Case((3, 2), 16384, idle=(1,)),  # the widest
 ]
 BENCH = [Case((1,) * n, 4096, dtype=torch.bfloat16) for n in (1, 8, 32, 64)] + [

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from ..._triton.ragged import session_of
+from ..._triton.short_conv import conv_of
 from .configs import SHIPPED, Config, Problem, choose_config
 
 BLOCK_S = 128  # session ends compared at a time
@@ -45,21 +46,21 @@ def _conv(x_ptr, weight_ptr, state_ptr, first, slot, i, offs_d, mask_d, D):
     x_1 = tl.load(row_1 + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     x_2 = tl.load(row_2 + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     x_3 = tl.load(x_ptr + (first + i) * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-    return x_3 + (((x_0 * weight_0 + x_1 * weight_1) + x_2 * weight_2) + x_3 * weight_3)
+    return conv_of(x_0, x_1, x_2, x_3, weight_0, weight_1, weight_2, weight_3)
 
 
 @triton.jit
 def _token(
     x_ptr, weight_ptr, state_ptr, residual_ptr, norm_weight_ptr, out_ptr,
     first, slot, i, D, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, LATE_NORM: tl.constexpr,
     BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Token i of a session: residual and out. The sum is computed again for every use of a block
     unless the row is one block."""
     row = (first + i) * D
     scale = 1.0
-    if HAS_NORM and NUM_BLOCKS > 1:
+    if HAS_NORM and not LATE_NORM and NUM_BLOCKS > 1:
         square_d = tl.zeros([BLOCK_D], tl.float32)
         for block in range(NUM_BLOCKS):
             offs_d = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -78,10 +79,10 @@ def _token(
             h_d += tl.load(residual_ptr + row + offs_d, mask=mask_d, other=0.0).to(tl.float32)
             tl.store(residual_ptr + row + offs_d, h_d, mask=mask_d)
         if HAS_NORM:
-            if NUM_BLOCKS == 1:
+            if not LATE_NORM and NUM_BLOCKS == 1:
                 scale = 1.0 / tl.sqrt(tl.sum(h_d * h_d, axis=0) / D + eps)
             weight_d = tl.load(norm_weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
-            out_d = h_d * scale * weight_d
+            out_d = h_d * weight_d if LATE_NORM else h_d * scale * weight_d
         tl.store(out_ptr + row + offs_d, out_d, mask=mask_d)
 
 
@@ -116,7 +117,7 @@ def short_conv_kernel(
     residual_ptr,             # in out  [T, D], when HAS_RESIDUAL
     out_ptr,                  # out     [T, D]
     T, S, N, D, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, LATE_NORM: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
@@ -138,7 +139,7 @@ def short_conv_kernel(
             _token(
                 x_ptr, weight_ptr, state_ptr, residual_ptr, norm_weight_ptr, out_ptr,
                 first, slot, k, D, eps,
-                HAS_RESIDUAL, HAS_NORM, BLOCK_D, NUM_BLOCKS,
+                HAS_RESIDUAL, HAS_NORM, LATE_NORM, BLOCK_D, NUM_BLOCKS,
             )  # fmt: skip
         if i == 0:
             _write_state(x_ptr, state_ptr, first, slot, num_inputs, D, BLOCK_D, NUM_BLOCKS)
@@ -153,6 +154,7 @@ def launch_short_conv(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
+    late_norm: bool,
     out: Tensor,
 ) -> None:
     num_tokens, width = x.shape
@@ -161,16 +163,17 @@ def launch_short_conv(
         x, weight, start, slot, weight if norm_weight is None else norm_weight,
         state, x if residual is None else residual, out,
         num_tokens, slot.shape[0], state.shape[0], width, eps,
-        HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None, LATE_NORM=late_norm,
         BLOCK_S=BLOCK_S, BLOCK_D=config.block_d, NUM_BLOCKS=config.num_blocks,
         num_warps=config.num_warps,
     )  # fmt: skip
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every shipped configuration as the tick uses it: bf16 rows, fp32 weights, residual, norm."""
+    """Every shipped configuration as the tick uses it: bf16 rows, fp32 weights, residual, norm;
+    the model's width also with the norm left to its reader."""
 
-    def spec(config: Config) -> AotSpec:
+    def spec(config: Config, late_norm: bool = False) -> AotSpec:
         return AotSpec(
             kernel=short_conv_kernel,
             config=config,
@@ -192,11 +195,14 @@ def aot_specs() -> list[AotSpec]:
             constexprs={
                 "HAS_RESIDUAL": True,
                 "HAS_NORM": True,
+                "LATE_NORM": late_norm,
                 "BLOCK_S": BLOCK_S,
                 "BLOCK_D": config.block_d,
                 "NUM_BLOCKS": config.num_blocks,
             },
             num_warps=config.num_warps,
+            label="late_norm" if late_norm else "",
         )
 
-    return [spec(config) for config in SHIPPED]
+    wide = choose_config(Problem(4096))
+    return [spec(wide, late_norm=True), *(spec(config) for config in SHIPPED)]

@@ -29,13 +29,15 @@ def short_conv_ref(
     residual_T_D: Tensor | None = None,
     norm_weight_D: Tensor | None = None,
     eps: float = 1e-6,
+    late_norm: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> ShortConvResult:
     """What short_conv computes, in `dtype`, as new tensors; rows that are not live are zero.
 
     With x' = state rows followed by the session's inputs, and input i at x'[i + 3]:
         y[i] = x[i] + sum over j of weight[:, j] * x'[i + j],   new state = the last 3 rows of x';
-        residual[i] += y[i];   out[i] = residual[i] / sqrt(mean(residual[i]^2) + eps) * norm_weight.
+        residual[i] += y[i];   out[i] = residual[i] / sqrt(mean(residual[i]^2) + eps) * norm_weight,
+        without the division with `late_norm`.
 
     Worked example, start = [0, 2, 2, 3], slot = [5, 0, -1]: session row 0 has tokens 0 and 1 and
     state slot 5, row 1 has no token this time, row 2 is idle, so token 2 gives zeros.
@@ -53,8 +55,10 @@ def short_conv_ref(
         residual_T_D = residual_T_D.to(dtype)
         residual_out = torch.where(live_T[:, None], residual_T_D + y_T_D, residual_T_D)
         if norm_weight_D is not None:
-            scale_T_1 = torch.rsqrt(residual_out.square().mean(-1, keepdim=True) + eps)
-            out_T_D = residual_out * scale_T_1 * norm_weight_D.to(dtype)
+            out_T_D = residual_out
+            if not late_norm:
+                out_T_D = out_T_D * torch.rsqrt(out_T_D.square().mean(-1, keepdim=True) + eps)
+            out_T_D = out_T_D * norm_weight_D.to(dtype)
             out_T_D = out_T_D.masked_fill(~live_T[:, None], 0.0)
 
     state_N_3_D = state_N_3_D.clone()
