@@ -16,6 +16,7 @@ LAUNCHES = {
     "embed_tokens": 1,
     "rms_norm": 1,
     "linear": 1,
+    "linear_conv": 1,
     "attention_prologue": 1,
     "paged_attention": 1,
     "short_conv": 1,

@@ -31,13 +31,9 @@ def _plain(
     out: Tensor,
     scratch: Tensor | None,
 ) -> None:
-    given: Tensor | PackedExperts = weight
-    if format != "plain":
-        sizes = (weight.shape[-2], x.shape[1])
-        given = PackedExperts(FORMATS[format], weight, weight_scale, weight_zero, None, *sizes)
     result = linear_ref(
         x,
-        given,
+        given_weight(x, weight, weight_scale, weight_zero, format),
         bias_F=bias,
         residual_T_F=residual,
         scale=scale,
@@ -106,7 +102,7 @@ def linear(
     Source of swiglu: Shazeer, "GLU Variants Improve Transformer", 2020, equation 5.
     """
     weight, weight_scale, weight_zero, format = flatten(weight_F_D)
-    dims = _check_products(x_T_D, weight_F_D)
+    dims = check_products(x_T_D, weight_F_D)
     if bias_F is not None:
         dims.check(bias_F=bias_F, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
     out_dims = Dims(T=dims["T"], F=_output_width(dims["F"], activation, num_valid))
@@ -123,7 +119,7 @@ def linear(
     if out_T_F.numel() > 0:
         if scratch_B is not None:
             needed = scratch_bytes(problem_of(x_T_D, weight_F_D))
-            _check_scratch(scratch_B, needed, x_T_D.device)
+            check_scratch(scratch_B, needed, x_T_D.device)
         _op(
             x_T_D, weight, weight_scale, weight_zero, format, bias_F, residual_T_F, scale,
             activation, num_valid, out_T_F, scratch_B,
@@ -131,7 +127,7 @@ def linear(
     return out_T_F
 
 
-def _check_products(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Dims:
+def check_products(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Dims:
     """The sizes of x and the weight, T, D and F."""
     dims = Dims()
     dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
@@ -164,7 +160,21 @@ def flatten(
     return weight.data, weight.scale, weight.zero, weight.format.name
 
 
-def _check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
+def given_weight(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+    format: str,
+) -> Tensor | PackedExperts:
+    """The inverse of `flatten`, for rows x."""
+    if format == "plain":
+        return weight
+    sizes = (weight.shape[-2], x.shape[1])
+    return PackedExperts(FORMATS[format], weight, weight_scale, weight_zero, None, *sizes)
+
+
+def check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
     Dims().check(scratch_B=scratch, dtype=torch.uint8, device=device)
     if scratch.numel() < needed:
         raise ValueError(f"scratch_B: {needed} bytes are needed, got B={scratch.numel()}")

@@ -64,6 +64,54 @@ class Case:
         )
 
 
+@dataclass(frozen=True)
+class ConvCase:
+    """Of linear_conv. idle: tokens whose slot is -1; their residual, and slots that no token names,
+    hold NaN, which nobody may read."""
+
+    num_tokens: int
+    width: int  # D
+    rows: int
+    idle: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    precision: str | None = None
+
+    def __str__(self) -> str:
+        kind = self.precision or str(self.dtype).removeprefix("torch.")
+        return f"T{self.num_tokens}-D{self.width}-F{self.rows}-i{len(self.idle)}-{kind}"
+
+    def make_inputs(self, device: str) -> dict:
+        tokens, rows, narrow = self.num_tokens, self.rows, {"device": device, "dtype": self.dtype}
+        weight = randn(rows, self.width, scale=max(self.width, 1) ** -0.5, **narrow)
+        # Token t has slot T - t, so that slot 0 is never named and tokens and slots differ.
+        slot = torch.tensor([-1 if t in self.idle else tokens - t for t in range(tokens)])
+        state = torch.full((tokens + 2, 3, rows), float("nan"))
+        named = slot[slot >= 0].long()
+        state[named] = randn(len(named), 3, rows)
+        residual = randn(tokens, rows)
+        residual[list(self.idle)] = float("nan")
+        return {
+            "x_T_D": randn(tokens, self.width, **narrow),
+            "weight_F_D": pack_matrix(weight, self.precision) if self.precision else weight,
+            "conv_weight_F_4": randn(rows, 4, device=device, scale=0.5),
+            "state_N_3_F": state.to(**narrow),
+            "slot_T": slot.to(device, torch.int32),
+            "residual_T_F": residual.to(**narrow),
+            "norm_weight_F": 1 + 0.1 * randn(rows, device=device),
+        }
+
+
+CONV = [
+    ConvCase(0, 32, 16),  # no tokens
+    ConvCase(1, 32, 16),  # one
+    ConvCase(3, 1, 5, idle=(1,)),  # one input column, an idle session between live ones
+    ConvCase(2, 77, 33, idle=(0, 1)),  # nobody is live, odd widths
+    ConvCase(5, 2100, 70, idle=(4,)),  # two parts of the columns, a tile of rows and a bit
+    ConvCase(18, 300, 130),  # tokens and rows past a block
+    ConvCase(3, 300, 130, precision="fp8"),
+    ConvCase(3, 300, 130, idle=(0,), precision="fp8_channel"),
+    ConvCase(3, 2100, 40, precision="int4"),
+]
 EDGE = [
     Case(0, 32, 16),  # no tokens
     Case(1, 32, 16, bias=True),  # one token

@@ -9,7 +9,7 @@ one for each part adds them up, are free and follow from the number of tokens to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ STEP = {"plain": 64, "fp8": 128, "fp8_channel": 128, "int4": 256, "int4_f16": 25
 # Tokens of the widest block. Decoding takes registers; and a step of int4 has eight products with
 # sums of their own, which for 64 tokens exceed sm_100's tensor memory of 512 columns.
 WIDEST = {"plain": 128, "fp8": 64, "fp8_channel": 64, "int4": 32, "int4_f16": 32}
+WIDEST_CONV = 64  # with a convolution behind the product, whose taps take registers too
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,15 @@ def choose_config(p: Problem) -> Config:
     block_m = 128 if lowest == 128 or programs > HALF_FULL else 64
     num_warps = 8 if block_m == 128 and block_n >= 64 else 4
     return Config(block_m, block_n, parallel, num_warps, _stages(p.format, block_m, block_n))
+
+
+@chooser
+def choose_conv_config(p: Problem) -> Config:
+    """Of linear_conv: `choose_config`, but for its widest blocks; never with a larger scratch."""
+    config = choose_config(p)
+    if config.block_n <= WIDEST_CONV:
+        return config
+    return replace(choose_config(replace(p, num_tokens=WIDEST_CONV)), parallel=False)
 
 
 def _stages(format: str, block_m: int, block_n: int) -> int:
