@@ -177,12 +177,15 @@ def test_call_neither_waits_nor_launches_more_than_its_ops(layer: int, tokens: i
     assert ops["copy_"] == 1
 
 
-@pytest.mark.parametrize(("layer", "launches"), [(LOCAL_DENSE, 8), (GLOBAL_SPARSE, 9)])
-def test_launches_are_reported(layer: int, launches: int) -> None:
+@pytest.mark.parametrize(
+    ("layer", "tokens", "launches"),
+    [(LOCAL_DENSE, 1, 8), (LOCAL_DENSE, 3, 8), (GLOBAL_SPARSE, 1, 8), (GLOBAL_SPARSE, 3, 9)],
+)
+def test_launches_are_reported(layer: int, tokens: int, launches: int) -> None:
     op = bench_layer.OP
     result = harness.time_case(
         op.variants,
-        dataclasses.replace(SHORT_CASE, layer=layer),
+        dataclasses.replace(SHORT_CASE, layer=layer, tokens=tokens),
         FakeTimer(ours=10.0, ours_again=10.0),
         CEILINGS,
         l2_bytes=L2,

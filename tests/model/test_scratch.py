@@ -6,10 +6,12 @@ import pytest
 import torch
 from small_model import small_config
 
+from tml_kernels.ops.expert_mlp import cases as expert_cases
 from tml_kernels.ops.linear.configs import problem_of, scratch_bytes
 from tml_runtime import InteractionModel
 from tml_runtime.model.scratch import Scratch
 
+EXPERTS = expert_cases.Case(1, 64, 32, 4, 2, 1).make_weights("cpu")
 META = torch.device("meta")  # allocates nothing; on a CPU there is no scratch
 
 
@@ -17,6 +19,7 @@ def test_a_cpu_needs_none() -> None:
     scratch = Scratch(torch.device("cpu"))
     assert scratch.linear(torch.zeros(1, 4096), torch.zeros(64, 4096)) is None
     assert scratch.sample(torch.zeros(2, 100)) is None
+    assert scratch.routing(torch.zeros(2, 64), EXPERTS, 2) is None
 
 
 def test_a_buffer_is_as_large_as_its_largest_call_and_stays() -> None:
@@ -47,6 +50,17 @@ def test_sample_has_a_buffer_for_each_number_of_rows() -> None:
     eight = scratch.sample(logits)
     assert scratch.sample(logits[:3]) is not eight
     assert scratch.sample(logits) is eight
+
+
+def test_a_routing_is_kept_for_each_number_of_tokens() -> None:
+    scratch = Scratch(META)
+    x = torch.empty(8, 64, device=META)
+    eight = scratch.routing(x, EXPERTS, 2)
+    assert eight is not None and eight.inv_rms_T is not None
+    assert (eight.expert_T_K.shape, eight.shared_weight_T_Z.shape) == ((8, 2), (8, 1))
+    assert eight.num_experts == 4
+    assert scratch.routing(x[:3], EXPERTS, 2) is not eight
+    assert scratch.routing(x, EXPERTS, 2) is eight
 
 
 def test_a_call_that_needs_none_gets_none() -> None:

@@ -14,7 +14,7 @@ from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.moe import moe_layer
 from tml_kernels.ops.attention_prologue import attention_prologue
-from tml_kernels.ops.linear import linear
+from tml_kernels.ops.linear import linear, linear_conv
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.rms_norm import rms_norm
 from tml_kernels.ops.short_conv import short_conv
@@ -114,22 +114,18 @@ class Backbone:
         layers = self.weights.layers
         w, last = layers[layer], layer + 1 == len(layers)
         next_norm_D = self.weights.norm_D if last else layers[layer + 1].attn_norm_D
-        convs = (
-            (self._attend, w.attn_conv_D_4, state.attn_conv_L_N_3_D, w.mlp_norm_D),
-            (self._mlp, w.mlp_conv_D_4, state.mlp_conv_L_N_3_D, next_norm_D),
+        h_T_D = self._attend(state, layer, step, h_T_D)
+        h_T_D = self._project(state, layer, step, h_T_D, residual_T_D)
+        return short_conv(
+            self._mlp(state, layer, step, h_T_D, residual_T_D),
+            w.mlp_conv_D_4,
+            state.mlp_conv_L_N_3_D[layer],
+            step.start_S1,
+            step.slot_S,
+            residual_T_D=residual_T_D,
+            norm_weight_D=next_norm_D,
+            eps=self.config.norm_eps,
         )
-        for mix, conv_D_4, taps_L_N_3_D, norm_D in convs:
-            h_T_D = short_conv(
-                mix(state, layer, step, h_T_D),
-                conv_D_4,
-                taps_L_N_3_D[layer],
-                step.start_S1,
-                step.slot_S,
-                residual_T_D=residual_T_D,
-                norm_weight_D=norm_D,
-                eps=self.config.norm_eps,
-            )
-        return h_T_D
 
     def logits(self, h_T_D: Tensor, scratch: Scratch | None = None) -> Tensor:
         """float32 [T, V] of final-norm hidden states; columns that are no token are -inf."""
@@ -194,10 +190,35 @@ class Backbone:
             v_scale_P_G_R=v_scale,
             scratch_B=scratch.attention(q_T_H_C, k_pages_P_G_R_C, plan, heads.window, rel_T_H_B),
         )
-        attended_T_I = attended_T_H_C.flatten(1)
-        return linear(attended_T_I, w.out_D_I, scratch_B=scratch.linear(attended_T_I, w.out_D_I))
+        return attended_T_H_C.flatten(1)
 
-    def _mlp(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
+    def _project(
+        self, state: ModelState, layer: int, step: Pass, x_T_I: Tensor, residual_T_D: Tensor
+    ) -> Tensor:
+        """What the heads have found joins the residual; the result is what `_mlp` takes."""
+        w, taps_N_3_D = self.weights.layers[layer], state.attn_conv_L_N_3_D[layer]
+        out_D_I, late_norm = w.attention.out_D_I, isinstance(w.mlp, MoeWeights)
+        scratch_B = state.scratch.linear(x_T_I, out_D_I)
+        if late_norm and step.one_each:
+            conv = (w.attn_conv_D_4, taps_N_3_D, step.slot_S, residual_T_D, w.mlp_norm_D)
+            return linear_conv(x_T_I, out_D_I, *conv, scratch_B=scratch_B)
+        return short_conv(
+            linear(x_T_I, out_D_I, scratch_B=scratch_B),
+            w.attn_conv_D_4,
+            taps_N_3_D,
+            step.start_S1,
+            step.slot_S,
+            residual_T_D=residual_T_D,
+            norm_weight_D=w.mlp_norm_D,
+            eps=self.config.norm_eps,
+            late_norm=late_norm,
+        )
+
+    def _mlp(
+        self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor, residual_T_D: Tensor
+    ) -> Tensor:
+        """x is the residual under the layer's second norm; of experts without its division, which
+        they make themselves."""
         w = self.weights.layers[layer].mlp
         if isinstance(w, DenseWeights):
             scratch_B = state.scratch.linear(x_T_D, w.w13_J_D)
@@ -206,10 +227,14 @@ class Backbone:
             return linear(hidden_T_F, w.w2_D_F, scale=self._dense_scale[layer], scratch_B=scratch_B)
         assert isinstance(w, MoeWeights)
         experts = self.config.experts
+        routing = state.scratch.routing(x_T_D, w.experts, experts.top_k) if step.one_each else None
         return moe_layer(
             x_T_D,
             w.gate_A_D,
             w.experts,
+            routing=routing,
+            residual_T_D=residual_T_D,
+            eps=self.config.norm_eps,
             scoring="sink_sigmoid",
             bias_E=w.bias_E,
             global_scale_1=w.scale_1,

@@ -28,6 +28,7 @@ class Pass(NamedTuple):
     length_S: Tensor  # int64, with this pass's tokens
     row_K_T: Tensor  # int64, row in the pool of each group where a token's keys go, -1: nowhere
     plans: tuple[PagePlan, ...]  # of each group, the same in all passes of a tick
+    one_each: bool = False  # every row has exactly one token, so that token t is row t's
 
 
 def plan_pass(state: ModelState, slots: Sequence[int], runs: Sequence[Sequence[Run]]) -> Pass:
@@ -54,6 +55,7 @@ def plan_pass(state: ModelState, slots: Sequence[int], runs: Sequence[Sequence[R
         to_device(length_S, torch.int64),
         row_K_T,
         plan_all(state, slot_S),
+        one_each=all(size == 1 for size in sizes),
     )
 
 
@@ -114,7 +116,7 @@ def passes_of(state: ModelState, inputs: TickInputs[Tensor]) -> list[Pass]:
         *inputs.row_K_Z[:, num_tokens:].split(num_rows, dim=1),
     ]
     return [
-        Pass(start_S1, inputs.slot_S, length_S, row_K_T, plans)
+        Pass(start_S1, inputs.slot_S, length_S, row_K_T, plans, one_each=start_S1 is one_each_S1)
         for start_S1, length_S, row_K_T in zip(starts, inputs.length_O_S, rows, strict=False)
     ]
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tml_kernels._page_plan import PagePlan
+from tml_kernels._routing import Routing
+from tml_kernels.moe_weights import MoEWeights
 from tml_kernels.ops.linear import configs as linear_configs
 from tml_kernels.ops.paged_attention import configs as attention_configs
 from tml_kernels.ops.sample import configs as sample_configs
@@ -28,6 +30,7 @@ class Scratch:
         self._device = device
         self._is_cpu = device.type == "cpu"  # asked first: sizes cost a tick on a CPU time
         self._buffers: dict[str, Tensor] = {}
+        self._routings: dict[tuple[int, ...], Routing] = {}
 
     def linear(self, x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Tensor | None:
         """uint8, for `linear`."""
@@ -52,6 +55,17 @@ class Scratch:
         )
         size = attention_configs.scratch_bytes(problem)
         return self._at_least("paged_attention", size, torch.uint8)
+
+    def routing(self, x_T_D: Tensor, experts: MoEWeights, top_k: int) -> Routing | None:
+        """For `moe_layer`, with `inv_rms_T`: one for each number of tokens, which says where its
+        counters lie."""
+        if self._is_cpu:
+            return None
+        num_tokens, width = x_T_D.shape
+        sizes = (num_tokens, top_k, experts.num_shared, experts.num_experts)
+        if sizes not in self._routings:
+            self._routings[sizes] = Routing.empty(*sizes, self._device, width=width, late_norm=True)
+        return self._routings[sizes]
 
     def sample(self, logits_S_V: Tensor) -> Tensor | None:
         """int32, for `sample`: where its counters lie depends on S, so each S has its own."""
