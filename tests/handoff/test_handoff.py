@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -273,6 +274,50 @@ def test_sessions_share_what_may_run_and_wait() -> None:
     assert "".join(read(model, 1)) == "[result] two [/result]"
     report = runtime.report()["handoff"]
     assert (report["started"], report["finished"], report["refused"]) == (2, 2, 1)
+
+
+def test_two_runs_on_the_virtual_clock_are_the_same() -> None:
+    """However the threads of the answers fall."""
+
+    def answer(request: Request) -> Iterator[str]:
+        for turn in request.turns[-2:]:
+            time.sleep(0.001 * (request.id % 3))
+            yield f"{turn.text} at {turn.t:.1f};"
+        if request.id % 4 == 0:
+            raise errors.HandoffError("no idea")
+
+    def say(tick: int, slot: int) -> list[int]:
+        return (QUIET, ASK, SPEAK, ASK_QUIETLY)[(tick * tick + slot) % 4]
+
+    def run() -> tuple[list[list[str]], dict[str, int]]:
+        runtime, model = make(LocalModel(answer), say, num_slots=3)
+        with runtime:
+            sessions = [runtime.open_session(handoff_policy=p) for p in list(Policy)[:3]]
+            for tick in range(30):
+                sessions[tick % 3].push_text(f"<{tick}>")
+                runtime.run_ticks(1)
+                if tick == 15:
+                    sessions[1].interrupt(2.5)
+        return [read(model, slot) for slot in range(3)], runtime.report()["handoff"]
+
+    first, counts = run()
+    assert run() == (first, counts)
+    assert counts["finished"] > 0 and counts["failed"] > 0 and counts["refused"] > 0
+
+
+def test_the_prompt_stays() -> None:
+    requests: list[Request] = []
+
+    def answer(request: Request) -> str:
+        requests.append(request)
+        return "42"
+
+    runtime, _ = make(LocalModel(answer), script(QUIET, QUIET, ASK_QUIETLY))
+    with runtime, runtime.open_session(prompt="Be nice.") as session:
+        session.push_text("what?")
+        runtime.run_ticks(5)
+    assert requests[0].turns[0] == Turn("system", "Be nice.", 0.0)
+    assert requests[0].turns[1].text == "what?"
 
 
 def test_a_client_may_ask_too() -> None:

@@ -91,6 +91,14 @@ def not_anything(request: Request) -> Any:
     return None
 
 
+def leaves(request: Request) -> str:
+    raise SystemExit(1)
+
+
+async def leaves_later(request: Request) -> str:
+    raise SystemExit(1)
+
+
 async def cancels_itself(request: Request) -> str:
     raise asyncio.CancelledError
 
@@ -103,6 +111,8 @@ async def cancels_itself(request: Request) -> str:
         (not_text, "it failed with TypeError"),
         (not_anything, "it failed with TypeError"),
         (lambda request: "", "its answer was empty"),
+        (leaves, "it failed with RuntimeError"),
+        (leaves_later, "it failed with RuntimeError"),
         (cancels_itself, "it cancelled itself"),
     ],
 )

@@ -18,17 +18,17 @@ from tml_runtime.model import ModelState, TickInput
 NEVER: dict[str, Any] = {"idle_ticks": 10**6, "max_wait_ticks": 10**6}
 
 
-@pytest.fixture(scope="module")
-def model() -> InteractionModel:
-    return InteractionModel.random(ModelConfig.preset("tiny"), seed=0)
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def model(request: pytest.FixtureRequest) -> InteractionModel:
+    return InteractionModel.random(ModelConfig.preset("tiny"), seed=0, device=request.param)
 
 
-def silence(config: ModelConfig) -> TickInput:
+def silence(model: InteractionModel) -> TickInput:
     """What slot 0 hears when nobody pushes anything."""
     return TickInput(
-        torch.zeros(1, dtype=torch.int32),
-        torch.zeros(1, config.layout.samples_per_tick),
-        torch.tensor([True]),
+        torch.zeros(1, dtype=torch.int32, device=model.device),
+        torch.zeros(1, model.config.layout.samples_per_tick, device=model.device),
+        torch.tensor([True], device=model.device),
         [None],
         [[]],
     )
@@ -58,7 +58,7 @@ def test_a_saved_snapshot_goes_on_as_the_session_does(
         other.load(0, path)
         with torch.inference_mode():
             for _ in range(4):
-                model.tick(other, silence(model.config))
+                model.tick(other, silence(model))
         assert other.length(0) == live.length(0) > 0
         for name in ("token_N", "draws_N", "levels_N_F_B", "seed_N", "mlp_conv_L_N_3_D"):
             axis = 1 if name.startswith("mlp") else 0

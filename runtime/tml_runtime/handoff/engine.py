@@ -73,7 +73,8 @@ class Engine:
 
     @property
     def is_full(self) -> bool:
-        return len(self._waiting) >= self._options.max_waiting
+        most = self._options.max_running + self._options.max_waiting
+        return len(self._running) + len(self._waiting) >= most
 
     def push(self, answer: Answer) -> None:
         self._num_pushed += 1
@@ -142,19 +143,25 @@ class Engine:
             trigger=answer.trigger,
             snapshot=answer.snapshot,
         )
+        try:
+            async with _closing(self._model.stream(request)) as pieces:
+                await self._take(answer, pieces)
+        except (KeyboardInterrupt, SystemExit) as error:  # either would end the loop
+            raise RuntimeError(repr(error)) from error
+
+    async def _take(self, answer: Answer, pieces: AsyncIterator[str]) -> None:
         room = self._options.max_answer_tokens
-        async with _closing(self._model.stream(request)) as pieces:
-            async for piece in pieces:
-                if answer.ended:  # a model that was cancelled and goes on
-                    return
-                if not isinstance(piece, str):
-                    raise TypeError(f"the background model gave {piece!r:.80}, not text")
-                start = piece[: CHARS_PER_TOKEN * room]
-                ids = self.encode(start)[:room]
-                answer.ids.extend(ids)
-                room -= len(ids)
-                if room <= 0 or len(start) < len(piece):
-                    break
+        async for piece in pieces:
+            if answer.ended:  # a model that was cancelled and goes on
+                return
+            if not isinstance(piece, str):
+                raise TypeError(f"the background model gave {piece!r:.80}, not text")
+            start = piece[: CHARS_PER_TOKEN * room]
+            ids = self.encode(start)[:room]
+            answer.ids.extend(ids)
+            room -= len(ids)
+            if room <= 0 or len(start) < len(piece):
+                return
         if room == self._options.max_answer_tokens:
             raise HandoffError("its answer was empty")
 

@@ -109,7 +109,7 @@ class _Worker:
             with torch.cuda.stream(self._stream):
                 self._give(self._answer(self._request))
         except BaseException as error:  # whatever it is, the request has failed, and no more
-            last = error if isinstance(error, Exception) else RuntimeError(repr(error))
+            last = error
         finally:
             self._on_end()
         self._put(last)

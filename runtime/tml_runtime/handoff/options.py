@@ -24,12 +24,15 @@ class HandoffOptions:
 
     policy: of sessions that are opened without one. timeout: from the tick that delegated to the
     end of the answer. max_running, max_waiting, max_per_session: requests; what is beyond is
-    refused. max_answer_tokens: a longer answer is cut. tokens_per_tick: of answers, to one session.
-    idle_ticks: ticks without text that make a model idle; max_wait_ticks: how long an answer waits
-    for that. transcript_tokens: the newest ones a request tells, beside the prompt. snapshots:
-    spare slots for forks of the model's state; a request that finds none goes without. result,
-    silent_result: what a result is put between; notice: what a notice begins with. wait: on the
-    virtual clock, a tick waits for all requests to be answered, so that runs can be repeated.
+    refused. A session's count until their answers were read. max_answer_tokens: a longer answer is
+    cut. tokens_per_tick: of answers, to one session. idle_ticks: ticks without text that make a
+    model idle; max_wait_ticks: how long an answer waits for that. transcript_tokens: the newest
+    ones a request tells, beside the prompt. snapshots: spare slots for forks of the model's state;
+    a request that finds none goes without. result, silent_result: what a result is put between;
+    notice: what a notice begins with. wait: on the virtual clock, a tick waits for all requests to
+    be answered, so that runs can be repeated.
+
+    Raises InputTypeError or InputValueError naming the field.
     """
 
     policy: Policy = Policy.WHEN_IDLE
