@@ -26,8 +26,9 @@ class LocalModel:
     piece, and a function that never returns keeps its thread, a daemon, until the process ends;
     look at `request.cancelled` in anything long. Beyond `max_threads` requests fail.
 
-    stream: the CUDA stream that a plain function's kernels go to, None for torch's current one. A
-    stream of low priority, or one of a green context, takes less from the ticks on the same GPU.
+    stream: the CUDA stream that a plain function's kernels go to. None: torch's default one, which
+    is the ticks' too, so that they wait for what is queued there; beside ticks on the same GPU give
+    it one of its own, of low priority, or of a green context with some of the multiprocessors.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -39,18 +40,27 @@ class Snapshot:
         between two of them is seen afterwards.
         """
         cache, path = self.state.cache, Path(path)
-        if self.copied is not None:
-            self.copied.synchronize()
-        while True:
-            was_suspended = cache.is_suspended(self.session)
-            cache.save(self.session, path)
-            try:
-                cache.length(self.session)
-            except UnknownSession:  # its slot may hold another session's state by now
-                path.unlink()
-                raise
-            if cache.is_suspended(self.session) == was_suspended:
-                return
+        with self._stream():
+            while True:
+                was_suspended = cache.is_suspended(self.session)
+                if was_suspended and self.copied is not None:  # its keys may be on their way here
+                    torch.cuda.default_stream(self.state.device).synchronize()
+                cache.save(self.session, path)
+                try:
+                    cache.length(self.session)
+                except UnknownSession:  # its slot may hold another session's state by now
+                    path.unlink()
+                    raise
+                if cache.is_suspended(self.session) == was_suspended:
+                    return
+
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        """One that ticks do not wait for."""
+        if self.copied is None:
+            return contextlib.nullcontext()
+        stream = torch.cuda.Stream(self.state.device)
+        stream.wait_event(self.copied)
+        return torch.cuda.stream(stream)
 
 
 @dataclass(frozen=True, eq=False)
