@@ -173,7 +173,7 @@ def test_a_clock_that_is_set_costs_a_window_or_two(step_s: int) -> None:
     assert stats.target_delay < 0.05
 
 
-def test_a_laptop_that_slept_is_heard_again_within_two_seconds() -> None:
+def test_a_laptop_that_slept_is_heard_again_within_half_a_second() -> None:
     intake, line = make_intake(60)
     arrivals = [
         (at + (i >= 1000) * 10 * S, i) for at, i in arrive(Profile(delay_ms=20, jitter_ms=3), 2000)
@@ -182,7 +182,7 @@ def test_a_laptop_that_slept_is_heard_again_within_two_seconds() -> None:
     check_order(line)
     missing = [w for w in line.missing_windows() if 0 < w < 249]
     assert missing == list(range(missing[0], missing[-1] + 1))
-    assert missing[0] == 100 and 150 < missing[-1] <= 157
+    assert missing[0] == 100 and 150 < missing[-1] <= 152  # it sleeps for 50 windows
     assert intake.stats().clock_steps == 1
 
 

@@ -153,14 +153,13 @@ def test_a_clock_that_is_set_is_recognised_after_five_pieces(step_s: float) -> N
     assert 100 <= sender.due_ms <= 120
 
 
-def test_a_computer_that_slept_is_recognised_within_a_second_or_so() -> None:
+def test_a_computer_that_slept_is_recognised_within_a_third_of_a_second() -> None:
     sender = Sender()
     sender.send_many(30)
     sender.elapsed_ns += 3600 * S  # its count stood still
     arrivals = [sender.send() for _ in range(60)]
-    assert arrivals.index(Arrival.STEP) == 50
-    assert arrivals.count(Arrival.STEP) == sender.estimator.clock_steps == 1
-    assert arrivals[51:] == [Arrival.FITS] * 9
+    assert arrivals == [Arrival.SUSPECT] * 15 + [Arrival.STEP] + [Arrival.FITS] * 44
+    assert sender.estimator.clock_steps == 1
 
 
 def test_one_piece_from_another_time_changes_nothing() -> None:
@@ -177,10 +176,11 @@ def test_one_piece_from_another_time_changes_nothing() -> None:
     assert one.estimator.clock_steps == 0
 
 
-def test_a_pause_of_the_network_is_no_clock_step() -> None:
+@pytest.mark.parametrize("catch_up_ms", [20, 10, 5])  # at once, at twice the pace, at 4 / 3
+def test_a_pause_of_the_network_is_no_clock_step(catch_up_ms: int) -> None:
     sender = Sender()
     sender.send_many(30)
-    for late in range(2000, 0, -20):  # a hundred pieces at once
+    for late in range(1200, 0, -catch_up_ms):
         sender.send(late)
     assert sender.estimator.clock_steps == 0
     assert sender.delay_ms == 200

@@ -26,9 +26,9 @@ START_NS = 1 * _S  # in which a stream may yet turn out to be quicker than its f
 
 # Farther than this from the best, a piece is not just late: a clock was set, or a computer slept.
 STEP_NS = 500 * _MS
-STEP_TOLERANCE_NS = 100 * _MS  # between the pieces that confirm it
+STEP_TOLERANCE_NS = 60 * _MS  # between the pieces that confirm it
 STEP_PIECES = 5  # of a step that no network can make
-STEP_WAIT_NS = 1 * _S  # of one that might be a network's pause: by then that shows
+STEP_WAIT_NS = 300 * _MS  # of one that might be a network's pause: what it held comes faster
 STEP_GIVE_UP_NS = 3 * _S  # without one piece that fits, anything is better than what was known
 
 _BUCKET_NS = 5 * _MS
