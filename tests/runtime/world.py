@@ -21,6 +21,16 @@ PERIOD_S = CONFIG.layout.period_ms / 1000
 SLOTS = 4
 
 
+def pushed_numbers(pcm_N: np.ndarray, missing: bool) -> set[float]:
+    """Whose samples these are. What conceals a gap fades, so that no two neighbours are alike or
+    their value is no number; what a client pushed stays the same for a tenth of a window at least.
+    """
+    if missing:
+        pcm_N = pcm_N[1:][pcm_N[1:] == pcm_N[:-1]]
+        pcm_N = pcm_N[pcm_N == np.rint(pcm_N)]
+    return set(np.unique(pcm_N).tolist())
+
+
 class WatchedModel(FakeModel):
     """Notes who is heard in which slot; speaks a word in every tick; faults where it is told to."""
 
@@ -33,7 +43,7 @@ class WatchedModel(FakeModel):
 
     def tick(self, state: FakeState, tick: TickInput) -> TickOutput:
         for row, slot in enumerate(tick.slot_S.tolist()):
-            numbers = set(np.unique(tick.pcm_S_W[row].numpy()).astype(int).tolist())
+            numbers = pushed_numbers(tick.pcm_S_W[row].numpy(), bool(tick.missing_S[row]))
             numbers |= {token + 1 for token in tick.text[row]}
             if not numbers <= {0, self.owner[slot]}:
                 self.mixed_up.append((slot, numbers))
