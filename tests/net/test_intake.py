@@ -16,9 +16,9 @@ from net_rig import FRAME, MS, RATE, WINDOW, Line, S, hear, make_intake, over, r
 
 from tml_runtime import errors
 from tml_runtime._tick import now_ns
+from tml_runtime.mailbox import SHED_TEXT, SHED_VIDEO
 from tml_runtime.net.faults import PROFILES, Link, Profile
 from tml_runtime.net.intake import MAX_TEXT_CHARS, MAX_WAITING_TEXTS, Intake
-from tml_runtime.net.overload import Overload
 
 LOUD, SILENT = 1.0, 2.0**-40
 FRAME_NS = 20 * MS
@@ -352,7 +352,7 @@ def test_pictures_lie_where_the_sound_of_their_time_does() -> None:
 
 def test_under_overload_pictures_go_first_then_text_waits_and_sound_is_heard() -> None:
     intake, line = make_intake(10)
-    levels = [Overload.NONE, Overload.SHED_VIDEO, Overload.HOLD_TEXT, Overload.NONE]
+    levels = [0, SHED_VIDEO, SHED_TEXT, 0]
     for i in range(200):
         line.now_ns = at = (i + 1) * FRAME_NS
         intake.overload = levels[i // 50]

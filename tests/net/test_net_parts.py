@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tml_runtime import errors
-from tml_runtime.net.overload import Overload
 from tml_runtime.net.sequence import MAX_COUNTER, SEQ_WINDOW, Sequence, Spans
 from tml_runtime.net.silence import SilenceDetector
 from tml_runtime.net.stretch import extra_period, resample
@@ -166,8 +165,3 @@ def test_silence_is_told_from_speech_in_a_quiet_and_in_a_noisy_room() -> None:
         assert np.mean(found) > 0.99
     loud = SilenceDetector(RATE)
     assert not any(loud.is_silent(np.full(320, 0.1, np.float32)) for _ in range(500))
-
-
-@pytest.mark.parametrize(("misses", "level"), [(0, "NONE"), (1, "SHED_VIDEO"), (25, "HOLD_TEXT")])
-def test_overload_rises_with_misses(misses: int, level: str) -> None:
-    assert Overload.after(misses) is Overload[level]
