@@ -17,7 +17,7 @@ from net_rig import FRAME, MS, RATE, WINDOW, Line, S, hear, make_intake, over, r
 from tml_runtime import errors
 from tml_runtime._tick import now_ns
 from tml_runtime.mailbox import SHED_TEXT, SHED_VIDEO
-from tml_runtime.net.faults import PROFILES, Link, Profile
+from tml_runtime.net.faults import Link, Profile
 from tml_runtime.net.intake import MAX_TEXT_CHARS, MAX_WAITING_TEXTS, Intake
 
 LOUD, SILENT = 1.0, 2.0**-40
@@ -135,19 +135,19 @@ def test_a_line_costs_few_windows_and_a_small_delay(name: str) -> None:
 
 @pytest.mark.parametrize(("ppm", "scale"), [(300, SILENT), (-300, LOUD)])
 def test_an_hour_of_clock_drift_costs_no_window_and_no_delay(ppm: float, scale: float) -> None:
-    size, hour = 6400, 9000  # pieces of 400 ms: the same drift with a twentieth of the calls
+    size, hour = 12_800, 4500  # pieces of 800 ms: the same drift with few calls
     intake, line = make_intake(3620)
     waits_s: list[float] = []
     before = intake.stats()
     profile = Profile(delay_ms=20, jitter_ms=1)
     for i, (at, index) in enumerate(arrive(profile, hour, ppm=ppm, size=size)):
         hear(intake, line, [(at, index)], scale=scale, size=size)
-        if i % 750 == 749:
+        if i % 375 == 374:
             now = intake.stats()
             samples = now.jitter_buffer_emitted_count - before.jitter_buffer_emitted_count
             waits_s.append((now.jitter_buffer_delay - before.jitter_buffer_delay) / samples)
             before = now
-    assert [w for w in line.missing_windows() if 2 < w < 17_985] == []
+    assert [w for w in line.missing_windows() if 4 < w < 17_985] == []
     assert max(waits_s[1:]) - min(waits_s[1:]) <= 0.005
     stats = intake.stats()
     assert stats.drift_ppm == pytest.approx(ppm, abs=5)
@@ -426,8 +426,8 @@ def test_stats_are_frozen_and_complete() -> None:
         stats.packets_lost = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_an_hour_holds_no_more_memory_than_a_minute(name: str) -> None:
+@pytest.mark.parametrize("name", ["wifi", "loss5"])
+def test_memory_does_not_grow_with_time(name: str) -> None:
     def size(intake: Intake) -> int:
         parts = (intake._heard._starts, intake._timeline._stamps, intake._delay._best)
         return sum(map(len, parts)) + len(intake._delay._drift._points)

@@ -40,7 +40,8 @@ class Intake:
     runs as the runtime's does (`time.monotonic_ns()`); call at once, since what counts is when a
     sample reaches its window. Counters (`seq` of audio, `seq` of video, `stamp`) count up from
     anywhere in 0..2**53-1 and do not wrap. `stamp` is the sender's count of audio samples: of the
-    first sample of a piece, or when a frame was taken.
+    first sample of a piece, or when a frame was taken. It should run on while nothing is sent; if
+    it stood still, the first 300 ms after that are lost.
 
     Input that no honest client sends raises InputTypeError or InputValueError and changes nothing.
     What a bad line does raises nothing and is counted: late, lost, doubled, too much at once. The
