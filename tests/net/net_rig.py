@@ -13,6 +13,7 @@ from tml_runtime.net.intake import Intake
 
 RATE, WINDOW, FRAME = 16_000, 3200, 320
 MS, S = 1_000_000, 1_000_000_000
+FRAME_NS = 20 * MS
 LEAD = 16  # windows
 
 
