@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .quant import FORMATS, Format, PackedExperts, dequantize
+from .quant import FORMATS, Format, PackedExperts, dequantize, take_rows
 from .quant.checkpoint import MatrixScales, read_checkpoint
 from .quant.fill import FloatSource, Source, pack_experts
 
@@ -55,6 +55,9 @@ class MoEWeights:
     `order` says where w13's 2F rows have gate and up: "gate_up" F gates, then F ups; "up_gate" the
     reverse; "interleaved" g0, u0, g1, u1, ... Biases are float32, bias13 in the order of w13's
     rows. `shared` are always-on experts with a precision and an order of their own.
+
+    parts: how many ranks share the rows of every matrix; these are one rank's, w13 [E, 2F / parts,
+    D] and w2 [E, D / parts, F], for `expert_hidden` and `expert_sum`.
     """
 
     w13: PackedExperts
@@ -63,18 +66,21 @@ class MoEWeights:
     bias13_E_J: Tensor | None = None
     bias2_E_D: Tensor | None = None
     shared: MoEWeights | None = None
+    parts: int = 1
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ValueError(f"order: {self.order!r} is not one of {', '.join(ORDERS)}")
-        wanted = (self.w13.num_experts, self.w13.num_columns, self.w13.num_rows)
-        if wanted != (self.num_experts, self.w2.num_rows, 2 * self.w2.num_columns):
+        wanted = (self.w13.num_experts, self.w13.num_columns, self.parts * self.w13.num_rows)
+        if wanted != (self.num_experts, self.parts * self.w2.num_rows, 2 * self.w2.num_columns):
             raise ValueError(
                 f"w2: [E, D, F] = {[self.w2.num_experts, self.w2.num_rows, self.w2.num_columns]} "
                 f"does not fit w13 [E, 2F, D] = "
                 f"{[self.w13.num_experts, self.w13.num_rows, self.w13.num_columns]}"
             )
         _check_shared(self.shared, self.width, self.device)
+        if self.shared is not None and self.shared.parts != self.parts:
+            raise ValueError(f"shared: parts={self.shared.parts}, but {self.parts} of the others")
 
     @property
     def num_experts(self) -> int:
@@ -87,7 +93,7 @@ class MoEWeights:
     @property
     def width(self) -> int:
         """D."""
-        return self.w2.num_rows
+        return self.w13.num_columns
 
     @property
     def expert_width(self) -> int:
@@ -109,6 +115,34 @@ class MoEWeights:
     def dequantize(self, expert: int) -> tuple[Tensor, Tensor]:
         """(w13 [2F, D], w2 [D, F]) of one expert, float32: what the kernels multiply by."""
         return dequantize(self.w13, expert), dequantize(self.w2, expert)
+
+
+def part_of(weights: MoEWeights, part: int, parts: int) -> MoEWeights:
+    """Part 0..parts-1 of the rows of every matrix, copied: of w13 the rows of F / parts hidden
+    columns, of w2 D / parts. Nothing is rounded again. Raises ValueError for widths that `parts`
+    does not divide, and where `take_rows` does."""
+    if weights.parts != 1:
+        raise ValueError(f"weights: are one of {weights.parts} parts already")
+    for name, size in (("D", weights.width), ("F", weights.expert_width)):
+        if size % parts:
+            raise ValueError(f"weights: {name}={size} is not a multiple of {parts} parts")
+    num_hidden, num_rows = weights.expert_width // parts, weights.width // parts
+    column_F = torch.arange(num_hidden, device=weights.device) + part * num_hidden
+    if weights.order == "interleaved":
+        row13_J = torch.stack([2 * column_F, 2 * column_F + 1], dim=1).flatten()
+    else:
+        row13_J = torch.cat([column_F, weights.expert_width + column_F])
+    row2_D = torch.arange(num_rows, device=weights.device) + part * num_rows
+    bias13, bias2 = weights.bias13_E_J, weights.bias2_E_D
+    return replace(
+        weights,
+        w13=take_rows(weights.w13, row13_J),
+        w2=take_rows(weights.w2, row2_D),
+        bias13_E_J=None if bias13 is None else bias13.index_select(1, row13_J),
+        bias2_E_D=None if bias2 is None else bias2.index_select(1, row2_D),
+        shared=None if weights.shared is None else part_of(weights.shared, part, parts),
+        parts=parts,
+    )
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from tml_kernels.ops.linear.configs import (
 )
 from tml_kernels.ops.linear.launch import launch_linear
 from tml_kernels.ops.linear.reference import linear_ref
+from tml_kernels.quant import take_rows
 from tml_kernels.testing import assert_bitwise, assert_matches, randn
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -246,6 +247,35 @@ def test_parts_follow_from_the_weight_alone(width: int, rows: int, format: str) 
         assert config.tiles(p) * config.block_m >= rows
         assert config.blocks(p) * config.block_n >= num_tokens
         assert scratch_bytes(p) <= 4 * (MAX_COUNTERS + FULL * 128 * 128)
+
+
+@pytest.mark.parametrize("format", STEP)
+@pytest.mark.parametrize("num_parts", [2, 4, 8])
+@pytest.mark.parametrize(("width", "rows"), [(4096, 6656), (16384, 4096), (4096, 4096), (128, 320)])
+def test_some_rows_are_cut_as_the_whole_matrix(
+    width: int, rows: int, num_parts: int, format: str
+) -> None:
+    whole = Problem(7, width, rows, format)
+    share = replace(whole, rows=rows // num_parts, parts=num_parts)
+    assert (share.splits, share.split_d) == (whole.splits, whole.split_d)
+    assert choose_config(share).why_not(share) is None
+
+
+def test_some_rows_alone_are_cut_otherwise() -> None:
+    """Why `parts` is there."""
+    assert Problem(7, 4096, 6656 // 8, "plain").splits > Problem(7, 4096, 6656, "plain").splits
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [None, "fp8", "fp8_channel", "int4"])
+@pytest.mark.parametrize("num_tokens", [1, 33, 200])
+def test_gpu_some_rows_have_the_bits_of_the_whole(num_tokens: int, precision: str | None) -> None:
+    case = Case(num_tokens, 4096, 2048, dtype=torch.bfloat16, precision=precision)
+    inputs = case.make_inputs("cuda")
+    x, weight = inputs["x_T_D"], inputs["weight_F_D"]
+    shares = torch.arange(2048, device="cuda").chunk(8)
+    parts = [linear(x, take_rows(weight, rows), parts=8) for rows in shares]
+    assert_bitwise(torch.cat(parts, dim=1), linear(x, weight))
 
 
 def test_choice() -> None:

@@ -32,7 +32,7 @@ def flatten(weights: MoEWeights | None) -> tuple[Flat, list[str], list[int]]:
         tensors += [side.data, side.scale, side.zero, side.outer_E]
     tensors += [weights.bias13_E_J, weights.bias2_E_D]
     names = [weights.w13.format.name, weights.w2.format.name, weights.order]
-    return tensors, names, [weights.width, weights.expert_width]
+    return tensors, names, [weights.width, weights.expert_width, weights.parts]
 
 
 def unflatten(
@@ -40,7 +40,7 @@ def unflatten(
 ) -> MoEWeights | None:
     if not tensors:
         return None
-    width, hidden = sizes
+    width, hidden, parts = sizes
 
     def side(at: int, format: str, rows: int, columns: int) -> PackedExperts:
         data, scale, zero, outer = tensors[at : at + 4]
@@ -48,12 +48,13 @@ def unflatten(
         return PackedExperts(FORMATS[format], data, scale, zero, outer, rows, columns, None)
 
     return MoEWeights(
-        side(0, names[0], 2 * hidden, width),
-        side(4, names[1], width, hidden),
+        side(0, names[0], 2 * hidden // parts, width),
+        side(4, names[1], width // parts, hidden),
         names[2],
         tensors[8],
         tensors[9],
         shared,
+        parts,
     )
 
 
@@ -122,14 +123,13 @@ def _kernel(*args: Any) -> None:
     )  # fmt: skip
 
 
-_op = register_op(
-    "expert_mlp(Tensor x, Tensor?[] routed, str[] names, int[] sizes, Tensor?[] shared, "
+SCHEMA = (
+    "(Tensor x, Tensor?[] routed, str[] names, int[] sizes, Tensor?[] shared, "
     "str[] shared_names, int[] shared_sizes, Tensor expert, Tensor weight, Tensor shared_weight, "
     "Tensor? inv_rms, Tensor? schedule, int block_size, int num_routed, Tensor? expert_map, "
-    "str activation, bool quantize_x, Tensor(a!) out, Tensor(b!)? workspace) -> ()",
-    plain=_plain,
-    kernel=_kernel,
+    "str activation, bool quantize_x, Tensor(a!) out, Tensor(b!)? workspace) -> ()"
 )
+_op = register_op(f"expert_mlp{SCHEMA}", plain=_plain, kernel=_kernel)
 
 
 def fused_moe(
@@ -221,6 +221,10 @@ def _check_input(
     dims.check(x_T_D=x, dtype=DTYPES)
     if dims["D"] != weights.width:
         raise ValueError(f"x_T_D: D={dims['D']}, but the weights are for D={weights.width}")
+    if weights.parts != 1:
+        raise ValueError(
+            f"weights: hold one of {weights.parts} parts of every expert; see expert_hidden"
+        )
     if weights.device != x.device:
         raise ValueError(f"weights: expected device {x.device}, got {weights.device}")
     dims.check(expert_T_K=routing.expert_T_K, dtype=torch.int32, device=x.device)

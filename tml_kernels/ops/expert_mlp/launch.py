@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
@@ -31,43 +31,92 @@ def launch_expert_mlp(
 ) -> None:
     """Both launches. x, out: [T, D], T at least 1; workspace: uint8, `workspace_of` bytes."""
     (num_tokens, width), shared = x.shape, weights.shared or weights
-    num_shared, top_k = weights.num_shared, routing.expert_T_K.shape[1]
+    slots = routing.expert_T_K.shape[1] + weights.num_shared
     hidden = max(weights.expert_width, shared.expert_width)
-    layout = workspace_of(num_tokens, top_k + num_shared, width, hidden, x.dtype)
+    layout = workspace_of(num_tokens, slots, width, hidden, x.dtype)
     h, part, counter = layout.carve(workspace, x.dtype)
-    schedule = routing.schedule
-    blocking = choose_blocking(num_tokens, top_k, routing.num_experts)
-    block_n = schedule.blocking.size if schedule is not None else blocking.size
-    blocks_per_shared = triton.cdiv(num_tokens, block_n)
-    shared_blocks = num_shared * blocks_per_shared
-    routed_blocks = num_tokens * top_k if schedule is None else schedule.max_blocks
-    ids = (routing.expert_T_K, expert_map)
-    tables = _tables(schedule)
-    common = {
-        "K": top_k,
-        "Z": num_shared,
-        "SCHEDULED": schedule is not None,
-        "QUANTIZE_X": quantize_x,
-    }
-    config = _config(weights.w13, shared.w13, block_n, schedule is None)
-    programs = shared_blocks * triton.cdiv(shared.expert_width, HALF_M)
-    programs += routed_blocks * triton.cdiv(weights.expert_width, HALF_M)
+    launch_gate_up(
+        x, weights, routing, expert_map, activation, quantize_x, h, hidden,
+        counter, layout.num_counters, out,
+    )  # fmt: skip
+    launch_down(h, hidden, weights, routing, expert_map, quantize_x, part, counter, out)
+
+
+def launch_gate_up(
+    x: Tensor,
+    weights: MoEWeights,
+    routing: Routing,
+    expert_map: Tensor | None,
+    activation: str,
+    quantize_x: bool,
+    h: Tensor,
+    hidden: int,
+    counter: Tensor,
+    num_counters: int,
+    out: Tensor,
+) -> None:
+    """x: [T, D]. Writes h [T * S, hidden], clears `num_counters` counters and, without shared
+    experts, the rows of out [T, D] that have no expert."""
+    (num_tokens, width), shared = x.shape, weights.shared or weights
+    work = _Work.of(weights, routing, num_tokens)
+    config = _config(weights.w13, shared.w13, work.block_n, routing.schedule is None)
+    rows, shared_rows = weights.w13.num_rows // 2, shared.w13.num_rows // 2
+    programs = work.shared_blocks * triton.cdiv(shared_rows, HALF_M)
+    programs += work.routed_blocks * triton.cdiv(rows, HALF_M)
     gate_up_kernel[(programs,)](
-        x, routing.inv_rms_T, *_matrices(weights, "w13"), *ids, *tables, h, counter, out,
-        num_tokens, width, routing.num_experts, weights.expert_width, shared.expert_width, hidden,
-        shared_blocks, blocks_per_shared, layout.num_counters,
-        **common, **_gate_up_constexprs(weights, activation), **_tile(config),
+        x, routing.inv_rms_T, *_matrices(weights, "w13"), routing.expert_T_K, expert_map,
+        *_tables(routing.schedule), h, counter, out,
+        num_tokens, width, routing.num_experts, rows, shared_rows, hidden,
+        work.shared_blocks, work.blocks_per_shared, num_counters,
+        **work.constexprs, QUANTIZE_X=quantize_x, **_gate_up_constexprs(weights, activation),
+        **_tile(config),
     )  # fmt: skip
 
-    config = _config(weights.w2, shared.w2, block_n, schedule is None)
-    programs = (shared_blocks + routed_blocks) * triton.cdiv(width, BLOCK_M)
+
+def launch_down(
+    h: Tensor,
+    hidden: int,
+    weights: MoEWeights,
+    routing: Routing,
+    expert_map: Tensor | None,
+    quantize_x: bool,
+    part: Tensor,
+    counter: Tensor,
+    out: Tensor,
+) -> None:
+    """h: [T * S, hidden]; out: [T, D] of as many columns as w2 has rows; counters all zero."""
+    (num_tokens, width), shared = out.shape, weights.shared or weights
+    work = _Work.of(weights, routing, num_tokens)
+    config = _config(weights.w2, shared.w2, work.block_n, routing.schedule is None)
+    programs = (work.shared_blocks + work.routed_blocks) * triton.cdiv(width, BLOCK_M)
     down_kernel[(programs,)](
-        h, *_matrices(weights, "w2"), *ids, routing.weight_T_K, routing.shared_weight_T_Z, *tables,
+        h, *_matrices(weights, "w2"), routing.expert_T_K, expert_map,
+        routing.weight_T_K, routing.shared_weight_T_Z, *_tables(routing.schedule),
         part, counter, out,
         num_tokens, width, routing.num_experts, weights.expert_width, shared.expert_width, hidden,
-        shared_blocks, blocks_per_shared,
-        **common, **_down_constexprs(weights), **_tile(config),
+        work.shared_blocks, work.blocks_per_shared,
+        **work.constexprs, QUANTIZE_X=quantize_x, **_down_constexprs(weights), **_tile(config),
     )  # fmt: skip
+
+
+class _Work(NamedTuple):
+    """The blocks of a step, the same for both launches."""
+
+    block_n: int
+    blocks_per_shared: int
+    shared_blocks: int
+    routed_blocks: int
+    constexprs: dict[str, Any]
+
+    @classmethod
+    def of(cls, weights: MoEWeights, routing: Routing, num_tokens: int) -> _Work:
+        top_k, schedule = routing.expert_T_K.shape[1], routing.schedule
+        blocking = choose_blocking(num_tokens, top_k, routing.num_experts)
+        block_n = schedule.blocking.size if schedule is not None else blocking.size
+        per_shared = -(-num_tokens // block_n)
+        routed = num_tokens * top_k if schedule is None else schedule.max_blocks
+        flags = {"K": top_k, "Z": weights.num_shared, "SCHEDULED": schedule is not None}
+        return cls(block_n, per_shared, weights.num_shared * per_shared, routed, flags)
 
 
 def _matrices(weights: MoEWeights, name: str) -> list[Tensor | None]:
@@ -124,7 +173,7 @@ def _gate_up_constexprs(weights: MoEWeights, activation: str) -> dict[str, Any]:
         "SHARED_FORMAT": kind_of(shared.w13),
         "ALIKE": _alike(weights, shared),
         "SHARED_ORDER": shared.order,
-        "EVEN_M": weights.expert_width % HALF_M == shared.expert_width % HALF_M == 0,
+        "EVEN_M": weights.w13.num_rows % BLOCK_M == shared.w13.num_rows % BLOCK_M == 0,
         "EVEN_W": _even(weights.w13) and _even(shared.w13),
     }
 
@@ -135,6 +184,6 @@ def _down_constexprs(weights: MoEWeights) -> dict[str, Any]:
         "FORMAT": kind_of(weights.w2),
         "SHARED_FORMAT": kind_of(shared.w2),
         "ALIKE": _alike(weights, shared),
-        "EVEN_M": weights.width % BLOCK_M == 0,
+        "EVEN_M": weights.w2.num_rows % BLOCK_M == 0,
         "EVEN_W": _even(weights.w2) and _even(shared.w2),
     }

@@ -1,11 +1,13 @@
 """The oracle of expert_mlp, and its plain path: the same lines in float64 and in float32."""
 
 # Dimension key: T tokens, D model width, E routed experts, Z shared experts, F expert width,
-# J = 2 F gate and up rows, K experts chosen per token, A = T * K assignments.
+# J = 2 F gate and up rows, K experts chosen per token, A = T * K assignments, S = K + Z slots of a
+# token, N tokens of one expert.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..._plain import row_blocked_matmul
 from ..._pointwise import silu
 from ...moe_weights import MoEWeights
+from ...quant import dequantize
 
 OAI_LIMIT, OAI_ALPHA = 7.0, 1.702
 
@@ -36,36 +39,101 @@ def fused_moe_ref(
     multiplied by inv_rms[t] where that is given. Only experts with a token are read; ids outside
     0..E-1 contribute nothing, whatever their weight holds.
     """
+    h_T_S_F = expert_hidden_ref(
+        x_T_D,
+        weights,
+        expert_T_K,
+        inv_rms_T=inv_rms_T,
+        activation=activation,
+        quantize_x=quantize_x,
+        expert_map_G=expert_map_G,
+        dtype=dtype,
+    )
+    return expert_sum_ref(
+        h_T_S_F,
+        weights,
+        expert_T_K,
+        weight_T_K,
+        shared_weight_T_Z,
+        quantize_x=quantize_x,
+        expert_map_G=expert_map_G,
+    )
+
+
+def expert_hidden_ref(
+    x_T_D: Tensor,
+    weights: MoEWeights,
+    expert_T_K: Tensor,
+    *,
+    inv_rms_T: Tensor | None = None,
+    activation: str = "silu",
+    quantize_x: bool = False,
+    expert_map_G: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """h_T_S_F in `dtype`: act(w13[e] x + b13[e]) of a token's chosen experts, then of the shared
+    ones, x multiplied by inv_rms where that is given. Zeros where an id is skipped, and past the width of the narrower kind of experts."""
     num_tokens, top_k = expert_T_K.shape
-    num_experts = weights.num_experts
+    num_experts, shared = weights.num_experts, weights.shared
     expert_A = local_experts(expert_T_K.reshape(-1), num_experts, expert_map_G)
     x_T_D = x_T_D.to(dtype)
     if inv_rms_T is not None:
         x_T_D = x_T_D * inv_rms_T.to(dtype)[:, None]
-    out_T_D = torch.zeros_like(x_T_D)
+    x_T_D = round_to_fp8(x_T_D) if quantize_x else x_T_D
+    widest = max(side.w13.num_rows // 2 for side in (weights, shared or weights))
+    h_T_S_F = x_T_D.new_zeros(num_tokens, top_k + weights.num_shared, widest)
+    for expert, token_N, slot_N in _by_expert(expert_A, num_experts, top_k):
+        h_N_F = _hidden(x_T_D[token_N], weights, expert, activation)
+        h_T_S_F[token_N, slot_N, : h_N_F.shape[1]] = h_N_F
+    for z in range(weights.num_shared):
+        assert shared is not None
+        h_T_F = _hidden(x_T_D, shared, z, activation)
+        h_T_S_F[:, top_k + z, : h_T_F.shape[1]] = h_T_F
+    return h_T_S_F
 
-    skipped_A = expert_A == num_experts
-    *counts, num_skipped = torch.bincount(expert_A, minlength=num_experts + 1).tolist()
-    order_A = torch.argsort(expert_A, stable=True)[: expert_A.shape[0] - num_skipped]
-    x_A_D = x_T_D[order_A // top_k]
-    y_A_D = x_T_D.new_zeros(num_tokens * top_k, x_T_D.shape[1])
-    begin = 0
-    for expert, count in enumerate(counts):
-        if count > 0:
-            rows = slice(begin, begin + count)
-            y_A_D[order_A[rows]] = _mlp(x_A_D[rows], weights, expert, activation, quantize_x)
-            begin += count
 
+def expert_sum_ref(
+    h_T_S_F: Tensor,
+    weights: MoEWeights,
+    expert_T_K: Tensor,
+    weight_T_K: Tensor,
+    shared_weight_T_Z: Tensor | None = None,
+    *,
+    quantize_x: bool = False,
+    expert_map_G: Tensor | None = None,
+) -> Tensor:
+    """out_T_D in h's dtype: the sum of weight * (w2[e] h + b2[e]) over a token's slots in order."""
+    num_tokens, top_k = expert_T_K.shape
+    num_experts, dtype = weights.num_experts, h_T_S_F.dtype
+    expert_A = local_experts(expert_T_K.reshape(-1), num_experts, expert_map_G)
+    out_T_D = h_T_S_F.new_zeros(num_tokens, weights.w2.num_rows)
+    y_T_K_D = h_T_S_F.new_zeros(num_tokens, top_k, weights.w2.num_rows)
+    for expert, token_N, slot_N in _by_expert(expert_A, num_experts, top_k):
+        y_T_K_D[token_N, slot_N] = _down(h_T_S_F[token_N, slot_N], weights, expert, quantize_x)
     # A skipped assignment adds an exact zero, even when its weight is NaN.
-    weight_A = weight_T_K.to(dtype).reshape(-1).masked_fill(skipped_A, 0.0)
-    y_T_K_D = (y_A_D * weight_A[:, None]).view(num_tokens, top_k, x_T_D.shape[1])
+    skipped_T_K = (expert_A == num_experts).view(num_tokens, top_k)
+    y_T_K_D *= weight_T_K.to(dtype).masked_fill(skipped_T_K, 0.0)[:, :, None]
     for k in range(top_k):
         out_T_D += y_T_K_D[:, k]
     for z in range(weights.num_shared):
         assert weights.shared is not None and shared_weight_T_Z is not None
-        y_T_D = _mlp(x_T_D, weights.shared, z, activation, quantize_x)
+        y_T_D = _down(h_T_S_F[:, top_k + z], weights.shared, z, quantize_x)
         out_T_D += y_T_D * shared_weight_T_Z[:, z : z + 1].to(dtype)
     return out_T_D
+
+
+def _by_expert(
+    expert_A: Tensor, num_experts: int, top_k: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens, their slots) of every expert that has any; skipped ids are nobody's."""
+    order_A = torch.argsort(expert_A, stable=True)
+    *counts, _ = torch.bincount(expert_A, minlength=num_experts + 1).tolist()
+    begin = 0
+    for expert, count in enumerate(counts):
+        if count > 0:
+            a_N = order_A[begin : begin + count]
+            yield expert, a_N // top_k, a_N % top_k
+            begin += count
 
 
 def local_experts(expert_A: Tensor, num_experts: int, expert_map_G: Tensor | None) -> Tensor:
@@ -80,19 +148,21 @@ def local_experts(expert_A: Tensor, num_experts: int, expert_map_G: Tensor | Non
     return expert_A.masked_fill(outside_A, num_experts)
 
 
-def _mlp(
-    x_T_D: Tensor, weights: MoEWeights, expert: int, activation: str, quantize_x: bool
-) -> Tensor:
-    w13_J_D, w2_D_F = weights.dequantize(expert)
-    x_T_D = round_to_fp8(x_T_D) if quantize_x else x_T_D
-    y_T_J = row_blocked_matmul(x_T_D, w13_J_D.to(x_T_D.dtype))
+def _hidden(x_T_D: Tensor, weights: MoEWeights, expert: int, activation: str) -> Tensor:
+    w13_J_D = dequantize(weights.w13, expert).to(x_T_D.dtype)
+    y_T_J = row_blocked_matmul(x_T_D, w13_J_D)
     if weights.bias13_E_J is not None:
         y_T_J = y_T_J + weights.bias13_E_J[expert].to(x_T_D.dtype)
-    h_T_F = activate(*split_gate_up(y_T_J, weights.order), activation)
+    return activate(*split_gate_up(y_T_J, weights.order), activation)
+
+
+def _down(h_T_F: Tensor, weights: MoEWeights, expert: int, quantize_x: bool) -> Tensor:
+    h_T_F = h_T_F[:, : weights.expert_width].contiguous()
     h_T_F = round_to_fp8(h_T_F) if quantize_x else h_T_F
-    y_T_D = row_blocked_matmul(h_T_F, w2_D_F.to(x_T_D.dtype))
+    w2_D_F = dequantize(weights.w2, expert).to(h_T_F.dtype)
+    y_T_D = row_blocked_matmul(h_T_F, w2_D_F)
     if weights.bias2_E_D is not None:
-        y_T_D = y_T_D + weights.bias2_E_D[expert].to(x_T_D.dtype)
+        y_T_D = y_T_D + weights.bias2_E_D[expert].to(h_T_F.dtype)
     return y_T_D
 
 

@@ -30,6 +30,7 @@ def _plain(
     num_valid: int | None,
     out: Tensor,
     scratch: Tensor | None,
+    parts: int = 1,
 ) -> None:
     result = linear_ref(
         x,
@@ -62,7 +63,7 @@ def _kernel(
 _op = register_op(
     "linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? weight_zero, str format, "
     "Tensor? bias, Tensor? residual, float scale, str? activation, int? num_valid, "
-    "Tensor(a!) out, Tensor(b!)? scratch) -> ()",
+    "Tensor(a!) out, Tensor(b!)? scratch, int parts=1) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -80,6 +81,7 @@ def linear(
     out_dtype: torch.dtype | None = None,
     out_T_F: Tensor | None = None,
     scratch_B: Tensor | None = None,
+    parts: int = 1,
 ) -> Tensor:
     """act(scale * x W^T + bias) + residual, for few rows against a large weight.
 
@@ -94,6 +96,9 @@ def linear(
     scratch: uint8, `configs.scratch_bytes(problem)` of them or more, aligned to 16; its first
     4 * configs.MAX_COUNTERS bytes are zero before the first call and again after every call, of
     whatever shape. Allocates only where out or scratch is None.
+
+    parts: the weight is one of so many equal parts of a matrix's rows, and gives the bits of those
+    rows in the whole matrix (on a CPU, as far as its BLAS keeps columns apart).
 
     Accumulates in float32 and rounds once. Deterministic; row t depends on row t and the weights
     alone: the same bits for every T and position. `out_T_F` may be `residual_T_F`, not `x_T_D`.
@@ -115,14 +120,16 @@ def linear(
     else:
         wanted = ACTIVATIONS if out_dtype is None else out_dtype
         out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
+    if parts < 1:
+        raise ValueError(f"parts: expected at least 1, got {parts}")
     refuse_grad(x_T_D, weight, bias_F, residual_T_F)
     if out_T_F.numel() > 0:
         if scratch_B is not None:
-            needed = scratch_bytes(problem_of(x_T_D, weight_F_D))
+            needed = scratch_bytes(problem_of(x_T_D, weight_F_D, parts))
             check_scratch(scratch_B, needed, x_T_D.device)
         _op(
             x_T_D, weight, weight_scale, weight_zero, format, bias_F, residual_T_F, scale,
-            activation, num_valid, out_T_F, scratch_B,
+            activation, num_valid, out_T_F, scratch_B, parts,
         )  # fmt: skip
     return out_T_F
 

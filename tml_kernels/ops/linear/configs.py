@@ -1,8 +1,10 @@
 """How linear is cut, what its scratch holds, and which problems its kernel takes.
 
 A row's columns are summed in `Problem.splits` parts, each in order, and the parts in order: that
-follows from the weight's shape alone, and with it the bits. The tile, and whether one program or
-one for each part adds them up, are free and follow from the number of tokens too.
+follows from the weight's shape alone, and with it the bits. Where the weight is some of a matrix's
+rows it follows from the shape of the whole matrix, so these rows give the bits they give in it. The
+tile, and whether one program or one for each part adds them up, are free and follow from the number
+of tokens too.
 """
 
 # Dimension key: T tokens, D input width, F rows of the weight.
@@ -41,11 +43,12 @@ class Problem:
     width: int  # D
     rows: int  # F
     format: str  # of the weight: "plain" for numbers, or a packed format's name
+    parts: int = 1  # the weight is one of so many equal parts of a matrix's rows
 
     @property
     def split_d(self) -> int:
-        """Columns of a part: a pure function of the weight, never of T."""
-        tiles = -(-self.rows // (64 if self.format == "plain" else 128))
+        """Columns of a part: a pure function of the whole matrix, never of T."""
+        tiles = -(-self.rows * self.parts // (64 if self.format == "plain" else 128))
         splits = 1
         while (
             splits < MAX_SPLITS
@@ -64,12 +67,12 @@ class Problem:
         return STEP[self.format]
 
 
-def problem_of(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Problem:
+def problem_of(x_T_D: Tensor, weight_F_D: Tensor | PackedExperts, parts: int = 1) -> Problem:
     num_tokens, width = x_T_D.shape
     if isinstance(weight_F_D, Tensor):
-        return Problem(num_tokens, width, weight_F_D.shape[0], "plain")
+        return Problem(num_tokens, width, weight_F_D.shape[0], "plain", parts)
     format = weight_F_D.format.name if weight_F_D.format.packed else "plain"
-    return Problem(num_tokens, width, weight_F_D.num_rows, format)
+    return Problem(num_tokens, width, weight_F_D.num_rows, format, parts)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,13 @@ def launch_linear(
     num_valid: int | None,
     out: Tensor,
     scratch: Tensor | None = None,
+    parts: int = 1,
     config: Config | None = None,
     conv: Conv | None = None,
 ) -> None:
     """Arguments as of the op, none empty; one launch. Without a scratch the counters are cleared
     before it. conv: of `linear_conv`, with its residual and nothing else behind the product."""
-    problem = Problem(*x.shape, weight.shape[-2], format)
+    problem = Problem(*x.shape, weight.shape[-2], format, parts)
     config = config or (choose_config if conv is None else choose_conv_config)(problem)
     counter = part = None
     if config.parallel:
@@ -82,7 +83,7 @@ def launch_linear_conv(
     conv = Conv(conv_weight, norm_weight, slot, state, state.shape[0])
     launch_linear(
         x, weight, weight_scale, weight_zero, format, None, residual, 1.0, None, None, out, scratch,
-        config, conv,
+        config=config, conv=conv,
     )  # fmt: skip
 
 
