@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 
+def check_ranks() -> bool:
+    """TML_CHECK_RANKS=1: ranks of one model compare digests of what they hold after every tick."""
+    return os.environ.get("TML_CHECK_RANKS", "") == "1"
+
+
 def cache_dir() -> Path | None:
     """TML_CACHE: where fetched media are kept; None where it is not set."""
     value = os.environ.get("TML_CACHE", "")

@@ -66,6 +66,18 @@ class NotRunning(TmlRuntimeError, RuntimeError):
     """The runtime was stopped, or is asked for what its mode (real time, virtual) cannot do."""
 
 
+class RankLost(TmlRuntimeError, RuntimeError):
+    """Another rank of the model has ended or does not answer: this one cannot go on alone."""
+
+
+class RanksDiffer(TmlRuntimeError, RuntimeError):
+    """Ranks of one model were given, or hold, what is not the same; the message names it."""
+
+
+class ShardLost(TmlRuntimeError, ConnectionError):
+    """The process that ran this session has ended or does not answer; the session is gone."""
+
+
 class LoopFailed(NotRunning):
     """The tick itself raised, which ended the loop and all sessions; `__cause__` says why."""
 

@@ -94,6 +94,8 @@ class Runtime:
             model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks
         )
         self._model = model
+        # A model on several ranks tells the others that there is nothing to do in this tick.
+        self._keep_alive: Callable[[], None] | None = getattr(model, "keep_alive", None)
         self._budget = KvBudget() if budget is None else budget
         options = HandoffOptions() if handoff is None else handoff
         num_spare = 0 if background is None else options.snapshots
@@ -320,6 +322,8 @@ class Runtime:
         if seats:
             self._metrics.launch()
             self._publish(tick, seats, self._think(inputs))
+        elif self._keep_alive is not None:
+            self._keep_alive()
         done_ns, throttle = self._now_ns(), self._watch.throttle
         wrong = self._metrics.close(done_ns=done_ns, deadline_ns=deadline_ns, throttle=throttle)
         if wrong is not None:

@@ -5,18 +5,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from .packed import PackedExperts
 
-Matrix = TypeVar("Matrix", Tensor, PackedExperts)
 SCALE_ROWS = 128  # that share a scale in fp8
 
 
-def take_rows(matrix: Matrix, row_N: Tensor) -> Matrix:
+@overload
+def take_rows(matrix: Tensor, row_N: Tensor) -> Tensor: ...
+@overload
+def take_rows(matrix: PackedExperts, row_N: Tensor) -> PackedExperts: ...
+def take_rows(matrix: Tensor | PackedExperts, row_N: Tensor) -> Tensor | PackedExperts:
     """Rows `row_N` (int64, where the matrix is) of a matrix [R, K], or of every expert: a copy.
 
     The same bits stand for the same numbers: nothing is rounded again. Raises ValueError where

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
-from tml_kernels.moe import moe_layer
+from tml_kernels.moe import moe_layer, moe_route
 from tml_kernels.ops.attention_prologue import attention_prologue
+from tml_kernels.ops.expert_mlp import expert_hidden, expert_sum
 from tml_kernels.ops.linear import linear, linear_conv
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.rms_norm import rms_norm
@@ -23,18 +25,28 @@ from .config import ModelConfig
 from .passes import Pass, plan_pass
 from .scratch import Scratch
 from .state import ModelState, Run
-from .weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights
+from .weights import AttentionWeights, DenseWeights, Matrix, ModelWeights, MoeWeights
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
 
 
 class Backbone:
     """The layers of a model. Holds no session state: a pure function of weights, state and input.
 
     A session's hidden states are bitwise the same whoever else is in the call.
+
+    ranks: that share the rows of the layers' matrices; config and weights are then one rank's, and
+    `gather` puts the columns of all ranks together. Where every row is here it does nothing.
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, ranks: Ranks | None = None
+    ) -> None:
         self.config = config
         self.weights = weights
+        self.parts = 1 if ranks is None else ranks.size
+        self.gather = _all_here if ranks is None else ranks.gather
         # Python numbers, read once: a captured step must not ask the device for them.
         self._dense_scale = {
             layer: w.mlp.scale_1.item()
@@ -129,15 +141,22 @@ class Backbone:
 
     def logits(self, h_T_D: Tensor, scratch: Scratch | None = None) -> Tensor:
         """float32 [T, V] of final-norm hidden states; columns that are no token are -inf."""
-        weight_V_D = self.weights.unembed_V_D
-        return linear(
+        weight_V_D, num_valid = self.weights.unembed_V_D, self.config.vocab.num_valid
+        logits_T_V = linear(
             h_T_D,
             weight_V_D,
-            scratch_B=scratch.linear(h_T_D, weight_V_D) if scratch is not None else None,
+            scratch_B=scratch.linear(h_T_D, weight_V_D, self.parts)
+            if scratch is not None
+            else None,
             scale=1.0 / self.config.logits_divisor,
-            num_valid=self.config.vocab.num_valid,
+            num_valid=num_valid if self.parts == 1 else None,
             out_dtype=torch.float32,
+            parts=self.parts,
         )
+        if self.parts > 1:
+            logits_T_V = self.gather(logits_T_V)
+            logits_T_V[:, num_valid:] = float("-inf")
+        return logits_T_V
 
     def _attend(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
         config, heads = self.config, self.config.heads(layer)
@@ -149,7 +168,7 @@ class Backbone:
             for scale in (pages.k_scale_L_P_G_R, pages.v_scale_L_P_G_R)
         )
         scratch = state.scratch
-        qkvr_T_J = linear(x_T_D, w.qkvr_J_D, scratch_B=scratch.linear(x_T_D, w.qkvr_J_D))
+        qkvr_T_J = self._linear(scratch, x_T_D, w.qkvr_J_D)
         q_T_H_C = attention_prologue(
             qkvr_T_J,
             w.k_conv_W_4,
@@ -190,7 +209,7 @@ class Backbone:
             v_scale_P_G_R=v_scale,
             scratch_B=scratch.attention(q_T_H_C, k_pages_P_G_R_C, plan, heads.window, rel_T_H_B),
         )
-        return attended_T_H_C.flatten(1)
+        return self.gather(attended_T_H_C.flatten(1))
 
     def _project(
         self, state: ModelState, layer: int, step: Pass, x_T_I: Tensor, residual_T_D: Tensor
@@ -198,12 +217,12 @@ class Backbone:
         """What the heads have found joins the residual; the result is what `_mlp` takes."""
         w, taps_N_3_D = self.weights.layers[layer], state.attn_conv_L_N_3_D[layer]
         out_D_I, late_norm = w.attention.out_D_I, isinstance(w.mlp, MoeWeights)
-        scratch_B = state.scratch.linear(x_T_I, out_D_I)
-        if late_norm and step.one_each:
+        if late_norm and step.one_each and self.parts == 1:  # a part of its rows convolves nothing
+            scratch_B = state.scratch.linear(x_T_I, out_D_I)
             conv = (w.attn_conv_D_4, taps_N_3_D, step.slot_S, residual_T_D, w.mlp_norm_D)
             return linear_conv(x_T_I, out_D_I, *conv, scratch_B=scratch_B)
         return short_conv(
-            linear(x_T_I, out_D_I, scratch_B=scratch_B),
+            self.gather(self._linear(state.scratch, x_T_I, out_D_I)),
             w.attn_conv_D_4,
             taps_N_3_D,
             step.start_S1,
@@ -221,26 +240,37 @@ class Backbone:
         they make themselves."""
         w = self.weights.layers[layer].mlp
         if isinstance(w, DenseWeights):
-            scratch_B = state.scratch.linear(x_T_D, w.w13_J_D)
-            hidden_T_F = linear(x_T_D, w.w13_J_D, activation="swiglu", scratch_B=scratch_B)
-            scratch_B = state.scratch.linear(hidden_T_F, w.w2_D_F)
-            return linear(hidden_T_F, w.w2_D_F, scale=self._dense_scale[layer], scratch_B=scratch_B)
+            scratch, scale = state.scratch, self._dense_scale[layer]
+            hidden_T_F = self._linear(scratch, x_T_D, w.w13_J_D, activation="swiglu")
+            return self.gather(
+                self._linear(scratch, self.gather(hidden_T_F), w.w2_D_F, scale=scale)
+            )
         assert isinstance(w, MoeWeights)
         experts = self.config.experts
         routing = state.scratch.routing(x_T_D, w.experts, experts.top_k) if step.one_each else None
-        return moe_layer(
-            x_T_D,
-            w.gate_A_D,
-            w.experts,
-            routing=routing,
-            residual_T_D=residual_T_D,
-            eps=self.config.norm_eps,
-            scoring="sink_sigmoid",
-            bias_E=w.bias_E,
-            global_scale_1=w.scale_1,
-            top_k=experts.top_k,
-            scale=experts.route_scale,
-        )
+        router = {
+            "residual_T_D": residual_T_D,
+            "eps": self.config.norm_eps,
+            "scoring": "sink_sigmoid",
+            "bias_E": w.bias_E,
+            "global_scale_1": w.scale_1,
+            "top_k": experts.top_k,
+            "scale": experts.route_scale,
+        }
+        if self.parts == 1:
+            return moe_layer(x_T_D, w.gate_A_D, w.experts, routing=routing, **router)
+        num_shared = w.experts.num_shared
+        routing = moe_route(x_T_D, w.gate_A_D, num_shared=num_shared, out=routing, **router)
+        h_T_S_F = self.gather(expert_hidden(x_T_D, w.experts, routing))
+        return self.gather(expert_sum(h_T_S_F, w.experts, routing, dtype=x_T_D.dtype))
+
+    def _linear(self, scratch: Scratch, x_T_D: Tensor, weight: Matrix, **options: Any) -> Tensor:
+        scratch_B = scratch.linear(x_T_D, weight, self.parts)
+        return linear(x_T_D, weight, scratch_B=scratch_B, parts=self.parts, **options)
+
+
+def _all_here(x: Tensor) -> Tensor:
+    return x
 
 
 def check_ragged(

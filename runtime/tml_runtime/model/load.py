@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -27,6 +28,9 @@ from .weights import (
     named_layer,
     named_tensors,
 )
+
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -67,6 +71,7 @@ def random_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     packing: Packing = PLAIN,
+    ranks: Ranks | None = None,
 ) -> tuple[ModelWeights, WeightReport]:
     names: list[str] = []
 
@@ -74,7 +79,7 @@ def random_weights(
         names.append(named.name)
         fill_random(config, named, seed)
 
-    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing)
+    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
     return weights, WeightReport("no checkpoint", (), tuple(names), (), seed)
 
 
@@ -86,6 +91,7 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     packing: Packing = PLAIN,
+    ranks: Ranks | None = None,
 ) -> tuple[ModelWeights, WeightReport]:
     """Read a safetensors file, or a folder with one or with an index of shards.
 
@@ -110,7 +116,7 @@ def load_weights(
         else:
             named.view.copy_(files[named.name].tensor(named.name))
 
-    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing)
+    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
     report = WeightReport(
         source=str(path),
         loaded=tuple(name for name in wanted if name not in random),
@@ -129,21 +135,24 @@ def _fill_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     packing: Packing,
+    ranks: Ranks | None,
 ) -> ModelWeights:
-    """Every tensor written by `fill`. A layer is packed, and its plain form let go of, before the
-    next one is made."""
+    """Every tensor written by `fill`. A layer is packed, this rank's share of it copied, and the
+    rest let go of, before the next one is made."""
 
     def filled_layer(layer: int) -> LayerWeights:
         w = empty_layer(config, layer, device=device, dtype=dtype)
         for named in named_layer(config, layer, w):
             fill(named)
-        return pack_layer(layer, w, packing)
+        w = pack_layer(layer, w, packing)
+        return w if ranks is None else ranks.share_layer(config, layer, w)
 
     packing.check(dtype)
     ends = empty_ends(config, device=device, dtype=dtype)
     for named in named_tensors(config, ends):
         fill(named)
     ends = pack_ends(ends, packing)
+    ends = ends if ranks is None else ranks.share_ends(ends)
     return replace(ends, layers=tuple(filled_layer(layer) for layer in config.layers))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ from .tick import run_tick
 from .tick_input import TickInput, check_ids
 from .weights import ModelWeights
 
+if TYPE_CHECKING:
+    from ..parallel.ranks import Ranks
+
 
 class InteractionModel:
     """Weights and the functions on them. Sessions live in a `ModelState`, which callers hold.
@@ -37,14 +41,23 @@ class InteractionModel:
     on the other sessions of a call.
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, report: WeightReport) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        report: WeightReport,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """ranks: that run the model together; config is the whole model's and weights this rank's
+        share, as `random` and `load` make them."""
+        self.config = config if ranks is None else ranks.share_config(config)
+        self.ranks = ranks
         self.weights = weights
         self.report = report  # which weights were loaded and which are random
         self.dtype = weights.embed_V_D.dtype
         self.device = weights.embed_V_D.device
-        self.backbone = Backbone(config, weights)
-        self.frontend = Frontend(config, weights)
+        self.backbone = Backbone(self.config, weights, ranks)
+        self.frontend = Frontend(self.config, weights)
         self.device_tick = DeviceTick(self.backbone, self.frontend)
 
     @classmethod
@@ -57,18 +70,24 @@ class InteractionModel:
         dtype: torch.dtype = torch.float32,
         experts: str | None = None,
         rest: str | None = None,
+        ranks: Ranks | None = None,
     ) -> InteractionModel:
         """Random weights, the same ones for a seed. They say nothing sensible, at full speed.
 
         experts, rest: what `packed` takes. The model is bitwise the one that it would make, but the
-        plain form of only one layer at a time is ever there.
+        plain form of only one layer at a time is ever there. ranks: that share the model, each of
+        which calls this with the same arguments (docs/parallel.md); the others' shares, too, are
+        here one layer at a time only. Raises RanksDiffer, and InputValueError for sizes that the
+        ranks cannot share.
         """
         packing = Packing(experts, rest)
         _check_dtype(dtype)
+        if ranks is not None:
+            ranks.check_config(config, seed=seed, dtype=dtype, packing=packing)
         weights, report = random_weights(
-            config, seed=seed, device=device, dtype=dtype, packing=packing
+            config, seed=seed, device=device, dtype=dtype, packing=packing, ranks=ranks
         )
-        return cls(config, weights, report)
+        return cls(config, weights, report, ranks)
 
     @classmethod
     def load(
@@ -81,18 +100,21 @@ class InteractionModel:
         dtype: torch.dtype = torch.float32,
         experts: str | None = None,
         rest: str | None = None,
+        ranks: Ranks | None = None,
     ) -> InteractionModel:
         """Weights of a safetensors checkpoint in the published layout; see `load_weights`.
 
-        `report.random` names what the checkpoint lacks and `seed` made up. experts, rest: as in
-        `random`. Raises CheckpointError.
+        `report.random` names what the checkpoint lacks and `seed` made up. experts, rest, ranks: as
+        in `random`. Raises CheckpointError.
         """
         packing = Packing(experts, rest)
         _check_dtype(dtype)
+        if ranks is not None:
+            ranks.check_config(config, seed=seed, dtype=dtype, packing=packing)
         weights, report = load_weights(
-            path, config, seed=seed, device=device, dtype=dtype, packing=packing
+            path, config, seed=seed, device=device, dtype=dtype, packing=packing, ranks=ranks
         )
-        return cls(config, weights, report)
+        return cls(config, weights, report, ranks)
 
     def packed(self, *, experts: str | None = None, rest: str | None = None) -> InteractionModel:
         """The same model with matrices rounded to fewer bits; this one stays as it is.
@@ -106,8 +128,9 @@ class InteractionModel:
         they fill, which never takes more than the packed model and the plain form of one layer.
         `forward` multiplies by the packed matrices' exact values. On a CPU, and in float32, every
         call decodes what it reads: that saves memory and no time. Raises ValueError for any other
-        name, for a float16 model, and for what is packed already.
+        name, for a float16 model, and for what is packed or shared with other ranks already.
         """
+        self._check_whole("packed")
         weights = pack_weights(self.weights, Packing(experts, rest))
         return InteractionModel(self.config, weights, self.report)
 
@@ -172,7 +195,9 @@ class InteractionModel:
         """float32 logits [T, V] of one whole sequence of embedded tokens, without state.
 
         A second path that shares only the weights with `append` and `logits`; see `full_forward`.
+        Raises ValueError where other ranks hold some of them.
         """
+        self._check_whole("forward")
         Dims(D=self.config.width).check(x_T_D=x_T_D, dtype=ACTIVATIONS, device=self.device)
         return full_forward(self.config, self.weights, x_T_D, dropped_T_T=dropped_T_T)
 
@@ -221,6 +246,13 @@ class InteractionModel:
         start_S1 = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
         slot_S = torch.tensor([slot], dtype=torch.int32, device=self.device)
         self.append(state, x_T_D, start_S1, slot_S, page_class)
+
+    def _check_whole(self, verb: str) -> None:
+        if self.ranks is not None:
+            raise ValueError(
+                f"{verb}: this model is one of {self.ranks.size} ranks' shares; use a whole one, "
+                "or give `experts` and `rest` when it is made"
+            )
 
 
 def _check_dtype(dtype: torch.dtype) -> None:

@@ -32,11 +32,13 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
         self._routings: dict[tuple[int, ...], Routing] = {}
 
-    def linear(self, x_T_D: Tensor, weight_F_D: Tensor | PackedExperts) -> Tensor | None:
+    def linear(
+        self, x_T_D: Tensor, weight_F_D: Tensor | PackedExperts, parts: int = 1
+    ) -> Tensor | None:
         """uint8, for `linear`."""
         if self._is_cpu:
             return None
-        problem = linear_configs.problem_of(x_T_D, weight_F_D)
+        problem = linear_configs.problem_of(x_T_D, weight_F_D, parts)
         return self._at_least("linear", linear_configs.scratch_bytes(problem), torch.uint8)
 
     def attention(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._page_plan import PagePlan
+from ..._plain import row_blocked_matmul
 
 
 def paged_attention_ref(
@@ -150,9 +151,10 @@ def _tau(pq_I: Tensor, floor: float, alpha: float, dtype: torch.dtype) -> Tensor
 
 def _bias(rel_I_H_B: Tensor, rel_table_B_X: Tensor, distance_I_L: Tensor) -> Tensor:
     """bias_H_I_L: each query's mix of the table's profiles, read at the distance."""
-    # Cloned, because a product's bits may depend on the alignment of the row's place in the batch.
-    rel_H_I_B = rel_I_H_B.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-    profile_H_I_X = rel_H_I_B @ rel_table_B_X
+    # Blocked, because a product's bits may depend on how many rows it has, and on their place.
+    num_queries, num_heads, _ = rel_I_H_B.shape
+    profile_HI_X = row_blocked_matmul(rel_I_H_B.transpose(0, 1).flatten(0, 1), rel_table_B_X.T)
+    profile_H_I_X = profile_HI_X.view(num_heads, num_queries, -1)
     extent = rel_table_B_X.shape[1]
     index_I_L = distance_I_L.clamp(0, extent - 1)
     bias_H_I_L = profile_H_I_X.gather(2, index_I_L.expand(profile_H_I_X.shape[0], -1, -1))

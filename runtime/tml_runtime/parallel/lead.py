@@ -1,0 +1,255 @@
+"""One model on several ranks: rank 0 has the sessions, and the others do what it does.
+
+Before each tick rank 0 sends one message: what was done to sessions since the last one, and the
+tick's input. Books of keys, draws and tokens follow from that alone, so they are equal everywhere
+and nothing is sent back. A rank that ends, or is silent for `timeout_s`, ends the others with
+RankLost: in a runtime the tick raises, and every client hears LoopFailed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tml_kernels.kv_cache import CacheError, PageClass
+
+from ..errors import InputValueError, RankLost, RanksDiffer
+from ..model import InteractionModel, KvBudget, ModelState, TickInput, TickOutput
+from ..model.backbone import check_ragged
+from .message import pack, pack_tick, unpack, unpack_tick
+from .ranks import Ranks, digest
+
+# What may be done to a session between ticks, by slot. A verb of either list that refuses does so
+# on every rank.
+STATE_VERBS = ("reset", "set_sampling", "fork", "put_away", "bring_back")
+CACHE_VERBS = ("mark", "rewind", "suspend", "resume", "roll")
+REFUSALS = (CacheError, ValueError, TypeError)
+PAGE_DTYPES = {str(dtype): dtype for dtype in
+               (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)}  # fmt: skip
+
+
+class LeadState:
+    """A `ModelState` of rank 0 that remembers what is done to its sessions, for the others.
+
+    It has everything that the state has. What is called on `cache` takes a session of this state.
+    """
+
+    def __init__(self, state: ModelState, calls: list[list[Any]], number: int) -> None:
+        self.number = number
+        self.whole = state
+        self._calls = calls
+        self.cache = _LeadCache(state, self._record)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.whole, name)
+        if name not in STATE_VERBS:
+            return value
+
+        def call(*args: Any, **options: Any) -> Any:
+            self._record("state", name, list(args), options)
+            return value(*args, **options)
+
+        return call
+
+    def _record(self, where: str, verb: str, args: list[Any], options: dict[str, Any]) -> None:
+        self._calls.append([self.number, where, verb, args, options])
+
+
+class _LeadCache:
+    def __init__(self, state: ModelState, record: Callable[..., None]) -> None:
+        self._state = state
+        self._record = record
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._state.cache, name)
+        if name not in CACHE_VERBS:
+            return value
+
+        def call(session: Any, *args: Any, **options: Any) -> Any:
+            self._record("cache", name, [session.slot, *args], options)
+            return value(session, *args, **options)
+
+        return call
+
+
+class LeadModel(InteractionModel):
+    """Rank 0's model, as a `Runtime` takes it. A context manager that ends the followers.
+
+    Its states are LeadStates. For one thread at a time, as any model. Without ticks it must
+    `keep_alive` within the ranks' timeout; a running Runtime does.
+    """
+
+    def __init__(self, model: InteractionModel) -> None:
+        """Waits for all ranks to have their weights. Raises InputValueError for a model that is
+        not shared, or on another rank than 0; RanksDiffer, RankLost."""
+        ranks = model.ranks
+        if ranks is None or ranks.rank != 0:
+            where = "no ranks" if ranks is None else f"rank {ranks.rank}"
+            raise InputValueError(f"model: has {where}; rank 0 leads, the others call follow")
+        self.__dict__.update(vars(model))  # the same weights and layers; only the verbs differ
+        self._ranks = ranks
+        self._calls: list[list[Any]] = []
+        self._num_states = 0
+        ranks.agree(_weight_facts(model))
+
+    def __enter__(self) -> LeadModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not issubclass(kind, RanksDiffer):  # they have all raised that
+            self.close()
+
+    def new_state(self, num_slots: int, **options: Any) -> ModelState:
+        state = super().new_state(num_slots, **options)
+        words = {name: _as_word(value) for name, value in options.items()}
+        self._send("new_state", {"num_slots": num_slots, "options": words})
+        self._num_states += 1
+        return cast(ModelState, LeadState(state, self._calls, self._num_states - 1))
+
+    def tick(self, state: ModelState, tick: TickInput) -> TickOutput:
+        lead = _lead(state)
+        tick.check(self.config, lead.whole)  # what is refused, no other rank hears of
+        self._ranks.broadcast(pack_tick(tick, self._words("tick", {"state": lead.number})))
+        out = super().tick(lead.whole, tick)
+        if self._ranks.checked:
+            _compare(self._ranks, lead.whole, out)
+        return out
+
+    def append(
+        self,
+        state: ModelState,
+        x_T_D: Tensor,
+        start_S1: Tensor,
+        slot_S: Tensor,
+        page_class: PageClass = PageClass.TEXT,
+    ) -> Tensor:
+        lead = _lead(state)
+        check_ragged(self.config, lead.whole, x_T_D, start_S1, slot_S)
+        arrays = [x.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                  for x in (x_T_D, start_S1, slot_S)]  # fmt: skip
+        self._send("append", {"state": lead.number, "page_class": int(page_class)}, arrays)
+        return super().append(lead.whole, x_T_D, start_S1, slot_S, page_class)
+
+    def logits(self, h_T_D: Tensor) -> Tensor:
+        array = h_T_D.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        self._send("logits", {}, [array])
+        return super().logits(h_T_D)
+
+    def keep_alive(self) -> None:
+        """Tell the others that there is nothing to do yet."""
+        self._send("idle", {})
+
+    def close(self) -> None:
+        """End the followers: their `follow` returns. No error where they have ended already."""
+        with contextlib.suppress(RankLost):
+            self._send("stop", {})
+
+    def _send(self, op: str, words: dict[str, Any], arrays: list[np.ndarray] | None = None) -> None:
+        self._ranks.broadcast(pack(self._words(op, words), arrays or []))
+
+    def _words(self, op: str, words: dict[str, Any]) -> dict[str, Any]:
+        calls = list(self._calls)
+        self._calls.clear()
+        return {"op": op, "calls": calls, **words}
+
+
+def follow(model: InteractionModel) -> int:
+    """Do what rank 0 does until it closes; returns the number of ticks.
+
+    Every other rank calls it, once it has its share of the model. Raises RankLost when rank 0 ends
+    without closing or is silent for the ranks' timeout, and whatever a tick raises: the process
+    should end then.
+    """
+    ranks = model.ranks
+    if ranks is None or ranks.rank == 0:
+        where = "no ranks" if ranks is None else "rank 0"
+        raise InputValueError(f"model: has {where}; the ranks after 0 follow it")
+    ranks.agree(_weight_facts(model))
+    states: list[ModelState] = []
+    num_ticks = 0
+    with torch.inference_mode():
+        for words, arrays in _messages(ranks):
+            for number, *call in words["calls"]:
+                _repeat(states[number], *call)
+            if words["op"] == "new_state":
+                options = {name: _from_word(value) for name, value in words["options"].items()}
+                states.append(model.new_state(words["num_slots"], **options))
+            elif words["op"] == "tick":
+                state, tick = states[words["state"]], unpack_tick(words, arrays, model.device)
+                out = model.tick(state, tick)
+                num_ticks += 1
+                if ranks.checked:
+                    _compare(ranks, state, out)
+            elif words["op"] == "append":
+                x_T_D = _rows(arrays[0], model)
+                start_S1, slot_S = (_tensor(a, torch.int32, model.device) for a in arrays[1:])
+                with contextlib.suppress(*REFUSALS):
+                    page_class = PageClass(words["page_class"])
+                    model.append(states[words["state"]], x_T_D, start_S1, slot_S, page_class)
+            elif words["op"] == "logits":
+                model.logits(_rows(arrays[0], model))
+    return num_ticks
+
+
+def _messages(ranks: Ranks) -> Iterator[tuple[dict[str, Any], list[np.ndarray]]]:
+    while True:
+        words, arrays = unpack(ranks.broadcast(None))
+        yield words, arrays
+        if words["op"] == "stop":
+            return
+
+
+def _repeat(
+    state: ModelState, where: str, verb: str, args: list[Any], options: dict[str, Any]
+) -> None:
+    with contextlib.suppress(*REFUSALS):
+        if where == "state":
+            getattr(state, verb)(*args, **options)
+        else:
+            slot, *rest = args
+            getattr(state.cache, verb)(state.session(slot), *rest, **options)
+
+
+def _compare(ranks: Ranks, state: ModelState, out: TickOutput) -> None:
+    lengths = [state.length(slot) for slot in range(state.num_slots)]
+    ranks.check("what the tick said", (out.token_S_K, out.mel_S_K_B, out.fault_S))
+    ranks.check("the books of keys", (torch.tensor([*lengths, *out.kv_pages, *out.kv_dropped]),))
+    ranks.check("sampling and draws", (state.draws_N, state.seed_N, state.temperature_N))
+
+
+def _weight_facts(model: InteractionModel) -> dict[str, object]:
+    w = model.weights
+    same = [w.norm_D, w.embed_norm_D, *(x.attn_norm_D for x in w.layers)]
+    return {"weights (their norms)": digest(same), "model": "made"}
+
+
+def _lead(state: ModelState) -> LeadState:
+    if not isinstance(state, LeadState):
+        raise InputValueError("state: is not one that this model made")
+    return state
+
+
+def _as_word(value: Any) -> Any:
+    if isinstance(value, KvBudget):
+        return {"budget": asdict(value)}
+    return {"dtype": str(value)} if isinstance(value, torch.dtype) else value
+
+
+def _from_word(value: Any) -> Any:
+    if isinstance(value, dict):
+        return KvBudget(**value["budget"]) if "budget" in value else PAGE_DTYPES[value["dtype"]]
+    return value
+
+
+def _rows(array: np.ndarray, model: InteractionModel) -> Tensor:
+    return _tensor(array, model.dtype, model.device).view(-1, model.config.width)
+
+
+def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).view(dtype).to(device)

@@ -1,0 +1,272 @@
+"""What the ranks of tests do, and a model small enough for four of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from tml_kernels.kv_cache import PageClass
+from tml_kernels.ops.patch_embed import PatchSpec
+from tml_runtime import InteractionModel, ModelConfig, Runtime
+from tml_runtime.errors import LoopFailed
+from tml_runtime.model import KvBudget, ModelState, TickInput
+from tml_runtime.model.config import ExpertSpec, FlowSpec, HeadSpec, Vocabulary
+from tml_runtime.parallel import LeadModel, Ranks, follow
+
+CONFIG = ModelConfig(
+    name="shared",
+    width=64,
+    num_layers=3,
+    local_heads=HeadSpec(num_heads=8, num_kv_heads=4, head_width=16, extent=8, window=8),
+    global_heads=HeadSpec(num_heads=8, num_kv_heads=4, head_width=16, extent=12),
+    global_layers=(1,),
+    d_rel=4,
+    dense_layers=(0,),
+    dense_width=96,
+    experts=ExpertSpec(num_experts=4, top_k=2, num_shared=1, width=32, route_scale=2.5),
+    vocab=Vocabulary(size=128, num_valid=100, silence=96, missing=97, delegate=98, yield_turn=99),
+    logits_divisor=2.0,
+    patch=PatchSpec(patch=8, folds=(2, 4), widths=(64, 192)),
+    flow=FlowSpec(width=32, depth=1, num_steps=2),
+    tau_floor=16,
+)
+BUDGET = KvBudget(anchor=64, text=64, audio=64, video=64, reply=64, rewind=16)  # rolls soon
+
+
+def join(rank: int, num_ranks: int, init_method: str, **options: Any) -> Ranks:
+    options = {"timeout_s": 20.0, "start_timeout_s": 60.0} | options
+    return Ranks.join(init_method=init_method, rank=rank, world_size=num_ranks, **options)
+
+
+def tick_of(n: int, slots: list[int]) -> TickInput:
+    """Tick n of the sessions in `slots`; slot -1 is idle. What a slot hears is its own."""
+    pcm, missing, frames, text = [], [], [], []
+    for slot in slots:
+        dice = np.random.default_rng([n, slot + 1])
+        pcm.append(0.1 * dice.standard_normal(CONFIG.layout.samples_per_tick).astype(np.float32))
+        missing.append(bool(dice.integers(4) == 0))
+        shape = (1, 2, 8, 16, 3)
+        seen = dice.integers(3) > 0
+        frames.append(dice.integers(0, 256, shape, dtype=np.uint8) if seen else None)
+        text.append([int(token) for token in dice.integers(0, 90, dice.integers(4))])
+    return TickInput(
+        torch.tensor(slots, dtype=torch.int32),
+        torch.from_numpy(np.stack(pcm)),
+        torch.tensor(missing),
+        frames=frames,
+        text=text,
+    )
+
+
+def new_state(
+    model: InteractionModel, num_slots: int = 3, page_dtype: torch.dtype | None = None
+) -> ModelState:
+    state = model.new_state(num_slots, budget=BUDGET, page_dtype=page_dtype)
+    for slot in range(num_slots):
+        state.set_sampling(slot, temperature=0.0 if slot == 0 else 0.9, top_k=20, seed=slot + 1)
+    return state
+
+
+def talk(
+    model: InteractionModel, num_ticks: int, page_dtype: torch.dtype | None = None
+) -> list[tuple[np.ndarray, ...]]:
+    """What three sessions say: together, with idle rows, alone, and reset or rewound between. One
+    has read so much before that its pages roll."""
+    state, said = new_state(model, page_dtype=page_dtype), []
+    append(model, state, 2, 200, PageClass.TEXT)
+    for n in range(num_ticks):
+        slots = [[0, 1, 2], [2, -1, 0], [1], [0, 2]][n % 4]
+        if n == 3:
+            state.reset(1)
+            state.set_sampling(1, seed=5)
+        if n == 5:
+            state.cache.rewind(state.session(0), state.length(0))
+            state.cache.suspend(state.session(2))
+        out = model.tick(state, tick_of(n, slots))
+        said.append((out.token_S_K.numpy(), out.mel_S_K_B.numpy(), out.fault_S.numpy(),
+                     np.array(out.kv_pages), np.array(out.kv_dropped)))  # fmt: skip
+    return said
+
+
+def page_bytes(model: InteractionModel) -> int:
+    groups = new_state(model).groups
+    return sum(x.nbytes for g in groups for x in (g.pages.k_pages_L_P_G_R_C,
+                                                  g.pages.v_pages_L_P_G_R_C))  # fmt: skip
+
+
+def same_as_alone(
+    rank: int, num_ranks: int, init_method: str, num_ticks: int, options: dict[str, Any]
+) -> tuple[list[Any], int, int]:
+    """Every rank runs the same ticks. What was said, this rank's bytes of pages and of weights."""
+    page_dtype = options.pop("page_dtype", None)
+    ranks = join(rank, num_ranks, init_method) if num_ranks > 1 else None
+    model = InteractionModel.random(CONFIG, ranks=ranks, **options)
+    return talk(model, num_ticks, page_dtype), page_bytes(model), layer_bytes(model)
+
+
+def layer_bytes(model: InteractionModel) -> int:
+    """Of the matrices of a model's layers that ranks share."""
+    total = 0
+    for w in model.weights.layers:
+        mlp: Any = w.mlp
+        experts = getattr(mlp, "experts", None)
+        matrices: list[Any] = [w.attention.qkvr_J_D, w.attention.out_D_I]
+        matrices += [experts.w13, experts.w2] if experts else [mlp.w13_J_D, mlp.w2_D_F]
+        total += sum(getattr(matrix, "data", matrix).nbytes for matrix in matrices)
+    return total
+
+
+def led(
+    rank: int, num_ranks: int, init_method: str, num_ticks: int, check: bool
+) -> tuple[list[Any], Any] | int:
+    """Rank 0 leads, the others follow; a prompt goes in before."""
+    os.environ["TML_CHECK_RANKS"] = "1" if check else "0"
+    model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
+    if rank > 0:
+        return follow(model)
+    with LeadModel(model) as leader:
+        return talk(leader, num_ticks), prompted(leader)
+
+
+def prompted(model: InteractionModel) -> np.ndarray:
+    """Logits after a prompt in one of two sessions."""
+    h_T_D = append(model, new_state(model, 2), 1, 30, PageClass.ANCHOR)
+    return model.logits(h_T_D).numpy()
+
+
+def append(
+    model: InteractionModel, state: ModelState, slot: int, num_tokens: int, page_class: PageClass
+) -> torch.Tensor:
+    start_S1, slot_S = (torch.tensor(v, dtype=torch.int32) for v in ([0, num_tokens], [slot]))
+    x_T_D = model.embed_text([token % 90 for token in range(num_tokens)])
+    return model.append(state, x_T_D, start_S1, slot_S, page_class)
+
+
+def converse(runtime: Runtime, num_ticks: int) -> list[Any]:
+    """Two sessions of a runtime on the virtual clock; one closes and another takes its slot."""
+    said: list[Any] = []
+    sessions = [runtime.open_session(seed=1), runtime.open_session(seed=2, temperature=0.0)]
+    dice = np.random.default_rng(0)
+    for n in range(num_ticks):
+        for session in sessions:
+            t = session.media_time
+            session.push_audio(0.1 * dice.standard_normal(3200).astype(np.float32), t)
+        sessions[0].push_text("hi")
+        runtime.run_ticks(1)
+        said += [session.poll() for session in sessions]
+        if n == 2:
+            sessions[1].close()
+            runtime.run_ticks(2)
+            sessions[1] = runtime.open_session(seed=3)
+    return [repr(x) for x in said]
+
+
+def runtime_of(model: InteractionModel) -> Runtime:
+    return Runtime(model, num_slots=2, realtime=False, budget=BUDGET)
+
+
+def led_runtime(rank: int, num_ranks: int, init_method: str) -> list[Any] | int:
+    model = InteractionModel.random(
+        ModelConfig.preset("tiny"), ranks=join(rank, num_ranks, init_method)
+    )
+    if rank > 0:
+        return follow(model)
+    with LeadModel(model) as leader, runtime_of(leader) as runtime:
+        runtime.run_ticks(2)  # nobody is there yet
+        return converse(runtime, 4)
+
+
+def dying_follower(rank: int, num_ranks: int, init_method: str) -> str:
+    """Rank 1 ends without a word in its third tick; rank 0's clients hear why."""
+    ranks = join(rank, num_ranks, init_method, timeout_s=5.0)
+    model = InteractionModel.random(CONFIG, ranks=ranks)
+    if rank > 0:
+        whole_tick, seen = model.tick, []
+
+        def tick(state: ModelState, given: TickInput) -> Any:
+            seen.append(given)
+            if rank == 1 and len(seen) == 3:
+                os._exit(7)
+            return whole_tick(state, given)
+
+        model.tick = tick  # type: ignore[method-assign]
+        follow(model)
+    with LeadModel(model) as leader, runtime_of(leader) as runtime:
+        session = runtime.open_session(seed=1)
+        try:
+            runtime.run_ticks(5)
+        except LoopFailed as error:
+            cause = error.__cause__
+            try:
+                session.push_text("are you there?")
+            except LoopFailed:
+                return f"{type(cause).__name__}: {cause}"
+    return "nothing was raised"
+
+
+def dying_leader(rank: int, num_ranks: int, init_method: str) -> int:
+    ranks = join(rank, num_ranks, init_method, timeout_s=5.0)
+    model = InteractionModel.random(CONFIG, ranks=ranks)
+    if rank > 0:
+        return follow(model)
+    leader = LeadModel(model)
+    leader.tick(new_state(leader), tick_of(0, [0, 1, 2]))
+    os._exit(7)
+
+
+def silent_leader(rank: int, num_ranks: int, init_method: str) -> int:
+    """It lives, and neither ticks nor keeps alive."""
+    ranks = join(rank, num_ranks, init_method, timeout_s=1.0)
+    model = InteractionModel.random(CONFIG, ranks=ranks)
+    if rank > 0:
+        return follow(model)
+    LeadModel(model)
+    import time
+
+    time.sleep(4.0)
+    return 0
+
+
+def other_arguments(rank: int, num_ranks: int, init_method: str, what: str) -> None:
+    ranks = join(rank, num_ranks, init_method)
+    config = CONFIG
+    options: dict[str, Any] = {}
+    if rank == 1:
+        config = replace(CONFIG, norm_eps=1e-5) if what == "norm_eps" else CONFIG
+        options = {"seed": 9} if what == "seed" else {}
+    InteractionModel.random(config, ranks=ranks, **options)
+
+
+def other_draws(rank: int, num_ranks: int, init_method: str) -> int:
+    """A follower whose session draws from another seed than the leader said."""
+    os.environ["TML_CHECK_RANKS"] = "1"
+    model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
+    if rank > 0:
+        make = model.new_state
+
+        def new(num_slots: int, **options: Any) -> ModelState:
+            state = make(num_slots, **options)
+            object.__setattr__(state, "set_sampling", lambda slot, **_: None)
+            return state
+
+        model.new_state = new  # type: ignore[method-assign]
+        return follow(model)
+    with LeadModel(model) as leader:
+        leader.tick(new_state(leader), tick_of(0, [0, 1, 2]))
+    return 0
+
+
+def uneven(rank: int, num_ranks: int, init_method: str, changes: dict[str, Any]) -> None:
+    ranks = join(rank, num_ranks, init_method)
+    InteractionModel.random(replace(CONFIG, **changes), ranks=ranks)
+
+
+def two_models(rank: int, num_ranks: int, init_method: str) -> tuple[int, int, list[Any]]:
+    """Four ranks, two models of two ranks each, which need not do the same."""
+    ranks = join(rank, num_ranks, init_method, tensor=2)
+    model = InteractionModel.random(CONFIG, ranks=ranks, seed=ranks.replica)
+    return ranks.replica, ranks.rank, talk(model, 2 + ranks.replica)
