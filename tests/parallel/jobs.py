@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.patch_embed import PatchSpec
@@ -16,6 +18,7 @@ from tml_runtime.errors import LoopFailed
 from tml_runtime.model import KvBudget, ModelState, TickInput
 from tml_runtime.model.config import ExpertSpec, FlowSpec, HeadSpec, Vocabulary
 from tml_runtime.parallel import LeadModel, Ranks, follow
+from tml_runtime.parallel.shards import Shard, sessions_of
 
 CONFIG = ModelConfig(
     name="shared",
@@ -270,3 +273,79 @@ def two_models(rank: int, num_ranks: int, init_method: str) -> tuple[int, int, l
     ranks = join(rank, num_ranks, init_method, tensor=2)
     model = InteractionModel.random(CONFIG, ranks=ranks, seed=ranks.replica)
     return ranks.replica, ranks.rank, talk(model, 2 + ranks.replica)
+
+
+def counted(rank: int, num_ranks: int, init_method: str, num_sessions: int) -> tuple[int, int, int]:
+    """Of a tick: bytes received and gathers as torch was asked for them; tokens prefilled."""
+    model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
+    state = new_state(model, 3)
+    received, before = [], [state.length(slot) for slot in range(3)]
+    whole = dist.all_gather_into_tensor
+
+    def gather(out: torch.Tensor, x: torch.Tensor, **options: Any) -> Any:
+        received.append(out.nbytes - x.nbytes)
+        return whole(out, x, **options)
+
+    dist.all_gather_into_tensor = gather
+    try:
+        model.tick(state, tick_of(0, list(range(num_sessions))))
+    finally:
+        dist.all_gather_into_tensor = whole
+    appended = sum(state.length(slot) - before[slot] for slot in range(num_sessions))
+    return sum(received), len(received), appended - num_sessions * (CONFIG.layout.num_steps - 1)
+
+
+def on_gpus(rank: int, num_ranks: int, init_method: str) -> list[Any]:
+    """The tiny model in bfloat16, a GPU for each rank."""
+    device = f"cuda:{rank}"
+    ranks = join(rank, num_ranks, init_method, device=device) if num_ranks > 1 else None
+    model = InteractionModel.random(
+        ModelConfig.preset("tiny"), ranks=ranks, device=device, dtype=torch.bfloat16
+    )
+    state = model.new_state(2)
+    said = []
+    for n in range(4):
+        tick = tick_of(n, [0, 1])
+        given = TickInput(tick.slot_S.to(device), tick.pcm_S_W.to(device),
+                          tick.missing_S.to(device), text=tick.text)  # fmt: skip
+        out = model.tick(state, given)
+        said.append((out.token_S_K.cpu().numpy(), out.mel_S_K_B.cpu().numpy()))
+    return said
+
+
+def captured_gather(rank: int, num_ranks: int, init_method: str) -> bool:
+    """A gather in a CUDA graph, replayed on new values of the same tensor."""
+    device = f"cuda:{rank}"
+    ranks = join(rank, num_ranks, init_method, device=device)
+    x_T_W = torch.zeros(3, 64, device=device, dtype=torch.bfloat16)
+    ranks.gather(x_T_W)  # the communicator is made by the first call
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_T_W = ranks.gather(x_T_W)
+    for value in (1.0, 2.0):
+        x_T_W.fill_(value + rank)
+        graph.replay()
+        torch.cuda.synchronize()
+        wanted = torch.arange(num_ranks, device=device).repeat_interleave(64) + value
+        if not torch.equal(out_T_W.float(), wanted.expand(3, -1)):
+            return False
+    return True
+
+
+def shard(rank: int, num_ranks: int, init_method: str, host: str, port: int) -> str:
+    """A runtime of its own on every rank; rank 1 ends once it has a session."""
+    store = dist.TCPStore(host, port, is_master=False)
+    model = InteractionModel.random(CONFIG, seed=rank)
+    with runtime_of(model) as runtime:
+        session = None
+        in_use = partial(sessions_of, runtime)
+        with Shard(store, rank, address=f"rank {rank}", capacity=2, in_use=in_use, period_s=0.05):
+            while not store.check(["over"]):
+                if session is None and store.check([f"open/{rank}"]):
+                    session = runtime.open_session(seed=1)
+                    store.set(f"opened/{rank}", "1")
+                if rank == 1 and store.check(["die"]):
+                    os._exit(7)
+                runtime.run_ticks(1)
+        return "" if session is None else repr(session.poll() is not None)

@@ -133,7 +133,7 @@ class LeadModel(InteractionModel):
         check_ragged(self.config, lead.whole, x_T_D, start_S1, slot_S)
         arrays = [x.cpu().contiguous().view(-1).view(torch.uint8).numpy()
                   for x in (x_T_D, start_S1, slot_S)]  # fmt: skip
-        self._send("append", {"state": lead.number, "page_class": int(page_class)}, arrays)
+        self._send("append", {"state": lead.number, "page_class": page_class.value}, arrays)
         return super().append(lead.whole, x_T_D, start_S1, slot_S, page_class)
 
     def logits(self, h_T_D: Tensor) -> Tensor:

@@ -207,9 +207,8 @@ class Ranks:
 def digest(tensors: Iterable[Tensor]) -> int:
     crc = 0
     for tensor in tensors:
-        crc = zlib.crc32(
-            tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, crc
-        )
+        bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        crc = zlib.crc32(bits.numpy().data, crc)
     return crc
 
 
