@@ -1,8 +1,13 @@
 """What the ranks of tests do, and a model small enough for four of them."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import os
+import threading
+import time
+import zlib
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +23,7 @@ from tml_runtime.errors import LoopFailed
 from tml_runtime.model import KvBudget, ModelState, TickInput
 from tml_runtime.model.config import ExpertSpec, FlowSpec, HeadSpec, Vocabulary
 from tml_runtime.parallel import LeadModel, Ranks, follow
+from tml_runtime.parallel.ranks import FIRST_BLOCK, HEAD, LARGEST_BLOCK
 from tml_runtime.parallel.shards import Shard, sessions_of
 
 CONFIG = ModelConfig(
@@ -150,9 +156,13 @@ def append(
 
 
 def converse(runtime: Runtime, num_ticks: int) -> list[Any]:
-    """Two sessions of a runtime on the virtual clock; one closes and another takes its slot."""
+    """Two sessions of a runtime on the virtual clock. One had a prompt, is interrupted and pauses;
+    the other closes, and a third takes its slot."""
     said: list[Any] = []
-    sessions = [runtime.open_session(seed=1), runtime.open_session(seed=2, temperature=0.0)]
+    sessions = [
+        runtime.open_session(seed=1, prompt="be brief"),
+        runtime.open_session(seed=2, temperature=0.0),
+    ]
     dice = np.random.default_rng(0)
     for n in range(num_ticks):
         for session in sessions:
@@ -160,12 +170,23 @@ def converse(runtime: Runtime, num_ticks: int) -> list[Any]:
             session.push_audio(0.1 * dice.standard_normal(3200).astype(np.float32), t)
         sessions[0].push_text("hi")
         runtime.run_ticks(1)
-        said += [session.poll() for session in sessions]
+        said += [plain(out) for session in sessions for out in session.poll()]
+        if n == 1:
+            sessions[0].interrupt(sessions[0].media_time - 0.3)
         if n == 2:
+            sessions[0].pause()
+            runtime.run_ticks(1)
+            sessions[0].resume()
             sessions[1].close()
             runtime.run_ticks(2)
             sessions[1] = runtime.open_session(seed=3)
-    return [repr(x) for x in said]
+    return [*said, *(vars(session.stats).copy() for session in sessions)]
+
+
+def plain(out: Any) -> dict[str, Any]:
+    """An output as values that compare."""
+    fields = vars(out) | {"kind": type(out).__name__}
+    return {name: x.tobytes() if isinstance(x, np.ndarray) else x for name, x in fields.items()}
 
 
 def runtime_of(model: InteractionModel) -> Runtime:
@@ -181,6 +202,32 @@ def led_runtime(rank: int, num_ranks: int, init_method: str) -> list[Any] | int:
     with LeadModel(model) as leader, runtime_of(leader) as runtime:
         runtime.run_ticks(2)  # nobody is there yet
         return converse(runtime, 4)
+
+
+def in_real_time(rank: int, num_ranks: int, init_method: str) -> tuple[bool, int] | int:
+    """The tick thread runs the collectives: idle ticks, then those of a session."""
+    model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
+    if rank > 0:
+        return follow(model)
+    waited = threading.Event()
+    with LeadModel(model) as leader:
+        whole_tick, seen = leader.tick, []
+
+        def tick(state: ModelState, given: TickInput) -> Any:
+            out = whole_tick(state, given)
+            seen.append(given)
+            if len(seen) == 6:  # the warm-up and some of a session
+                waited.set()
+            return out
+
+        leader.tick = tick  # type: ignore[method-assign]
+        with Runtime(leader, num_slots=2, budget=BUDGET) as runtime:
+            while runtime.media_ns() < 500_000_000:
+                waited.wait(0.05)
+            with runtime.open_session(seed=1) as session:
+                came = waited.wait(60.0)
+                runtime.check_alive()
+                return came and session.media_time > 0.0, len(seen)
 
 
 def dying_follower(rank: int, num_ranks: int, init_method: str) -> str:
@@ -228,8 +275,6 @@ def silent_leader(rank: int, num_ranks: int, init_method: str) -> int:
     if rank > 0:
         return follow(model)
     LeadModel(model)
-    import time
-
     time.sleep(4.0)
     return 0
 
@@ -266,6 +311,39 @@ def other_draws(rank: int, num_ranks: int, init_method: str) -> int:
 def uneven(rank: int, num_ranks: int, init_method: str, changes: dict[str, Any]) -> None:
     ranks = join(rank, num_ranks, init_method)
     InteractionModel.random(replace(CONFIG, **changes), ranks=ranks)
+
+
+def broadcasts(rank: int, num_ranks: int, init_method: str) -> tuple[list[int], list[int]]:
+    """Checksums of what arrived, and how many broadcasts each took."""
+    ranks = join(rank, num_ranks, init_method)
+    first, whole, sent = FIRST_BLOCK - HEAD, dist.broadcast, []
+
+    def broadcast(*args: Any, **options: Any) -> Any:
+        sent[-1] += 1
+        return whole(*args, **options)
+
+    dist.broadcast = broadcast
+    arrived = []
+    try:
+        for size in (
+            0,
+            1,
+            first,
+            first + 1,
+            first + 1,
+            100_000,
+            99_999,
+            *[3 * LARGEST_BLOCK] * 2,
+            5,
+        ):
+            message = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+            sent.append(0)
+            got = ranks.broadcast(message if rank == 0 else None)
+            np.testing.assert_array_equal(got, message)
+            arrived.append(zlib.crc32(got.tobytes()))
+    finally:
+        dist.broadcast = whole
+    return arrived, sent
 
 
 def two_models(rank: int, num_ranks: int, init_method: str) -> tuple[int, int, list[Any]]:

@@ -1,5 +1,7 @@
 """Placing sessions on shards, and what is heard of one that ends."""
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import json

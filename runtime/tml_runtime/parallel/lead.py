@@ -9,7 +9,7 @@ RankLost: in a runtime the tick raises, and every client hears LoopFailed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -17,21 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tml_kernels.kv_cache import CacheError, PageClass
+from tml_kernels.kv_cache import PageClass
 
 from ..errors import InputValueError, RankLost, RanksDiffer
 from ..model import InteractionModel, KvBudget, ModelState, TickInput, TickOutput
 from ..model.backbone import check_ragged
-from .message import pack, pack_tick, unpack, unpack_tick
-from .ranks import Ranks, digest
+from ..model.replay import PastTick
+from .follow import compare, weight_facts
+from .message import pack, pack_past, pack_tick
 
 # What may be done to a session between ticks, by slot. A verb of either list that refuses does so
 # on every rank.
 STATE_VERBS = ("reset", "set_sampling", "fork", "put_away", "bring_back")
 CACHE_VERBS = ("mark", "rewind", "suspend", "resume", "roll")
-REFUSALS = (CacheError, ValueError, TypeError)
-PAGE_DTYPES = {str(dtype): dtype for dtype in
-               (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)}  # fmt: skip
 
 
 class LeadState:
@@ -96,7 +94,7 @@ class LeadModel(InteractionModel):
         self._ranks = ranks
         self._calls: list[list[Any]] = []
         self._num_states = 0
-        ranks.agree(_weight_facts(model))
+        ranks.agree(weight_facts(model))
 
     def __enter__(self) -> LeadModel:
         return self
@@ -118,7 +116,7 @@ class LeadModel(InteractionModel):
         self._ranks.broadcast(pack_tick(tick, self._words("tick", {"state": lead.number})))
         out = super().tick(lead.whole, tick)
         if self._ranks.checked:
-            _compare(self._ranks, lead.whole, out)
+            compare(self._ranks, lead.whole, out)
         return out
 
     def append(
@@ -131,15 +129,22 @@ class LeadModel(InteractionModel):
     ) -> Tensor:
         lead = _lead(state)
         check_ragged(self.config, lead.whole, x_T_D, start_S1, slot_S)
-        arrays = [x.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                  for x in (x_T_D, start_S1, slot_S)]  # fmt: skip
+        arrays = [_bytes(x) for x in (x_T_D, start_S1, slot_S)]
         self._send("append", {"state": lead.number, "page_class": page_class.value}, arrays)
         return super().append(lead.whole, x_T_D, start_S1, slot_S, page_class)
 
     def logits(self, h_T_D: Tensor) -> Tensor:
-        array = h_T_D.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        self._send("logits", {}, [array])
+        self._send("logits", {}, [_bytes(h_T_D)])
         return super().logits(h_T_D)
+
+    def replay(
+        self, state: ModelState, slot: int, position: int, past: Sequence[PastTick]
+    ) -> list[int]:
+        lead = _lead(state)
+        words, arrays = pack_past(past)
+        where = {"state": lead.number, "slot": slot, "position": position}
+        self._send("replay", {**where, "past": words}, arrays)
+        return super().replay(lead.whole, slot, position, past)
 
     def keep_alive(self) -> None:
         """Tell the others that there is nothing to do yet."""
@@ -159,76 +164,6 @@ class LeadModel(InteractionModel):
         return {"op": op, "calls": calls, **words}
 
 
-def follow(model: InteractionModel) -> int:
-    """Do what rank 0 does until it closes; returns the number of ticks.
-
-    Every other rank calls it, once it has its share of the model. Raises RankLost when rank 0 ends
-    without closing or is silent for the ranks' timeout, and whatever a tick raises: the process
-    should end then.
-    """
-    ranks = model.ranks
-    if ranks is None or ranks.rank == 0:
-        where = "no ranks" if ranks is None else "rank 0"
-        raise InputValueError(f"model: has {where}; the ranks after 0 follow it")
-    ranks.agree(_weight_facts(model))
-    states: list[ModelState] = []
-    num_ticks = 0
-    with torch.inference_mode():
-        for words, arrays in _messages(ranks):
-            for number, *call in words["calls"]:
-                _repeat(states[number], *call)
-            if words["op"] == "new_state":
-                options = {name: _from_word(value) for name, value in words["options"].items()}
-                states.append(model.new_state(words["num_slots"], **options))
-            elif words["op"] == "tick":
-                state, tick = states[words["state"]], unpack_tick(words, arrays, model.device)
-                out = model.tick(state, tick)
-                num_ticks += 1
-                if ranks.checked:
-                    _compare(ranks, state, out)
-            elif words["op"] == "append":
-                x_T_D = _rows(arrays[0], model)
-                start_S1, slot_S = (_tensor(a, torch.int32, model.device) for a in arrays[1:])
-                with contextlib.suppress(*REFUSALS):
-                    page_class = PageClass(words["page_class"])
-                    model.append(states[words["state"]], x_T_D, start_S1, slot_S, page_class)
-            elif words["op"] == "logits":
-                model.logits(_rows(arrays[0], model))
-    return num_ticks
-
-
-def _messages(ranks: Ranks) -> Iterator[tuple[dict[str, Any], list[np.ndarray]]]:
-    while True:
-        words, arrays = unpack(ranks.broadcast(None))
-        yield words, arrays
-        if words["op"] == "stop":
-            return
-
-
-def _repeat(
-    state: ModelState, where: str, verb: str, args: list[Any], options: dict[str, Any]
-) -> None:
-    with contextlib.suppress(*REFUSALS):
-        if where == "state":
-            getattr(state, verb)(*args, **options)
-        else:
-            slot, *rest = args
-            getattr(state.cache, verb)(state.session(slot), *rest, **options)
-
-
-def _compare(ranks: Ranks, state: ModelState, out: TickOutput) -> None:
-    lengths = [state.length(slot) for slot in range(state.num_slots)]
-    ranks.check("what the tick said", (out.token_S_K, out.mel_S_K_B, out.fault_S))
-    ranks.check("the books of keys", (torch.tensor([*lengths, *out.kv_pages, *out.kv_dropped]),))
-    ranks.check("sampling and draws", (state.draws_N, state.seed_N, state.temperature_N))
-
-
-def _weight_facts(model: InteractionModel) -> dict[str, object]:
-    w = model.weights
-    same = [w.norm_D, w.embed_norm_D, *(x.attn_norm_D for x in w.layers)]
-    return {"weights (their norms)": digest(same), "model": "made"}
-
-
 def _lead(state: ModelState) -> LeadState:
     if not isinstance(state, LeadState):
         raise InputValueError("state: is not one that this model made")
@@ -241,15 +176,5 @@ def _as_word(value: Any) -> Any:
     return {"dtype": str(value)} if isinstance(value, torch.dtype) else value
 
 
-def _from_word(value: Any) -> Any:
-    if isinstance(value, dict):
-        return KvBudget(**value["budget"]) if "budget" in value else PAGE_DTYPES[value["dtype"]]
-    return value
-
-
-def _rows(array: np.ndarray, model: InteractionModel) -> Tensor:
-    return _tensor(array, model.dtype, model.device).view(-1, model.config.width)
-
-
-def _tensor(array: np.ndarray, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).view(dtype).to(device)
+def _bytes(x: Tensor) -> np.ndarray:
+    return x.cpu().contiguous().view(-1).view(torch.uint8).numpy()

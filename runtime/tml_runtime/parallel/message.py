@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model import TickInput
+from ..model.replay import PastTick
 
 ALIGNMENT = 16
 
@@ -52,7 +53,7 @@ def pack_tick(tick: TickInput, words: dict[str, Any]) -> np.ndarray:
         if frames is not None:
             rows.append(row)
             arrays.append(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
-    text = [[int(token) for token in ids] for ids in tick.text]
+    text = [_ids(ids) for ids in tick.text]
     return pack({**words, "text": text, "framed": rows, "rows": len(tick.frames)}, arrays)
 
 
@@ -68,3 +69,27 @@ def unpack_tick(words: dict[str, Any], arrays: list[np.ndarray], device: torch.d
         frames=frames,
         text=words["text"],
     )
+
+
+def pack_past(past: Sequence[PastTick]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Words and arrays of ticks that are to be replayed."""
+    words, arrays = [], []
+    for tick in past:
+        framed = tick.frames is not None
+        words.append({"missing": bool(tick.missing), "text": _ids(tick.text), "framed": framed})
+        arrays += [tick.pcm_W, tick.token_K, tick.mel_M_B, *([tick.frames] if framed else [])]
+    return words, arrays
+
+
+def unpack_past(words: list[dict[str, Any]], arrays: list[np.ndarray]) -> list[PastTick]:
+    given, past = iter(arrays), []
+    for tick in words:
+        pcm_W, token_K, mel_M_B = next(given), next(given), next(given)
+        frames = next(given) if tick["framed"] else None
+        past.append(PastTick(pcm_W, tick["missing"], frames, tick["text"], token_K, mel_M_B))
+    return past
+
+
+def _ids(ids: Sequence[int]) -> list[int]:
+    """As JSON takes them."""
+    return [int(token) for token in ids]

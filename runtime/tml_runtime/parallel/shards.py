@@ -171,6 +171,7 @@ class Shards:
             raise ResourceExhausted(
                 f"{in_use} of {capacity} sessions on {len(alive)} of {self._num_shards} shards are "
                 "in use: try again when one has ended",
+                reason="slots",
                 in_use=in_use,
                 closing=0,
                 capacity=capacity,
