@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -202,6 +203,41 @@ def led_runtime(rank: int, num_ranks: int, init_method: str) -> list[Any] | int:
     with LeadModel(model) as leader, runtime_of(leader) as runtime:
         runtime.run_ticks(2)  # nobody is there yet
         return converse(runtime, 4)
+
+
+def refused_alone(rank: int, num_ranks: int, init_method: str) -> dict[str, str] | int:
+    """What each of these raises on rank 0, between two ticks that all ranks run."""
+    os.environ["TML_CHECK_RANKS"] = "1"
+    model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
+    if rank > 0:
+        return follow(model)
+    with LeadModel(model) as leader:
+        state = new_state(leader)
+        leader.tick(state, tick_of(0, [0, 1]))
+        bad = replace(tick_of(1, [0]), slot_S=torch.tensor([9], dtype=torch.int32))
+        tries = {
+            "forward": lambda: leader.forward(leader.embed_text([1])),
+            "packed": lambda: leader.packed(rest="fp8"),
+            "state.load": lambda: state.load(0, "session"),
+            "cache.save": lambda: state.cache.save(state.session(0), "session"),
+            "cache.commit": lambda: state.cache.commit(state.session(0)),
+            "tick of a state of another model": lambda: leader.tick(
+                new_state(model), tick_of(1, [0])
+            ),
+            "tick with a bad slot": lambda: leader.tick(state, bad),
+            "rewind to nowhere": lambda: state.cache.rewind(state.session(0), 3),
+        }
+        raised = {name: type(_error_of(attempt)).__name__ for name, attempt in tries.items()}
+        leader.tick(state, tick_of(1, [0, 1, 2]))
+    return raised
+
+
+def _error_of(attempt: Callable[[], Any]) -> Exception | None:
+    try:
+        attempt()
+    except Exception as error:
+        return error
+    return None
 
 
 def in_real_time(rank: int, num_ranks: int, init_method: str) -> tuple[bool, int] | int:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from crew import Crew, Raised, values
 
 from tml_runtime import InteractionModel, ModelConfig
 from tml_runtime.errors import InputValueError
+from tml_runtime.parallel import LeadModel, follow
+from tml_runtime.parallel.share import check_sizes
 
 
 def assert_same(ours: list[Any], theirs: list[Any]) -> None:
@@ -112,10 +118,6 @@ def test_ranks_that_hold_other_bits_are_found(crew: Crew, tmp_path: Path) -> Non
     ],
 )
 def test_uneven_sizes_are_refused(num_ranks: int, changes: dict[str, Any], message: str) -> None:
-    from dataclasses import replace
-
-    from tml_runtime.parallel.share import check_sizes
-
     with pytest.raises(InputValueError, match=message):
         check_sizes(replace(jobs.CONFIG, **changes), num_ranks)
 
@@ -126,10 +128,51 @@ def test_every_rank_refuses_uneven_sizes(crew: Crew, tmp_path: Path) -> None:
         assert "dense_width=97" in result.message
 
 
-def test_a_share_does_neither_what_needs_all_rows_nor_lead_without_ranks() -> None:
-    from tml_runtime.parallel import LeadModel, follow
-
+@pytest.mark.parametrize("make", [LeadModel, follow])
+def test_a_model_without_ranks_neither_leads_nor_follows(make: Callable[..., Any]) -> None:
     model = InteractionModel.random(jobs.CONFIG)
-    for make in (LeadModel, follow):
-        with pytest.raises(InputValueError, match="no ranks"):
-            make(model)
+    with pytest.raises(InputValueError, match="no ranks"):
+        make(model)
+
+
+def test_what_one_rank_cannot_do_alone_is_refused(crew: Crew, tmp_path: Path) -> None:
+    refused, followed = values(crew.run(2, jobs.refused_alone, tmp_path))
+    assert refused == {
+        "forward": "ValueError",
+        "packed": "ValueError",
+        "state.load": "InputValueError",
+        "cache.save": "InputValueError",
+        "cache.commit": "InputValueError",
+        "tick of a state of another model": "InputValueError",
+        "tick with a bad slot": "ValueError",
+        "rewind to nowhere": "NoSnapshot",
+    }
+    assert followed == 2  # what was refused did not part the ranks
+
+
+SCRIPT = """
+import torch
+from tml_runtime import InteractionModel, ModelConfig, Runtime
+from tml_runtime.parallel import LeadModel, Ranks, follow
+
+torch.set_num_threads(1)
+ranks = Ranks.join(tensor=2)
+model = InteractionModel.random(ModelConfig.preset("tiny"), ranks=ranks)
+if ranks.rank > 0:
+    print(f"followed {follow(model)} ticks", flush=True)
+else:
+    with LeadModel(model) as leader, Runtime(leader, realtime=False) as runtime:
+        session = runtime.open_session(seed=1)
+        runtime.run_ticks(2)
+        print(f"heard {len(session.poll())} outputs", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_started_by_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "talk.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "followed 2 ticks" in done.stdout and "heard " in done.stdout, done.stdout

@@ -30,12 +30,20 @@ from .message import pack, pack_past, pack_tick
 # on every rank.
 STATE_VERBS = ("reset", "set_sampling", "fork", "put_away", "bring_back")
 CACHE_VERBS = ("mark", "rewind", "suspend", "resume", "roll")
+# What would change rank 0's books alone, or write its share of the keys as if it were all of them.
+REFUSED = {
+    "state": ("load", "reserve", "commit", "roll_back"),
+    "cache": ("open", "fork", "close", "load", "save", "reserve", "append", "apply", "commit",
+              "roll_back", "tick"),
+}  # fmt: skip
 
 
 class LeadState:
     """A `ModelState` of rank 0 that remembers what is done to its sessions, for the others.
 
-    It has everything that the state has. What is called on `cache` takes a session of this state.
+    It has everything that the state has, but what one rank cannot do alone: loading and saving
+    sessions, and transactions of one's own. These raise InputValueError. What is called on `cache`
+    takes a session of this state.
     """
 
     def __init__(self, state: ModelState, calls: list[list[Any]], number: int) -> None:
@@ -45,7 +53,7 @@ class LeadState:
         self.cache = _LeadCache(state, self._record)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.whole, name)
+        value = _unless_refused("state", self.whole, name)
         if name not in STATE_VERBS:
             return value
 
@@ -65,7 +73,7 @@ class _LeadCache:
         self._record = record
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._state.cache, name)
+        value = _unless_refused("cache", self._state.cache, name)
         if name not in CACHE_VERBS:
             return value
 
@@ -74,6 +82,12 @@ class _LeadCache:
             return value(session, *args, **options)
 
         return call
+
+
+def _unless_refused(where: str, target: object, name: str) -> Any:
+    if name in REFUSED[where]:
+        raise InputValueError(f"{where}.{name}: a session on several ranks cannot do that")
+    return getattr(target, name)
 
 
 class LeadModel(InteractionModel):
