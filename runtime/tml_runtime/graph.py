@@ -96,6 +96,9 @@ class TickGraphs:
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
         self._kept: list[Tensor] = []
         self._bytes = 0
+        announce = getattr(model, "announce_graphs", None)  # other ranks of the model do the same
+        if announce is not None:
+            announce(state, self.buckets, self.mode)
         if self._device.type == "cuda":
             with torch.inference_mode(), torch.cuda.device(self._device):
                 self._prepare()
@@ -265,6 +268,8 @@ def page_count(
         return global_pages
     if model.device.type != "cuda":
         raise InputValueError("global_pages='auto' is for a GPU; on a CPU give a number")
+    if model.ranks is not None:
+        raise InputValueError("global_pages='auto' is for one rank; on several give a number")
     longest = model.config.layout.max_tokens_per_tick
     groups = cache_groups(model.config, num_slots, budget, longest)
     spec = next((group for group in groups if group.window is None), None)

@@ -21,6 +21,7 @@ from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.patch_embed import PatchSpec
 from tml_runtime import InteractionModel, ModelConfig, Runtime
 from tml_runtime.errors import LoopFailed
+from tml_runtime.graph import TickGraphs
 from tml_runtime.model import KvBudget, ModelState, TickInput
 from tml_runtime.model.config import ExpertSpec, FlowSpec, HeadSpec, Vocabulary
 from tml_runtime.parallel import LeadModel, Ranks, follow
@@ -82,11 +83,16 @@ def new_state(
 
 
 def talk(
-    model: InteractionModel, num_ticks: int, page_dtype: torch.dtype | None = None
+    model: InteractionModel,
+    num_ticks: int,
+    page_dtype: torch.dtype | None = None,
+    mode: str | None = None,
 ) -> list[tuple[np.ndarray, ...]]:
     """What three sessions say: together, with idle rows, alone, and reset or rewound between. One
-    has read so much before that its pages roll."""
+    has read so much before that its pages roll. mode: of `TickGraphs`, None: without buckets."""
     state, said = new_state(model, page_dtype=page_dtype), []
+    if mode is not None:
+        TickGraphs(model, state, mode=mode)
     append(model, state, 2, 200, PageClass.TEXT)
     for n in range(num_ticks):
         slots = [[0, 1, 2], [2, -1, 0], [1], [0, 2]][n % 4]
@@ -131,27 +137,29 @@ def layer_bytes(model: InteractionModel) -> int:
 
 
 def led(
-    rank: int, num_ranks: int, init_method: str, num_ticks: int, check: bool
+    rank: int, num_ranks: int, init_method: str, num_ticks: int, mode: str | None
 ) -> tuple[list[Any], Any] | int:
     """Rank 0 leads, the others follow; a prompt goes in before."""
-    os.environ["TML_CHECK_RANKS"] = "1" if check else "0"
+    os.environ["TML_CHECK_RANKS"] = "1"
     model = InteractionModel.random(CONFIG, ranks=join(rank, num_ranks, init_method))
     if rank > 0:
         return follow(model)
     with LeadModel(model) as leader:
-        return talk(leader, num_ticks), prompted(leader)
+        return talk(leader, num_ticks, mode=mode), prompted(leader)
 
 
 def prompted(model: InteractionModel) -> np.ndarray:
     """Logits after a prompt in one of two sessions."""
     h_T_D = append(model, new_state(model, 2), 1, 30, PageClass.ANCHOR)
-    return model.logits(h_T_D).numpy()
+    return model.logits(h_T_D).cpu().numpy()
 
 
 def append(
     model: InteractionModel, state: ModelState, slot: int, num_tokens: int, page_class: PageClass
 ) -> torch.Tensor:
-    start_S1, slot_S = (torch.tensor(v, dtype=torch.int32) for v in ([0, num_tokens], [slot]))
+    start_S1, slot_S = (
+        torch.tensor(v, dtype=torch.int32, device=model.device) for v in ([0, num_tokens], [slot])
+    )
     x_T_D = model.embed_text([token % 90 for token in range(num_tokens)])
     return model.append(state, x_T_D, start_S1, slot_S, page_class)
 
@@ -409,22 +417,17 @@ def counted(rank: int, num_ranks: int, init_method: str, num_sessions: int) -> t
     return sum(received), len(received), appended - num_sessions * (CONFIG.layout.num_steps - 1)
 
 
-def on_gpus(rank: int, num_ranks: int, init_method: str) -> list[Any]:
-    """The tiny model in bfloat16, a GPU for each rank."""
+def on_gpus(rank: int, num_ranks: int, init_method: str, mode: str) -> list[Any] | int:
+    """bfloat16, a GPU for each rank, rank 0 leads; with one rank alone."""
     device = f"cuda:{rank}"
     ranks = join(rank, num_ranks, init_method, device=device) if num_ranks > 1 else None
-    model = InteractionModel.random(
-        ModelConfig.preset("tiny"), ranks=ranks, device=device, dtype=torch.bfloat16
-    )
-    state = model.new_state(2)
-    said = []
-    for n in range(4):
-        tick = tick_of(n, [0, 1])
-        given = TickInput(tick.slot_S.to(device), tick.pcm_S_W.to(device),
-                          tick.missing_S.to(device), text=tick.text)  # fmt: skip
-        out = model.tick(state, given)
-        said.append((out.token_S_K.cpu().numpy(), out.mel_S_K_B.cpu().numpy()))
-    return said
+    model = InteractionModel.random(CONFIG, ranks=ranks, device=device, dtype=torch.bfloat16)
+    if rank > 0:
+        return follow(model)
+    if ranks is None:
+        return talk(model, 6, mode=mode)
+    with LeadModel(model) as leader:
+        return talk(leader, 6, mode=mode)
 
 
 def captured_gather(rank: int, num_ranks: int, init_method: str) -> bool:

@@ -56,7 +56,7 @@ def test_words_and_arrays_come_back(words: dict, drawn: list) -> None:
 def test_ticks_come_back(slots: list[int]) -> None:
     tick = jobs.tick_of(1, slots)
     words, arrays = unpack(pack_tick(tick, {"op": "tick"}))
-    same = unpack_tick(words, arrays, torch.device("cpu"))
+    same = unpack_tick(words, arrays)
     assert words["op"] == "tick"
     for name in ("slot_S", "pcm_S_W", "missing_S"):
         assert torch.equal(getattr(same, name), getattr(tick, name))
@@ -70,7 +70,7 @@ def test_ticks_come_back(slots: list[int]) -> None:
 def test_a_tick_without_pictures_or_text_comes_back() -> None:
     whole = jobs.tick_of(0, [0, 1])
     bare = TickInput(whole.slot_S, whole.pcm_S_W, whole.missing_S)
-    same = unpack_tick(*unpack(pack_tick(bare, {})), torch.device("cpu"))
+    same = unpack_tick(*unpack(pack_tick(bare, {})))
     assert (len(same.frames), len(same.text)) == (0, 0)
 
 

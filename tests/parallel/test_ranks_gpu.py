@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jobs
 import numpy as np
@@ -17,13 +18,15 @@ two_gpus = pytest.mark.skipif(
 
 @pytest.mark.gpu
 @two_gpus
-def test_gpus_say_what_one_says(crew: Crew, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_gpus_say_what_one_says(crew: Crew, tmp_path: Path, mode: str) -> None:
     with torch.inference_mode():
-        expected = jobs.on_gpus(0, 1, "")
-    for said in values(crew.run(2, jobs.on_gpus, tmp_path)):
-        for mine, other in zip(said, expected, strict=True):
-            for x, y in zip(mine, other, strict=True):
-                np.testing.assert_array_equal(x, y)
+        expected: Any = jobs.on_gpus(0, 1, "", "eager")
+    said, followed = values(crew.run(2, jobs.on_gpus, tmp_path, mode))
+    assert followed == len(expected) == len(said)
+    for mine, other in zip(said, expected, strict=True):
+        for x, y in zip(mine, other, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.gpu

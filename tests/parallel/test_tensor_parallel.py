@@ -58,13 +58,18 @@ def test_ranks_say_what_one_says(
     assert sum(tick[4].sum() for tick in expected) > 0, "nothing rolled"
 
 
-@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_followers_do_what_rank_0_does(crew: Crew, tmp_path: Path, num_ranks: int) -> None:
-    """Resets, settings, rewinds and suspensions too; compared after every tick."""
+@pytest.mark.parametrize(
+    ("num_ranks", "mode"),
+    [(2, None), (2, "eager"), pytest.param(4, None, marks=pytest.mark.slow)],
+)
+def test_followers_do_what_rank_0_does(
+    crew: Crew, tmp_path: Path, num_ranks: int, mode: str | None
+) -> None:
+    """Resets, settings, rewinds and suspensions too, and in buckets; compared after every tick."""
     with torch.inference_mode():
         model = InteractionModel.random(jobs.CONFIG)
         expected, prompted = jobs.talk(model, 6), jobs.prompted(model)
-    (said, logits), *followed = values(crew.run(num_ranks, jobs.led, tmp_path, 6, True))
+    (said, logits), *followed = values(crew.run(num_ranks, jobs.led, tmp_path, 6, mode))
     assert_same(said, expected)
     np.testing.assert_array_equal(logits, prompted)
     assert followed == [6] * (num_ranks - 1)

@@ -13,7 +13,9 @@ from torch import Tensor
 from tml_kernels.kv_cache import CacheError, PageClass
 
 from ..errors import InputValueError
+from ..graph import TickGraphs
 from ..model import InteractionModel, KvBudget, ModelState, TickOutput
+from ..model.buffers import Bucket
 from .message import unpack, unpack_past, unpack_tick
 from .ranks import Ranks, digest
 
@@ -95,12 +97,16 @@ class _Follower:
             with contextlib.suppress(*REFUSALS):
                 state = self._states[words["state"]]
                 self._model.replay(state, words["slot"], words["position"], past)
+        elif op == "graphs":
+            buckets = [Bucket(*shape) for shape in words["buckets"]]
+            state = self._states[words["state"]]
+            TickGraphs(self._model, state, buckets=buckets, mode=words["mode"])
         elif op == "logits":
             self._model.logits(self._rows(arrays[0]))
 
     def _tick(self, words: Words, arrays: Arrays) -> None:
         state = self._states[words["state"]]
-        out = self._model.tick(state, unpack_tick(words, arrays, self._model.device))
+        out = self._model.tick(state, unpack_tick(words, arrays))
         self.num_ticks += 1
         if self._ranks.checked:
             compare(self._ranks, state, out)

@@ -22,6 +22,7 @@ from tml_kernels.kv_cache import PageClass
 from ..errors import InputValueError, RankLost, RanksDiffer
 from ..model import InteractionModel, KvBudget, ModelState, TickInput, TickOutput
 from ..model.backbone import check_ragged
+from ..model.buffers import Bucket
 from ..model.replay import PastTick
 from .follow import compare, weight_facts
 from .message import pack, pack_past, pack_tick
@@ -159,6 +160,11 @@ class LeadModel(InteractionModel):
         where = {"state": lead.number, "slot": slot, "position": position}
         self._send("replay", {**where, "past": words}, arrays)
         return super().replay(lead.whole, slot, position, past)
+
+    def announce_graphs(self, state: ModelState, buckets: Sequence[Bucket], mode: str) -> None:
+        """Before a state's ticks are captured here: the others capture them at the same time."""
+        shapes = [list(bucket) for bucket in buckets]
+        self._send("graphs", {"state": _lead(state).number, "buckets": shapes, "mode": mode})
 
     def keep_alive(self) -> None:
         """Tell the others that there is nothing to do yet."""

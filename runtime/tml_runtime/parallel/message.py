@@ -47,7 +47,7 @@ def unpack(message: np.ndarray) -> tuple[dict[str, Any], list[np.ndarray]]:
 
 def pack_tick(tick: TickInput, words: dict[str, Any]) -> np.ndarray:
     """The same tick on every rank, with `words` in front of it."""
-    arrays = [x.cpu().numpy() for x in (tick.slot_S, tick.pcm_S_W, tick.missing_S)]
+    arrays = [x.numpy() for x in (tick.slot_S, tick.pcm_S_W, tick.missing_S)]
     rows = []
     for row, frames in enumerate(tick.frames):
         if frames is not None:
@@ -57,15 +57,15 @@ def pack_tick(tick: TickInput, words: dict[str, Any]) -> np.ndarray:
     return pack({**words, "text": text, "framed": rows, "rows": len(tick.frames)}, arrays)
 
 
-def unpack_tick(words: dict[str, Any], arrays: list[np.ndarray], device: torch.device) -> TickInput:
+def unpack_tick(words: dict[str, Any], arrays: list[np.ndarray]) -> TickInput:
     slot_S, pcm_S_W, missing_S, *pictures = arrays
     frames: list[np.ndarray | None] = [None] * words["rows"]
     for row, picture in zip(words["framed"], pictures, strict=True):
         frames[row] = picture
     return TickInput(
-        torch.from_numpy(slot_S).to(device),
-        torch.from_numpy(pcm_S_W).to(device),
-        torch.from_numpy(missing_S).to(device),
+        torch.from_numpy(slot_S),
+        torch.from_numpy(pcm_S_W),
+        torch.from_numpy(missing_S),
         frames=frames,
         text=words["text"],
     )
