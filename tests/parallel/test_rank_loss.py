@@ -20,7 +20,7 @@ def test_a_follower_that_dies_is_heard_of_by_every_client(
 
 
 def test_a_leader_that_dies_ends_its_followers(crew: Crew, tmp_path: Path) -> None:
-    dead, *others = crew.run(4, jobs.dying_leader, tmp_path)
+    dead, *others = crew.run(2, jobs.dying_leader, tmp_path)
     assert dead == Ended(7)
     assert all(isinstance(r, Raised) and r.kind == "RankLost" for r in others), others
 
