@@ -55,6 +55,25 @@ def test_layer_allocates_nothing_of_its_own_when_given_buffers() -> None:
     assert_bitwise(routing.expert_T_K, again.expert_T_K)
 
 
+@pytest.mark.parametrize("quantize_x", [False, True])
+def test_late_norm_is_the_norm(quantize_x: bool) -> None:
+    """Of residual * weight and the residual, the layer makes what it makes of the normed rows."""
+    precision = "fp8" if quantize_x else None
+    weights = Case(11, 128, 40, 6, 2, num_shared=1, precision=precision).make_weights("cpu")
+    gate, residual_T_D = randn(7, 128), 5.0 * randn(11, 128)
+    late, rest = residual_T_D * (1.0 + 0.1 * randn(128)), {"quantize_x": quantize_x, **ROUTE}
+    out = moe_layer(late, gate, weights, residual_T_D=residual_T_D, eps=1e-5, **rest)
+    normed = late / (residual_T_D.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    # With quantised activations a rounding may fall to the other side.
+    expected = moe_layer(normed, gate, weights, **rest)
+    assert_matches(out, expected, limit=2e-2 if quantize_x else 1e-5)
+    routing = Routing.empty(11, 2, 1, 6, "cpu", late_norm=True)
+    given = moe_layer(
+        late, gate, weights, residual_T_D=residual_T_D, eps=1e-5, routing=routing, **rest
+    )
+    assert_bitwise(given, out)
+
+
 def test_layer_row_does_not_depend_on_neighbours() -> None:
     inputs = Case(19, 64, 32, 6, 2, num_shared=1).make_inputs("cpu")
     x, weights, gate = inputs["x"], inputs["weights"], randn(7, 64)
