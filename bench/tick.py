@@ -1,7 +1,8 @@
 """`python -m bench tick`: the runtime's own tick with a random model: a histogram and the misses.
 
 In real time by default; --ticks runs that many on the virtual clock, as fast as they go, and says
-nothing about deadlines. Every session hears noise in every tick, and with --video sees it.
+nothing about deadlines. Every session hears noise in every tick, and with --video sees it. On a GPU
+ticks are CUDA graphs, captured before the first one; TML_EAGER=1 runs the same shapes op by op.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,8 +106,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "clocks": clocks(),
         **report,
+        **device_figures(dict(zip(runtime.metrics.stages, records["stage_ns"].T, strict=False))),
         "histogram": histogram((tick_ns / 1e6).tolist()),
     }
+
+
+def device_figures(stage_ns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Of ticks that a GPU replayed as graphs, each null where none was. host_ms: to stage a tick.
+    launch_gap_ms: from the launch to the first kernel. gpu_ms: from there to the last one's end.
+    gpu_idle_share: of the time from the launch on, what lies before the first kernel."""
+    from tml_runtime.metrics import percentiles_ms
+
+    names = {"host_ms": "stage", "launch_gap_ms": "launch_gap", "gpu_ms": "gpu"}
+    gpu_ns = stage_ns.get("model.gpu", np.zeros(0, np.int64))
+    ran = gpu_ns > 0
+    if not ran.any():
+        return dict.fromkeys([*names, "gpu_idle_share"])
+    gap_ns = stage_ns["model.launch_gap"][ran].sum()
+    figures = {name: percentiles_ms(stage_ns[f"model.{of}"][ran]) for name, of in names.items()}
+    return {**figures, "gpu_idle_share": float(gap_ns / (gap_ns + gpu_ns[ran].sum()))}
 
 
 class Feed:
@@ -178,6 +196,18 @@ def show(result: dict[str, Any]) -> str:
     for name, stage in result["stages_ms"].items():
         if stage["p50"] is not None:
             lines.append(f"  {name:16s} p50 {stage['p50']:.3f}  max {stage['max']:.3f} ms")
+    if result["graphs"] is not None:
+        graphs = result["graphs"]
+        lines.append(
+            f"  {graphs['captured']} graphs of {graphs['buckets']} buckets ({graphs['mode']}), "
+            f"{graphs['bytes'] / 1e6:.0f} MB"
+        )
+    if result["gpu_ms"] is not None:
+        lines.append(
+            f"  a tick's GPU p50 {result['gpu_ms']['p50']:.3f} ms, launch gap p50 "
+            f"{result['launch_gap_ms']['p50']:.3f}, host p50 {result['host_ms']['p50']:.3f}; the "
+            f"GPU idles for {result['gpu_idle_share']:.2%} of it"
+        )
     held, dropped = result["kv_pages"], result["kv_pages_dropped"]
     counts = ", ".join(f"{name} {held[name]} (-{dropped[name]})" for name in held)
     lines.append(f"  pages held in global layers, and dropped: {counts}")

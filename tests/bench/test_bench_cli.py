@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bench.__main__ import COMMANDS, main
 from bench.harness import load
 from bench.paths import bench_names, benched_ops, op_names
-from bench.tick import histogram
+from bench.tick import device_figures, histogram
 
 MOVERS = {"apply_deltas", "move_pages"}  # ops that compute nothing
 
@@ -100,3 +101,17 @@ def test_histogram_counts_everything_once() -> None:
     assert bins[0][2] and bins[-1][2]
     assert histogram([]) == []
     assert sum(count for *_, count in histogram([0.0])) == 1
+
+
+def test_device_figures_are_of_ticks_that_a_gpu_replayed() -> None:
+    assert set(device_figures({"model.steps": np.array([5])}).values()) == {None}
+    figures = device_figures(
+        {
+            "model.stage": np.array([1, 3, 2]) * 1_000_000,
+            "model.launch_gap": np.array([0, 1, 1]) * 1_000_000,
+            "model.gpu": np.array([0, 40, 58]) * 1_000_000,  # the first tick had no rows
+        }
+    )
+    assert figures["gpu_idle_share"] == pytest.approx(0.02)
+    assert figures["gpu_ms"] == {"p50": 40.0, "p99": 58.0, "p999": 58.0, "max": 58.0}
+    assert figures["host_ms"]["max"] == 3.0 and figures["launch_gap_ms"]["p50"] == 1.0
