@@ -132,6 +132,19 @@ def test_a_row_is_text_video_audio_and_the_first_step(dtype: torch.dtype) -> Non
     assert start_S1[-1] == len(x_T_D)
 
 
+@pytest.mark.parametrize(("height", "width"), [(13, 16), (8, 23), (3, 5), (16, 8)])
+def test_frames_with_the_extra_column_are_cut_on_the_host(height: int, width: int) -> None:
+    """With the bits of whole frames, whatever the patch before them left in the buffer."""
+    model = InteractionModel.random(replace(CONFIG, patch=replace(PATCH_8, extra_column=True)))
+    state, expected = model.new_state(2), random_frames(2, height, width)
+    for frames in (random_frames(3, 16, 24), expected):
+        tick = make_tick((0, 1), frames=[None, frames])
+        x_T_D, start_S1 = embed_rows(model.frontend, state, tick)
+    num_patches = 2 * -(-height // 8) * (width // 8 + 1)
+    assert start_S1.tolist() == [0, 5, 5 + num_patches + 5]
+    assert_bitwise(x_T_D[5 : 5 + num_patches], model.embed_frames(expected))
+
+
 def test_a_step_of_several_frames_adds_them_in_order() -> None:
     layout = TurnLayout(num_steps=2, mel_frames_per_step=2)
     model = InteractionModel.random(replace(CONFIG, layout=layout), dtype=torch.bfloat16)

@@ -34,7 +34,8 @@ def op_args(inputs: dict[str, Any], out: torch.Tensor, scratch: torch.Tensor | N
     """Arguments of the registered op and of the launcher."""
     spec, weights = inputs["spec"], inputs["weights"]
     return (
-        inputs["frames_N_L_H_W_3"], list(weights.linears), list(weights.norms), weights.final_norm,
+        inputs["frames_N_L_H_W_3"], inputs.get("extent_N_2"),
+        list(weights.linears), list(weights.norms), weights.final_norm,
         list(spec.folds), spec.extra_column, list(spec.mean), list(spec.std), 1e-6, out, scratch,
     )  # fmt: skip
 
@@ -162,6 +163,29 @@ def test_tower_equals_transformers(num_layers: int, spec: PatchSpec) -> None:
         assert relative_l2(patch_embed(frames, weights, spec=spec), expected) < 1e-5
         oracle = hmlp(divide_frames(frames, spec).double(), weights, spec)
     assert relative_l2(oracle, expected) < 1e-5
+
+
+def test_patches_with_an_extent_are_those_of_the_frame() -> None:
+    """Cut by hand to patches of one size, as a tick's frames of many sizes are: bitwise the tokens
+    that the whole frame gives with the extra column, through the kernel and without."""
+    extra = PatchSpec(8, 2, (2, 4), (16, 48), extra_column=True)
+    spec = replace(extra, extra_column=False)
+    weights = make_weights(spec, 64, "cpu")
+    for height, width in ((13, 16), (3, 5), (8, 23)):
+        frames = frames_of(1, 2, height, width, 3)
+        rows, columns = extra.grid(height, width)
+        patches = frames_of(rows * columns, 2, 8, 8, 3)  # anything where there are no pixels
+        extents = []
+        for n in range(rows * columns):
+            y, x = n // columns * 8, n % columns * 8
+            piece = frames[0, :, y : y + 8, x : x + 8]
+            patches[n, :, : piece.shape[1], : piece.shape[2]] = piece
+            extents.append(piece.shape[1:3])
+        extent = torch.tensor(extents, dtype=torch.int32)
+        cut = {"frames_N_L_H_W_3": patches, "extent_N_2": extent, "weights": weights, "spec": spec}
+        whole = {"frames_N_L_H_W_3": frames, "weights": weights, "spec": extra}
+        assert_bitwise(patch_embed(**cut), patch_embed(**whole))
+        assert_bitwise(launch(cut), launch(whole))
 
 
 def crops(frames: torch.Tensor, patch: int) -> list[torch.Tensor]:

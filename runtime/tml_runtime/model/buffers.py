@@ -72,6 +72,7 @@ class TickInputs(Generic[Array]):
     steps_N: Array  # int64, output steps that a slot takes part in
     pcm_S_W: Array  # float32
     patch_P_L_Y_Y_3: Array  # uint8, RGB
+    extent_P_2: Array  # int32, rows and columns of a patch that its frame has; no rows where all
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class TickShape:
     num_steps: int
     num_samples: int
     patch: tuple[int, ...]  # [L, Y, Y, 3]
+    has_extents: bool  # patches may lie partly beyond their frame
     mel: tuple[int, int]  # [F, B]
     largest: Bucket
 
@@ -108,6 +110,7 @@ class TickShape:
             num_steps=layout.num_steps,
             num_samples=layout.samples_per_tick,
             patch=(patch.frames, patch.patch, patch.patch, 3),
+            has_extents=patch.extra_column,
             mel=(layout.mel_frames, layout.dmel.num_bands),
             largest=Bucket(
                 slots, slots * layout.max_prefill_tokens, slots * layout.max_video_tokens
@@ -134,6 +137,7 @@ class TickShape:
             "steps_N": (int64, (self.num_slots,)),
             "pcm_S_W": (torch.float32, (rows, self.num_samples)),
             "patch_P_L_Y_Y_3": (torch.uint8, (patches, *self.patch)),
+            "extent_P_2": (int32, (patches if self.has_extents else 0, 2)),
         }
 
     def said(self, num_rows: int) -> Shapes:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ class Frontend:
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.weights = weights
+        self._patch = replace(config.patch, extra_column=False)  # of frames that are cut already
 
     def embed_text(self, ids_T: Tensor) -> Tensor:
         """[T, D] of int64 token ids, which must be in range."""
@@ -59,7 +62,6 @@ class Frontend:
         The first step's input is known before the tick runs, it is what the session said last; so
         the step is part of the same pass. Advances the audio tails and nothing else.
         """
-        patch_P_L_Y_Y_3 = inputs.patch_P_L_Y_Y_3
         levels_S_F_B = dmel_levels(
             inputs.pcm_S_W, state.tail_N_W, inputs.slot_S, spec=self.config.layout.dmel
         )
@@ -67,9 +69,18 @@ class Frontend:
             inputs.kind_T,
             inputs.index_T,
             levels_A_B=levels_S_F_B.flatten(0, 1),
-            x_P_D=self.embed_frames(patch_P_L_Y_Y_3) if len(patch_P_L_Y_Y_3) else None,
+            x_P_D=self._embed_patches(inputs) if len(inputs.patch_P_L_Y_Y_3) else None,
             token_N=state.token_N,
             levels_N_F_B=state.levels_N_F_B,
+        )
+
+    def _embed_patches(self, inputs: TickInputs[Tensor]) -> Tensor:
+        return patch_embed(
+            inputs.patch_P_L_Y_Y_3,
+            self.weights.patch,
+            spec=self._patch,
+            eps=self.config.norm_eps,
+            extent_N_2=inputs.extent_P_2 if self.config.patch.extra_column else None,
         )
 
     def _embed(self, kind_T: Tensor, index_T: Tensor, **sources: Tensor | None) -> Tensor:

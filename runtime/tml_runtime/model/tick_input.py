@@ -100,7 +100,7 @@ class TickInput:
         parts: list[Sequence[int] | np.ndarray] = []
         for s, row in enumerate(rows):
             first_patch = num_patches
-            num_patches += self._fill_patches(config, row, staged.patch_P_L_Y_Y_3[first_patch:])
+            num_patches += self._fill_patches(config, row, staged, first_patch)
             row_parts = {
                 "text": self._ids(config, row),
                 "video": range(first_patch, num_patches),
@@ -120,7 +120,9 @@ class TickInput:
         ids = self.text[row] if self.text else ()
         return (config.vocab.missing, *ids) if self.missing_S[row] else ids
 
-    def _fill_patches(self, config: ModelConfig, row: int, patch_P_L_Y_Y_3: np.ndarray) -> int:
+    def _fill_patches(
+        self, config: ModelConfig, row: int, staged: TickInputs[np.ndarray], first: int
+    ) -> int:
         """Cut a row's frames; groups, then patch rows, then patch columns. Returns how many."""
         num_patches = self.num_patches(config, row)
         if num_patches == 0:
@@ -131,8 +133,17 @@ class TickInput:
             frames = frames.cpu().numpy()
         groups, length, height, width, _ = frames.shape
         side, (rows, columns) = config.patch.patch, config.patch.grid(height, width)
+        part = slice(first, first + num_patches)
+        if config.patch.extra_column:
+            beyond = (rows * side - height, columns * side - width)
+            frames = np.pad(frames, [(0, 0), (0, 0), (0, beyond[0]), (0, beyond[1]), (0, 0)])
+            ends = [
+                np.minimum(side, size - np.arange(0, size + side, side)) for size in (height, width)
+            ]
+            extents = np.stack(np.meshgrid(ends[0][:rows], ends[1][:columns], indexing="ij"), -1)
+            staged.extent_P_2[part].reshape(groups, rows, columns, 2)[:] = extents
         cut = frames.reshape(groups, length, rows, side, columns, side, 3)
-        to = patch_P_L_Y_Y_3[:num_patches].reshape(groups, rows, columns, length, side, side, 3)
+        to = staged.patch_P_L_Y_Y_3[part].reshape(groups, rows, columns, length, side, side, 3)
         to[:] = cut.transpose(0, 2, 4, 1, 3, 5, 6)
         return num_patches
 

@@ -17,6 +17,7 @@ from .reference import PATCH_40, PatchSpec, PatchWeights, patch_embed_ref, spec_
 
 def _plain(
     frames: Tensor,
+    extent: Tensor | None,
     linears: list[Tensor],
     norms: list[Tensor],
     final_norm: Tensor,
@@ -30,11 +31,14 @@ def _plain(
 ) -> None:
     spec = spec_of(frames, linears, folds, extra_column, mean, std)
     weights = PatchWeights(tuple(linears), tuple(norms), final_norm)
-    out.copy_(patch_embed_ref(frames, weights, spec=spec, eps=eps, dtype=torch.float32))
+    out.copy_(
+        patch_embed_ref(frames, weights, spec=spec, eps=eps, extent_N_2=extent, dtype=torch.float32)
+    )
 
 
 def _kernel(
     frames: Tensor,
+    extent: Tensor | None,
     linears: list[Tensor],
     norms: list[Tensor],
     final_norm: Tensor,
@@ -50,13 +54,26 @@ def _kernel(
 
     spec = spec_of(frames, linears, folds, extra_column, mean, std)
     run = _plain if kernel_why_not(spec, linears[0].dtype) else launch_patch_embed
-    run(frames, linears, norms, final_norm, folds, extra_column, mean, std, eps, out, scratch)
+    run(
+        frames,
+        extent,
+        linears,
+        norms,
+        final_norm,
+        folds,
+        extra_column,
+        mean,
+        std,
+        eps,
+        out,
+        scratch,
+    )
 
 
 _op = register_op(
-    "patch_embed(Tensor frames, Tensor[] linears, Tensor[] norms, Tensor final_norm, int[] folds, "
-    "bool extra_column, float[] mean, float[] std, float eps, Tensor(a!) out, "
-    "Tensor(b!)? scratch) -> ()",
+    "patch_embed(Tensor frames, Tensor? extent, Tensor[] linears, Tensor[] norms, "
+    "Tensor final_norm, int[] folds, bool extra_column, float[] mean, float[] std, float eps, "
+    "Tensor(a!) out, Tensor(b!)? scratch) -> ()",
     plain=_plain,
     kernel=_kernel,
 )
@@ -68,6 +85,7 @@ def patch_embed(
     *,
     spec: PatchSpec = PATCH_40,
     eps: float = 1e-6,
+    extent_N_2: Tensor | None = None,
     out_T_D: Tensor | None = None,
     scratch_B: Tensor | None = None,
 ) -> Tensor:
@@ -82,16 +100,22 @@ def patch_embed(
     Allocates `out_T_D` when it is None, and on CUDA the intermediate rows when `scratch_B` is None.
 
     frames: uint8, RGB last; H and W are multiples of `spec.patch`, or anything with
-    `spec.extra_column`. weights: linears of one dtype, float32, bfloat16 or float16; norms float32
-    or that dtype. out: any of the three, by default the linears' dtype. scratch: uint8, at least
-    `configs.scratch_bytes(spec, T, D, dtype)` of them, with any content, aligned to 16. Raises
-    TypeError or ValueError naming the argument.
+    `spec.extra_column`. extent, int32, not together with `spec.extra_column`: so many rows and
+    columns of each group hold pixels; beyond them it is as beyond a frame, so that what
+    `spec.extra_column` would cut may come as patches of one size. weights: linears of one dtype,
+    float32, bfloat16 or float16; norms float32 or that dtype. out: any of the three, by default the
+    linears' dtype. scratch: uint8, at least `configs.scratch_bytes(spec, T, D, dtype)` of them,
+    with any content, aligned to 16. Raises TypeError or ValueError naming the argument.
     """
     if not isinstance(spec, PatchSpec):
         raise TypeError(f"spec: expected a PatchSpec, got {type(spec).__name__}")
     dims = Dims(L=spec.frames)
     dims.check(frames_N_L_H_W_3=frames_N_L_H_W_3, dtype=torch.uint8)
     rows, columns = spec.grid(dims["H"], dims["W"])
+    if extent_N_2 is not None:
+        dims.check(extent_N_2=extent_N_2, dtype=torch.int32, device=frames_N_L_H_W_3.device)
+        if spec.extra_column:
+            raise ValueError("extent_N_2: not together with spec.extra_column")
     device = frames_N_L_H_W_3.device
     width = _check_weights(weights, spec, device)
     dtype = weights.linears[0].dtype
@@ -113,7 +137,7 @@ def patch_embed(
     refuse_grad(*weights.linears, *weights.norms, weights.final_norm)
     if out_T_D.numel() > 0:
         _op(
-            frames_N_L_H_W_3, weights.linears, weights.norms, weights.final_norm,
+            frames_N_L_H_W_3, extent_N_2, weights.linears, weights.norms, weights.final_norm,
             spec.folds, spec.extra_column, spec.mean, spec.std, eps, out_T_D, scratch_B,
         )  # fmt: skip
     return out_T_D

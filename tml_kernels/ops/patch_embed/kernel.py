@@ -45,12 +45,14 @@ TYPES = {
     **dict.fromkeys(("norm_1_ptr", "norm_2_ptr", "norm_ptr"), "*fp32"),
     **dict.fromkeys(("x_ssq_ptr", "y_ssq_ptr", "ssq_ptr", "y_ptr"), "*fp32"),
     "frames_ptr": "*u8",
+    "extent_ptr": "*i32",
     "eps": "fp32",
 }
 
 
 def launch_patch_embed(
     frames: Tensor,
+    extent: Tensor | None,
     linears: list[Tensor],
     norms: list[Tensor],
     final_norm: Tensor,
@@ -69,7 +71,7 @@ def launch_patch_embed(
         raise ValueError(f"patch_embed: {reason}")
     num_tokens, width = out.shape
     x, *pairs = _carve(scratch, scratch_buffers(spec, num_tokens, width, linears[0].dtype), out)
-    _launch_stem(frames, linears, norms, spec, eps, x)
+    _launch_stem(frames, extent, linears, norms, spec, eps, x)
     ssq = None
     for i, y, y_ssq in zip(range(2, len(linears)), pairs[::2], pairs[1::2], strict=True):
         _launch_product(x, ssq, norms[i - 1], linears[i], eps, y, y_ssq)
@@ -89,6 +91,7 @@ def _carve(scratch: Tensor | None, buffers: tuple[Buffer, ...], out: Tensor) -> 
 
 def _launch_stem(
     frames: Tensor,
+    extent: Tensor | None,
     linears: list[Tensor],
     norms: list[Tensor],
     spec: PatchSpec,
@@ -98,7 +101,7 @@ def _launch_stem(
     height, width = frames.shape[2:4]
     num_rows = out.shape[0]
     stem_kernel[(triton.cdiv(num_rows, STEM.block_r),)](
-        frames, linears[0], norms[0], linears[1], norms[1], out,
+        frames, linears[0], norms[0], linears[1], norms[1], extent, out,
         num_rows, height, width, *spec.grid(height, width), eps,
         **_stem_constexprs(spec), num_warps=STEM.num_warps, num_stages=STEM.num_stages,
     )  # fmt: skip
@@ -156,7 +159,11 @@ def _product_constexprs(
 def aot_specs() -> list[AotSpec]:
     """The public model's tower in the tick's types: bf16 rows and weights, fp32 norms."""
     shapes = PATCH_40.linear_shapes(4096)
-    specs = [_stem_spec(replace(PATCH_40, extra_column=ragged)) for ragged in (False, True)]
+    specs = [
+        _stem_spec(PATCH_40, "whole"),
+        _stem_spec(replace(PATCH_40, extra_column=True), "ragged"),
+        _stem_spec(PATCH_40, "cut"),
+    ]
     for _, config in PRODUCTS:
         for i, frames in ((2, 1), (3, PATCH_40.frames)):
             features, depth = shapes[i]
@@ -165,9 +172,11 @@ def aot_specs() -> list[AotSpec]:
     return specs
 
 
-def _stem_spec(spec: PatchSpec) -> AotSpec:
+def _stem_spec(spec: PatchSpec, label: str) -> AotSpec:
     constexprs = _stem_constexprs(spec)
-    return _spec(stem_kernel, STEM, constexprs, "ragged" if spec.extra_column else "whole")
+    if label != "cut":
+        constexprs["extent_ptr"] = None
+    return _spec(stem_kernel, STEM, constexprs, label)
 
 
 def _product_spec(config: ProductConfig, features: int, joined: int, width: int) -> AotSpec:

@@ -111,9 +111,14 @@ def spec_of(
 
 
 def divide_frames(
-    frames_N_L_H_W_3: Tensor, spec: PatchSpec = PATCH_40, *, dtype: torch.dtype = torch.float32
+    frames_N_L_H_W_3: Tensor,
+    spec: PatchSpec = PATCH_40,
+    *,
+    extent_N_2: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Normalised pixels [T, L, P, P, 3] in `dtype`, patches row by row within a frame group.
+    """Normalised pixels [T, L, P, P, 3] in `dtype`, patches row by row within a frame group. Those
+    beyond a group's extent are missing, as those beyond a frame are.
 
     In float32 bitwise what transformers' image processor makes of each frame.
     """
@@ -122,6 +127,10 @@ def divide_frames(
     p = spec.patch
     padding = (0, 0, 0, columns * p - width, 0, rows * p - height)
     x = F.pad(frames_N_L_H_W_3.to(dtype), padding, value=MISSING_PIXEL)
+    if extent_N_2 is not None:
+        y_Y, x_X = (torch.arange(size, device=x.device) for size in x.shape[2:4])
+        beyond_N_Y_X = (y_Y[:, None] >= extent_N_2[:, :1, None]) | (x_X >= extent_N_2[:, 1:, None])
+        x = x.masked_fill(beyond_N_Y_X[:, None, :, :, None], MISSING_PIXEL)
     mean = torch.tensor(spec.mean, dtype=dtype, device=x.device) * 255.0
     std = torch.tensor(spec.std, dtype=dtype, device=x.device) * 255.0
     x = (x - mean) / std
@@ -157,10 +166,12 @@ def patch_embed_ref(
     *,
     spec: PatchSpec = PATCH_40,
     eps: float = 1e-6,
+    extent_N_2: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Tokens [T, D] in `dtype`."""
-    return hmlp(divide_frames(frames_N_L_H_W_3, spec, dtype=dtype), weights, spec, eps=eps)
+    pixels = divide_frames(frames_N_L_H_W_3, spec, extent_N_2=extent_N_2, dtype=dtype)
+    return hmlp(pixels, weights, spec, eps=eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -81,8 +81,8 @@ def _first_weights(
 
 @triton.jit
 def _load_pixels(
-    frame_ptr_r, y_r, x_r, mask_r, offs_k, H, W,
-    FOLD: tl.constexpr, RAGGED: tl.constexpr,
+    frame_ptr_r, y_r, x_r, mask_r, extent_ptr_r, offs_k, H, W,
+    FOLD: tl.constexpr, RAGGED: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Bytes [R, K] of the first fold's blocks (y, x), K ordered (dy, dx, channel)."""
     dy_k = offs_k // (FOLD * 3)
@@ -91,6 +91,11 @@ def _load_pixels(
     if RAGGED:
         inside_r_k &= dy_k[None, :] + y_r[:, None] * FOLD < H
         inside_r_k &= run_k[None, :] + x_r[:, None] * (FOLD * 3) < W * 3
+    if CUT:
+        end_y_r = tl.load(extent_ptr_r, mask=mask_r, other=0)
+        end_x_r = tl.load(extent_ptr_r + 1, mask=mask_r, other=0)
+        inside_r_k &= dy_k[None, :] + y_r[:, None] * FOLD < end_y_r[:, None]
+        inside_r_k &= run_k[None, :] + x_r[:, None] * (FOLD * 3) < end_x_r[:, None] * 3
     ptr_r = frame_ptr_r + (y_r * W + x_r) * (FOLD * 3)
     ptr_r_k = ptr_r[:, None] + (dy_k * (W * 3) + run_k)[None, :]
     return tl.load(ptr_r_k, mask=inside_r_k, other=0), inside_r_k
@@ -112,6 +117,7 @@ def stem_kernel(
     norm_1_ptr,               # in   [C1]
     weight_2_ptr,             # in   [C2, FOLDS[1]^2 * C1]
     norm_2_ptr,               # in   [C2]
+    extent_ptr,               # in   [N, 2]  or None
     out_ptr,                  # out  [R, C2]
     R, H, W, num_y, num_x, eps,
     L: tl.constexpr, FOLDS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
@@ -125,6 +131,8 @@ def stem_kernel(
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     frame_r, y_r, x_r = _corner(r, num_y, num_x, L, FOLDS)
     frame_ptr_r = frames_ptr + frame_r * H * W * 3
+    CUT: tl.constexpr = extent_ptr is not None
+    extent_ptr_r = extent_ptr + frame_r // L * 2 if CUT else None
     offs_k = tl.arange(0, _tile(FOLD_1 * FOLD_1 * 3))
     offs_c = tl.arange(0, _tile(C1))
     offs_a = tl.arange(0, PART_A)
@@ -141,7 +149,7 @@ def stem_kernel(
     for q in range(Q):
         y_q_r, x_q_r = y_r * FOLD_2 + q // FOLD_2, x_r * FOLD_2 + q % FOLD_2
         byte_r_k, inside_r_k = _load_pixels(
-            frame_ptr_r, y_q_r, x_q_r, r < R, offs_k, H, W, FOLD_1, RAGGED
+            frame_ptr_r, y_q_r, x_q_r, r < R, extent_ptr_r, offs_k, H, W, FOLD_1, RAGGED, CUT
         )
         pixel_r_k = tl.where(inside_r_k, byte_r_k.to(dtype), -1.0)
         h_r_c = tl.dot(pixel_r_k, tl.trans(weight_c_k), input_precision="ieee") - shift_c[None, :]
