@@ -80,9 +80,10 @@ def expert_hidden(
 ) -> Tensor:
     """[T, S, F / parts]: act(w13[e] x) of each token's slots, in this rank's hidden columns.
 
-    x: [T, D], as `fused_moe` takes it with this routing; weights: whose w13 has one of `parts` equal parts of its hidden columns. The result
-    has x's dtype on CUDA and float32 on a CPU, as between the launches of `fused_moe`. Slots of
-    skipped ids hold anything. Raises TypeError or ValueError naming the argument.
+    x: [T, D], as `fused_moe` takes it with this routing; weights: whose w13 has one of `parts`
+    equal parts of its hidden columns. The result has x's dtype on CUDA and float32 on a CPU, as
+    between the launches of `fused_moe`. Slots of skipped ids hold anything. Raises TypeError or
+    ValueError naming the argument.
     """
     dims = Dims(D=weights.width)
     dims.check(x_T_D=x, dtype=DTYPES)

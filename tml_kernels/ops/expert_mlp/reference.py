@@ -72,7 +72,8 @@ def expert_hidden_ref(
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """h_T_S_F in `dtype`: act(w13[e] x + b13[e]) of a token's chosen experts, then of the shared
-    ones, x multiplied by inv_rms where that is given. Zeros where an id is skipped, and past the width of the narrower kind of experts."""
+    ones, x multiplied by inv_rms where that is given. Zeros where an id is skipped, and past the
+    width of the narrower kind of experts."""
     num_tokens, top_k = expert_T_K.shape
     num_experts, shared = weights.num_experts, weights.shared
     expert_A = local_experts(expert_T_K.reshape(-1), num_experts, expert_map_G)
