@@ -32,7 +32,7 @@ def make_tick(num_rows: int, seed: int) -> TickInput:
     rng = np.random.default_rng(seed)
     slots = rng.permutation(num_rows).astype(np.int32)
     slots[rng.random(num_rows) < 0.2] = -1
-    video = [rng.integers(0, 256, (1, 2, 40, 80, 3), np.uint8) for _ in range(num_rows)]
+    video = [rng.integers(0, 256, (rng.integers(1, 4), 2, 80, 80, 3), np.uint8) for _ in slots]
     return TickInput(
         torch.from_numpy(slots),
         0.1
