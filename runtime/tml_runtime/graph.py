@@ -243,14 +243,15 @@ def mode_of(model: InteractionModel) -> str:
     return "eager" if _env.eager() or model.dtype == torch.float32 else "graph"
 
 
-def graphs_for(model: InteractionModel, state: ModelState) -> TickGraphs | None:
-    """Of a model on a GPU, captured. None on a CPU, where a tick takes the shapes it has, since
-    padding costs time there; but with TML_DEBUG_GRAPH its buckets are run there too."""
+def graphs_for(model: InteractionModel, state: ModelState, num_rows: int) -> TickGraphs | None:
+    """For ticks of up to `num_rows` sessions on a GPU, captured. None on a CPU, where a tick takes
+    the shapes it has, since padding costs time there; but with TML_DEBUG_GRAPH its buckets are run
+    there too."""
     if not isinstance(model, InteractionModel):
         return None
     if model.device.type != "cuda" and not _env.debug_graph():
         return None
-    return TickGraphs(model, state)
+    return TickGraphs(model, state, buckets=buckets_of(model.config.layout, num_rows))
 
 
 def page_count(

@@ -17,17 +17,16 @@ import numpy as np
 import torch
 
 from ._tick import Schedule, TickThread, now_ns
-from .admission import Admission
 from .checks import Sampling
 from .clock import QuietCollector, VirtualClock, torch_threads
 from .errors import LoopFailed, NotRunning
-from .graph import graphs_for, page_count
 from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
 from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
 from .nvtx import ranges
 from .options import check_int, checked_layout, checked_prompt, mailbox_spec
 from .overload import Overload
+from .room import make_room
 from .session import Session
 from .slots import Batch, Seat, Slots
 from .text import ByteTokenizer, Tokenizer
@@ -99,13 +98,9 @@ class Runtime:
         self._budget = KvBudget() if budget is None else budget
         options = HandoffOptions() if handoff is None else handoff
         num_spare = 0 if background is None else options.snapshots
-        global_pages = page_count(model, num_slots + num_spare, self._budget, global_pages)
-        self._state = model.new_state(
-            num_slots + num_spare, budget=self._budget, global_pages=global_pages
+        self._state, self._graphs, self._admission = make_room(
+            model, num_slots, num_spare, self._budget, global_pages
         )
-        self._graphs = graphs_for(model, self._state)
-        by_pages = None if global_pages is None else self._sessions_in(global_pages) - num_spare
-        self._admission = Admission(num_slots, by_pages=by_pages)
         self._probe_ticks = probe_ticks
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         parts = (options, model.config, self._tokenizer, self._state)
@@ -400,8 +395,3 @@ class Runtime:
         if self._thread is None:
             return 0
         return self._thread.start_ns or None
-
-    def _sessions_in(self, global_pages: int) -> int:
-        """How many sessions' budgets fit; page 0 is nobody's."""
-        check_int("global_pages", global_pages, at_least=2)
-        return (global_pages - 1) // sum(self._budget.pages().values())

@@ -1,0 +1,35 @@
+"""What a runtime allocates before anything else: its sessions' state, and the graphs over it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from .admission import Admission
+from .graph import TickGraphs, graphs_for, page_count
+from .model import InteractionModel, KvBudget
+from .options import check_int
+
+
+class Room(NamedTuple):
+    state: Any  # a ModelState, or what another model has in its place
+    graphs: TickGraphs | None
+    admission: Admission
+
+
+def make_room(
+    model: InteractionModel,
+    num_slots: int,
+    num_spare: int,
+    budget: KvBudget,
+    global_pages: int | Literal["auto"] | None,
+) -> Room:
+    """num_spare: slots behind those of sessions, in which no tick runs."""
+    if global_pages is not None and global_pages != "auto":
+        check_int("global_pages", global_pages, at_least=2)
+    pages = page_count(model, num_slots + num_spare, budget, global_pages)
+    state = model.new_state(num_slots + num_spare, budget=budget, global_pages=pages)
+    by_pages = None
+    if pages is not None:  # page 0 is nobody's
+        by_pages = (pages - 1) // sum(budget.pages().values()) - num_spare
+    graphs = graphs_for(model, state, num_slots)
+    return Room(state, graphs, Admission(num_slots, by_pages=by_pages))
