@@ -308,7 +308,7 @@ def test_options_are_checked(changed: dict[str, Any], message: str) -> None:
 def test_a_model_that_does_not_fit_is_refused(
     talk: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tml_runtime.demo.prepare._free_bytes", lambda device: 10**9)
+    monkeypatch.setattr("tml_runtime.random_model._free_bytes", lambda device: 10**9)
     options = fast(talk, film, tmp_path / "out", preset="inkling-small", device="cpu")
     with pytest.raises(DemoError, match=r"needs \d+ GB .* and cpu has 1 GB free"):
         run_demo(options, io.StringIO())

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-
-from tml_kernels.ops.dmel import DmelSpec
 
 from ..loop import Runtime
 from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
-from ..model.weights import empty_weights, named_tensors
-from ..vocoder import StreamingVocoder
+from ..random_model import DEVICES, PRESETS, ModelChoiceError, random_model, vocoder_for
 from . import media as media_files
 from .decode import SAMPLE_RATE, has_audio, load_audio, load_video
 from .media import Say
 from .source import Media
 
-PRESETS = ("tiny", "slice", "inkling-small")
-DEVICES = ("auto", "cpu", "cuda")
 NONE = "none"
 MAX_SECONDS = 3600.0  # all speech is kept until it is written: 64 KB a second and session
 MAX_SESSIONS = 256
@@ -85,38 +78,10 @@ class Loaded:
 
 def make_model(options: Options) -> InteractionModel:
     """A model with random weights on the chosen device; refuses one that does not fit."""
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DemoError("device 'cuda': torch sees no GPU here; `tml-runtime info` says more")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = ModelConfig.preset(options.preset)
-    needed, free = weight_bytes(config, dtype), _free_bytes(device)
-    if free is not None and needed > 0.9 * free:
-        raise DemoError(
-            f"preset {options.preset!r} needs {needed / 1e9:.0f} GB for its weights in {dtype}, "
-            f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny"
-        )
-    return InteractionModel.random(config, seed=options.seed, device=device, dtype=dtype)
-
-
-class _SpeechLevels:
-    """A vocoder whose input is brought near the mean, spread and maximum of speech's log10 mel.
-
-    Untrained weights draw it with mean 0 and spread 1.7, which is noise far beyond full scale.
-    """
-
-    MEAN, SCALE, MAXIMUM = -2.65, 0.5, -1.0  # the default recording has mean -2.65, spread 1.2
-
-    def __init__(self, spec: DmelSpec) -> None:
-        self._vocoder = StreamingVocoder(spec)
-
-    def push(self, mel_K_B: torch.Tensor) -> np.ndarray:
-        return self._vocoder.push((self.MEAN + self.SCALE * mel_K_B).clamp(max=self.MAXIMUM))
-
-    def reset(self) -> None:
-        self._vocoder.reset()
+    try:
+        return random_model(options.preset, device=options.device, seed=options.seed)
+    except ModelChoiceError as error:
+        raise DemoError(str(error)) from error
 
 
 def tokens_per_tick(options: Options, config: ModelConfig) -> dict[str, int]:
@@ -138,21 +103,14 @@ def make_budget(options: Options, config: ModelConfig) -> KvBudget:
 
 def make_runtime(options: Options, model: InteractionModel) -> Runtime:
     """A runtime with a slot per session; untrained speech is brought to the level of speech."""
-    make_vocoder = _SpeechLevels if model.report.random else StreamingVocoder
     return Runtime(
         model,
         num_slots=options.sessions,
         seed=options.seed,
         realtime=options.realtime,
         budget=make_budget(options, model.config),
-        vocoder=lambda: make_vocoder(model.config.layout.dmel),
+        vocoder=vocoder_for(model),
     )
-
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory of a model's weights, without making them."""
-    weights = empty_weights(config, device="meta", dtype=dtype)
-    return sum(named.view.nbytes for named in named_tensors(config, weights))
 
 
 def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
@@ -195,13 +153,3 @@ def _about(path: Path) -> dict[str, Any]:
 def _frame_size(preset: str) -> tuple[int, int]:
     """(height, width): 4 tokens a frame pair for the tiny model, 48 for the wide ones."""
     return (80, 80) if preset == "tiny" else (240, 320)
-
-
-def _free_bytes(device: str) -> int | None:
-    """Memory that can be taken now; None where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None

@@ -1,0 +1,89 @@
+"""A model with random weights for the demo and the service: presets, devices, and what fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from tml_kernels.ops.dmel import DmelSpec
+
+from .errors import InputValueError
+from .model import InteractionModel, ModelConfig
+from .model.weights import empty_weights, named_tensors
+from .vocoder import StreamingVocoder
+
+PRESETS = ("tiny", "slice", "inkling-small")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+class ModelChoiceError(InputValueError):
+    """A model that cannot be made as asked here; says why."""
+
+
+def random_model(preset: str, *, device: str = "auto", seed: int = 0) -> InteractionModel:
+    """One of PRESETS, bfloat16 on a GPU and float32 on a CPU. auto: a GPU if there is one.
+
+    Raises ModelChoiceError, also when its weights would not fit.
+    """
+    if preset not in PRESETS:
+        raise ModelChoiceError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if device not in DEVICES:
+        raise ModelChoiceError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelChoiceError(
+            "device 'cuda': torch sees no GPU here; `tml-runtime info` says more"
+        )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config = ModelConfig.preset(preset)
+    needed, free = weight_bytes(config, dtype), _free_bytes(device)
+    if free is not None and needed > 0.9 * free:
+        raise ModelChoiceError(
+            f"preset {preset!r} needs {needed / 1e9:.0f} GB for its weights in {dtype}, "
+            f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny"
+        )
+    return InteractionModel.random(config, seed=seed, device=device, dtype=dtype)
+
+
+class SpeechLevels:
+    """A vocoder whose input is brought near the mean, spread and maximum of speech's log10 mel.
+
+    Untrained weights draw it with mean 0 and spread 1.7, which is noise far beyond full scale.
+    """
+
+    MEAN, SCALE, MAXIMUM = -2.65, 0.5, -1.0  # the demo's recording has mean -2.65, spread 1.2
+
+    def __init__(self, spec: DmelSpec) -> None:
+        self._vocoder = StreamingVocoder(spec)
+
+    def push(self, mel_K_B: torch.Tensor) -> np.ndarray:
+        return self._vocoder.push((self.MEAN + self.SCALE * mel_K_B).clamp(max=self.MAXIMUM))
+
+    def reset(self) -> None:
+        self._vocoder.reset()
+
+
+def vocoder_for(model: InteractionModel) -> Callable[[], SpeechLevels | StreamingVocoder]:
+    """What `Runtime` takes as `vocoder`: untrained speech is brought to the level of speech."""
+    make = SpeechLevels if model.report.random else StreamingVocoder
+    return lambda: make(model.config.layout.dmel)
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of a model's weights, without making them."""
+    weights = empty_weights(config, device="meta", dtype=dtype)
+    return sum(named.view.nbytes for named in named_tensors(config, weights))
+
+
+def _free_bytes(device: str) -> int | None:
+    """Memory that can be taken now; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
