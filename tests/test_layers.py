@@ -1,4 +1,4 @@
-"""Imports point down: csrc -> tml_kernels -> tml_runtime -> cli, demo, bench."""
+"""Imports point down: csrc -> tml_kernels -> tml_runtime -> demo, serve -> cli, bench."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ LAYERS = {
     "tml_kernels": 0,
     "tml_runtime": 1,
     "tml_runtime.demo": 2,
+    "tml_runtime.serve": 2,
     "tml_runtime.cli": 3,
     "bench": 3,
 }
@@ -54,9 +55,15 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, s
                 yield node.lineno, str(target.value)
 
 
-def layer(name: str) -> int | None:
+def top(name: str) -> str | None:
+    """The longest of LAYERS' names that `name` begins with."""
     fitting = [known for known in LAYERS if f"{name}.".startswith(f"{known}.")]
-    return LAYERS[max(fitting, key=len)] if fitting else None
+    return max(fitting, key=len) if fitting else None
+
+
+def layer(name: str) -> int | None:
+    known = top(name)
+    return None if known is None else LAYERS[known]
 
 
 def why_not(module: str, target: str) -> str | None:
@@ -66,6 +73,8 @@ def why_not(module: str, target: str) -> str | None:
         return None
     if other > own:
         return "an upward import"
+    if {top(module), top(target)} == {"tml_runtime.demo", "tml_runtime.serve"}:
+        return "demo and service do not know each other"
     own_op, other_op = OP.match(module), OP.match(target)
     if own_op and other_op and own_op[1] != other_op[1]:
         return f"op {own_op[1]} imports op {other_op[1]}"
@@ -111,6 +120,9 @@ def test_the_walk_sees_the_tree() -> None:
         ("runtime/tml_runtime/loop.py", "from . import demo", "tml_runtime.demo"),
         ("runtime/tml_runtime/model/x.py", "from ..cli import main", "tml_runtime.cli.main"),
         ("runtime/tml_runtime/demo/x.py", "from ..cli import main", "tml_runtime.cli.main"),
+        ("runtime/tml_runtime/serve/x.py", "from ..demo import run", "tml_runtime.demo.run"),
+        ("runtime/tml_runtime/demo/x.py", "from ..serve import x", "tml_runtime.serve.x"),
+        ("runtime/tml_runtime/serve/x.py", "from ..loop import Runtime\nfrom . import y", None),
         ("runtime/tml_runtime/cli.py", "x = __import__('os'); import numpy", None),
         ("runtime/tml_runtime/cli.py", "from .demo import run", None),
         ("runtime/tml_runtime/loop.py", "from tml_kernels.ops.a import f", None),
