@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tml_runtime.checks import FrameGrid
+from tml_runtime.serve.events import Welcome
 from tml_runtime.serve.frames import MAX_PIXELS, decode_jpeg, fitted_size, raw_frame
 from tml_runtime.serve.protocol import (
     HEADER,
     MAX_AUDIO_SAMPLES,
     MAX_STAMP,
     MAX_TEXT_CHARS,
+    PATH,
+    SUBPROTOCOL,
     UP_KINDS,
+    CloseCode,
     ErrorCode,
     Hello,
     Interrupt,
@@ -59,6 +65,16 @@ def test_the_header_is_the_one_of_the_document() -> None:
     assert data[:4] == b"\x03\0\0\0" and len(data) == 24 + 6
     assert struct.unpack("<IqIHH", data[4:24]) == (5, 6, 7, 2, 1)
     assert decode_media(b"\x03abc" + data[4:]) == media  # reserved bytes may hold anything
+
+
+def test_the_document_has_every_code_and_kind() -> None:
+    text = (Path(__file__).parents[2] / "docs/protocol.md").read_text()
+    assert all(f"`{code.value}`" in text for code in ErrorCode)
+    assert all(f"{int(code)}" in text for code in CloseCode)
+    assert all(f"| {kind.value} | " in text for kind in Kind)
+    assert {f"`{SUBPROTOCOL}`", f"`GET {PATH}`"} <= set(re.findall(r"`[^`\n]+`", text))
+    example = json.loads(re.findall(r"```json\n(.*?)```", text, re.S)[0])
+    assert Welcome.parse(example).patch == 40
 
 
 @settings(deadline=None, max_examples=200)
