@@ -32,5 +32,10 @@ def debug_graph() -> bool:
     return _is_set("TML_DEBUG_GRAPH")
 
 
+def serve_token() -> str | None:
+    """TML_SERVE_TOKEN: what a client of `tml-runtime serve` must know; None where it is not set."""
+    return os.environ.get("TML_SERVE_TOKEN") or None
+
+
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")

@@ -1,4 +1,4 @@
-"""tml-runtime demo | info | top | trace."""
+"""tml-runtime demo | serve | info | top | trace."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from ._optional import MissingExtraError
 from .errors import InputValueError
+from .serve.command import add_serve
 from .top import DEFAULT_URL, StatusError, run_top
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tml-runtime", description="Run an interaction model in real-time ticks."
     )
-    commands = parser.add_subparsers(required=True, metavar="demo | info | top | trace")
+    commands = parser.add_subparsers(required=True, metavar="demo | serve | info | top | trace")
     demo = commands.add_parser(
         "demo",
         help="play recordings to a model in real time and report how its ticks kept up",
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_demo_arguments(demo)
+    add_serve(commands)
     info = commands.add_parser(
         "info", help="versions, GPU, driver, clocks, and which backend each op has and why"
     )

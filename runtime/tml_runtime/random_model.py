@@ -1,9 +1,10 @@
-"""A model with random weights for the demo and the service: presets, devices, and what fits."""
+"""Models for the demo and the service by the name of a preset: random weights or a checkpoint."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,18 +29,7 @@ def random_model(preset: str, *, device: str = "auto", seed: int = 0) -> Interac
 
     Raises ModelChoiceError, also when its weights would not fit.
     """
-    if preset not in PRESETS:
-        raise ModelChoiceError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-    if device not in DEVICES:
-        raise ModelChoiceError(f"device {device!r} is not one of {', '.join(DEVICES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelChoiceError(
-            "device 'cuda': torch sees no GPU here; `tml-runtime info` says more"
-        )
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = ModelConfig.preset(preset)
+    config, device, dtype = _choose(preset, device)
     needed, free = weight_bytes(config, dtype), _free_bytes(device)
     if free is not None and needed > 0.9 * free:
         raise ModelChoiceError(
@@ -47,6 +37,14 @@ def random_model(preset: str, *, device: str = "auto", seed: int = 0) -> Interac
             f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny"
         )
     return InteractionModel.random(config, seed=seed, device=device, dtype=dtype)
+
+
+def load_model(
+    checkpoint: Path, preset: str, *, device: str = "auto", seed: int = 0
+) -> InteractionModel:
+    """A checkpoint of the shape of one of PRESETS. Raises ModelChoiceError, CheckpointError."""
+    config, device, dtype = _choose(preset, device)
+    return InteractionModel.load(checkpoint, config=config, seed=seed, device=device, dtype=dtype)
 
 
 class SpeechLevels:
@@ -77,6 +75,21 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Memory of a model's weights, without making them."""
     weights = empty_weights(config, device="meta", dtype=dtype)
     return sum(named.view.nbytes for named in named_tensors(config, weights))
+
+
+def _choose(preset: str, device: str) -> tuple[ModelConfig, str, torch.dtype]:
+    if preset not in PRESETS:
+        raise ModelChoiceError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if device not in DEVICES:
+        raise ModelChoiceError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelChoiceError(
+            "device 'cuda': torch sees no GPU here; `tml-runtime info` says more"
+        )
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    return ModelConfig.preset(preset), device, dtype
 
 
 def _free_bytes(device: str) -> int | None:

@@ -1,0 +1,222 @@
+"""tml-runtime serve: arguments, and a process that ends as its supervisor expects."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import _env
+from .._optional import require
+from ..errors import InputValueError
+
+if TYPE_CHECKING:
+    from ..loop import Runtime
+    from ..model import ModelConfig
+    from ..session import Session
+
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+_TEXT = """\
+Serve an interaction model over WebSockets, one session a connection: sound, pictures and text up,
+speech, text and actions down. docs/protocol.md is the protocol, tml_runtime.serve.client a client.
+
+Listens on loopback unless told otherwise; any other address needs a token, and a reverse proxy for
+TLS. GET /healthz says whether it is alive and ready, /status what it does, /metrics the same for
+Prometheus.
+
+Run it under a supervisor that starts it again (systemd, Kubernetes): when a tick raises, every
+client is told why and the process exits with status 1. SIGTERM lets no new session in, says bye to
+all clients, and exits with status 0.
+"""
+_EXAMPLES = """\
+examples:
+  tml-runtime serve                                  the smallest model, on ws://127.0.0.1:8760
+  tml-runtime serve --preset slice --sessions 32     more sessions, on a GPU
+  tml-runtime serve --checkpoint weights/ --preset inkling-small
+  TML_SERVE_TOKEN=$(cat token) tml-runtime serve --host 0.0.0.0
+                                                     for others, behind a proxy that has TLS
+  tml-runtime serve --allow-origin https://app.example.org
+                                                     also for a web page from there
+"""
+
+
+def add_serve(commands: Any) -> None:
+    """`serve`, to argparse's subcommands."""
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model's sessions over WebSockets",
+        description=_TEXT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_network(serve)
+    serve.add_argument(
+        "--sessions",
+        type=int,
+        default=4,
+        metavar="N",
+        help="how many at once; one more is refused (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--probe-ticks",
+        type=int,
+        default=20,
+        metavar="N",
+        help="run so many ticks of 1, 2, 4, .. sessions before the start, and admit as many "
+        "sessions as were in time; 0: admit --sessions (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long a session waits for a client whose connection broke (default: %(default)g)",
+    )
+    serve.add_argument(
+        "--preset", default="tiny", help="model: tiny (any CPU), slice or inkling-small"
+    )
+    serve.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="weights of the preset's shape; without it they are random, and say nothing sensible",
+    )
+    serve.add_argument(
+        "--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default: auto)"
+    )
+    serve.add_argument(
+        "--seed", type=int, default=0, help="of weights and draws (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--black-box",
+        type=Path,
+        metavar="DIR",
+        help="keep the newest ticks there when one misses, a session faults or the loop fails; "
+        "`tml-runtime trace` reads them",
+    )
+    serve.set_defaults(run=_serve)
+
+
+def _add_network(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--port", type=int, default=8760, help="0: any that is free (default: %(default)s)"
+    )
+    serve.add_argument(
+        "--token",
+        help="what a client must know, 16 characters or more; better given as TML_SERVE_TOKEN, "
+        "since arguments can be seen by other users",
+    )
+    serve.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="of web pages that may connect; may be given again (default: none)",
+    )
+    serve.add_argument(
+        "--max-connections",
+        type=int,
+        metavar="N",
+        help="at once, with those that have no session yet (default: --sessions + 32)",
+    )
+
+
+def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    require("aiohttp", "serve sessions", extra="serve")
+    require("PIL", "serve sessions", extra="serve")
+    from .. import prometheus
+    from ..model.load import CheckpointError
+    from .server import run_service
+
+    token = args.token if args.token is not None else _env.serve_token()
+    try:
+        limits = _check(args, token)
+        runtime, config = make_runtime(args)
+    except InputValueError as error:
+        print(f"error: {error}; see `tml-runtime serve --help`", file=sys.stderr)
+        return 2
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+    def make_service() -> Any:
+        from .service import Service
+
+        return Service(
+            runtime,
+            config,
+            make_intake=make_intake,
+            limits=limits,
+            token=token,
+            origins=tuple(args.allow_origin),
+        )
+
+    try:
+        ended = run_service(
+            make_service,
+            runtime,
+            host=args.host,
+            port=args.port,
+            metrics=(prometheus.render, prometheus.CONTENT_TYPE),
+            on_ready=lambda url: print(f"listening on {url}", flush=True),
+        )
+    except OSError as error:
+        print(f"error: cannot listen on {args.host}:{args.port}: {error}", file=sys.stderr)
+        return 1
+    if ended is None:
+        print("error: the tick loop failed, and every client was told", file=sys.stderr)
+        return 1
+    return INTERRUPTED if ended is signal.SIGINT else 0
+
+
+def _check(args: argparse.Namespace, token: str | None) -> Any:
+    """Limits of the service. Raises InputValueError."""
+    from .limits import Limits
+    from .server import check_reachable
+
+    check_reachable(args.host, token)
+    if not 0 <= args.port < 65_536:
+        raise InputValueError(f"port={args.port} is not in 0..65535")
+    if not 1 <= args.sessions <= 4096:
+        raise InputValueError(f"sessions={args.sessions} is not in 1..4096")
+    if not (math.isfinite(args.grace) and 0 <= args.grace <= 3600):
+        raise InputValueError(f"grace={args.grace} is not in 0..3600")
+    most = args.sessions + 32 if args.max_connections is None else args.max_connections
+    return replace(Limits(), max_connections=most, grace_s=args.grace)
+
+
+def make_runtime(args: argparse.Namespace) -> tuple[Runtime, ModelConfig]:
+    """Raises ModelChoiceError, CheckpointError."""
+    from ..loop import Runtime
+    from ..random_model import load_model, random_model, vocoder_for
+
+    for name in ("seed", "probe_ticks"):
+        if getattr(args, name) < 0:
+            raise InputValueError(f"{name}={getattr(args, name)} is negative")
+    if args.checkpoint is None:
+        model = random_model(args.preset, device=args.device, seed=args.seed)
+    else:
+        model = load_model(args.checkpoint, args.preset, device=args.device, seed=args.seed)
+    runtime = Runtime(
+        model,
+        num_slots=args.sessions,
+        seed=args.seed,
+        vocoder=vocoder_for(model),
+        black_box=args.black_box,
+        probe_ticks=args.probe_ticks,
+    )
+    return runtime, model.config
+
+
+def make_intake(session: Session) -> Any:
+    from ..net.intake import Intake
+
+    return Intake(session, sample_rate=16_000)
