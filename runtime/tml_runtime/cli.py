@@ -1,4 +1,4 @@
-"""tml-runtime demo | serve | info | top | trace."""
+"""tml-runtime demo | serve | load | info | top | trace."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from ._optional import MissingExtraError
 from .errors import InputValueError
 from .serve.command import add_serve
+from .serve.load_command import add_load
 from .top import DEFAULT_URL, StatusError, run_top
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tml-runtime", description="Run an interaction model in real-time ticks."
     )
-    commands = parser.add_subparsers(required=True, metavar="demo | serve | info | top | trace")
+    commands = parser.add_subparsers(
+        required=True, metavar="demo | serve | load | info | top | trace"
+    )
     demo = commands.add_parser(
         "demo",
         help="play recordings to a model in real time and report how its ticks kept up",
@@ -64,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_demo_arguments(demo)
     add_serve(commands)
+    add_load(commands)
     info = commands.add_parser(
         "info", help="versions, GPU, driver, clocks, and which backend each op has and why"
     )
