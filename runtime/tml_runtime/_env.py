@@ -32,6 +32,10 @@ def debug_graph() -> bool:
     return _is_set("TML_DEBUG_GRAPH")
 
 
+def background_key() -> str | None:
+    return os.environ.get("TML_BACKGROUND_KEY") or None
+
+
 def serve_token() -> str | None:
     """TML_SERVE_TOKEN: what a client of `tml-runtime serve` must know; None where it is not set."""
     return os.environ.get("TML_SERVE_TOKEN") or None

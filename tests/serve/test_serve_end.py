@@ -15,7 +15,7 @@ import pytest
 from fake_model import FakeModel
 from local_service import FAST, eventually, serve
 
-from tml_runtime import cli
+from tml_runtime import cli, errors
 from tml_runtime.serve.client import connect
 from tml_runtime.serve.events import ServiceError, Speech
 from tml_runtime.serve.protocol import CloseCode
@@ -200,6 +200,8 @@ def test_draining_lets_nobody_in(run) -> None:
         (["--device", "tpu"], "error: device 'tpu' is not one of"),
         (["--seed", "-1"], "error: seed=-1 is negative"),
         (["--probe-ticks", "-1"], "error: probe_ticks=-1 is negative"),
+        (["--background", "http://x/v1"], "error: --background and --background-model need"),
+        (["--background", "x", "--background-model", "m"], "error: base_url='x': expected http"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -209,6 +211,25 @@ def test_a_wrong_argument_is_one_line(
     assert cli.main(["serve", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and len(error.splitlines()) == 1
+
+
+def test_a_background_model_answers_what_is_delegated(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes = []
+
+    def run(make_service, runtime, **options) -> signal.Signals:
+        runtimes.append(runtime)
+        return signal.SIGTERM
+
+    monkeypatch.setattr("tml_runtime.serve.server.run_service", run)
+    server = ["--background", "http://localhost:9/v1", "--background-model", "deep"]
+    assert cli.main(["serve", *server, "--handoff-policy", "silent"]) == 0
+    assert cli.main(["serve"]) == 0
+    with_one, without = runtimes
+    assert with_one.report()["handoff"] is not None
+    assert with_one._handoff.options.policy.value == "silent"
+    assert with_one.open_session().delegate("why?") >= 0
+    with pytest.raises(errors.NotRunning, match="no background model"):
+        without.open_session().delegate("why?")
 
 
 @pytest.mark.parametrize("module", ["aiohttp", "PIL", "prometheus_client"])

@@ -15,6 +15,7 @@ from .._optional import require
 from ..errors import InputValueError
 
 if TYPE_CHECKING:
+    from ..handoff import OpenAIModel
     from ..loop import Runtime
     from ..model import ModelConfig
     from ..session import Session
@@ -40,6 +41,8 @@ examples:
   tml-runtime serve --checkpoint weights/ --preset inkling-small
   TML_SERVE_TOKEN=$(cat token) tml-runtime serve --host 0.0.0.0
                                                      for others, behind a proxy that has TLS
+  tml-runtime serve --background http://localhost:8000/v1 --background-model NAME
+                                                     deep work goes to another model
   tml-runtime serve --allow-origin https://app.example.org
                                                      also for a web page from there
 """
@@ -55,6 +58,7 @@ def add_serve(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_network(serve)
+    _add_background(serve)
     serve.add_argument(
         "--sessions",
         type=int,
@@ -129,6 +133,24 @@ def _add_network(serve: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_background(serve: argparse.ArgumentParser) -> None:
+    serve.add_argument(
+        "--background",
+        metavar="URL",
+        help="a server with OpenAI's chat completions, such as http://localhost:8000/v1, that "
+        "answers what the model delegates; its key, if it wants one, as TML_BACKGROUND_KEY",
+    )
+    serve.add_argument(
+        "--background-model", metavar="NAME", help="which of that server's models answers"
+    )
+    serve.add_argument(
+        "--handoff-policy",
+        choices=("interrupt", "when_idle", "silent", "skip_if_busy"),
+        default="when_idle",
+        help="when an answer reaches the live model (default: %(default)s)",
+    )
+
+
 def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     require("aiohttp", "serve sessions", extra="serve")
     require("PIL", "serve sessions", extra="serve")
@@ -195,9 +217,11 @@ def _check(args: argparse.Namespace, token: str | None) -> Any:
 
 def make_runtime(args: argparse.Namespace) -> tuple[Runtime, ModelConfig]:
     """Raises ModelChoiceError, CheckpointError."""
+    from ..handoff import HandoffOptions, Policy
     from ..loop import Runtime
     from ..random_model import load_model, random_model, vocoder_for
 
+    background = _background(args)
     for name in ("seed", "probe_ticks"):
         if getattr(args, name) < 0:
             raise InputValueError(f"{name}={getattr(args, name)} is negative")
@@ -212,8 +236,22 @@ def make_runtime(args: argparse.Namespace) -> tuple[Runtime, ModelConfig]:
         vocoder=vocoder_for(model),
         black_box=args.black_box,
         probe_ticks=args.probe_ticks,
+        background=background,
+        handoff=HandoffOptions(policy=Policy(args.handoff_policy)),
     )
     return runtime, model.config
+
+
+def _background(args: argparse.Namespace) -> OpenAIModel | None:
+    """Raises InputValueError, and MissingExtraError without the package for it."""
+    if args.background is None and args.background_model is None:
+        return None
+    if args.background is None or args.background_model is None:
+        raise InputValueError("--background and --background-model need one another")
+    from ..handoff import OpenAIModel
+
+    require("openai", "ask a background model", extra="handoff")
+    return OpenAIModel(args.background, args.background_model, api_key=_env.background_key())
 
 
 def make_intake(session: Session) -> Any:
