@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ._tick import now_ns
 from .admission import Probe, measure
-from .model import TickOutput
+from .model import PastTick, TickOutput
 from .slots import Batch
 from .upkeep import Upkeep
 from .vocoder import Vocoder
@@ -29,7 +30,12 @@ class WarmUp:
 
     @torch.inference_mode()
     def run(self) -> None:
-        self._silent_tick(len(self._vocoders))
+        """A tick of all slots, the same once more, and a prompt: what compiles, compiles now."""
+        out = self._silent_tick(len(self._vocoders))
+        silent_W = np.zeros(self._model.config.layout.samples_per_tick, np.float32)
+        token_K, mel_M_B = out.token_S_K[0].numpy(), out.mel_S_K_B[0].numpy()
+        past = PastTick(silent_W, True, None, [], token_K, mel_M_B)
+        self._model.replay(self._state, 0, 0, [past])
         self._upkeep.warm_up(self._model.config.vocab.silence)
         self._reset()
 
@@ -47,11 +53,12 @@ class WarmUp:
         self._reset()
         return found
 
-    def _silent_tick(self, num_rows: int) -> None:
+    def _silent_tick(self, num_rows: int) -> TickOutput:
         out: TickOutput = self._model.tick(self._state, self._batch.silent(num_rows))
         mel_S_K_B = out.mel_S_K_B.cpu()
         for vocoder, mel_K_B in zip(self._vocoders, mel_S_K_B, strict=False):
             vocoder.push(mel_K_B)  # a session's first tick resets it
+        return out
 
     def _reset(self) -> None:
         for slot in range(len(self._vocoders)):
