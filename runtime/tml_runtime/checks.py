@@ -35,9 +35,19 @@ def checked_time(t: float) -> float:
     """Media time in seconds, finite. Whether it is too early or too late is another question."""
     if isinstance(t, bool) or not isinstance(t, (int, float, np.integer, np.floating)):
         raise InputTypeError(f"t: expected seconds as a number, got {t!r}")
-    if not math.isfinite(t):
-        raise InputValueError(f"t: expected a finite number of seconds, got {t}")
-    return float(t)
+    try:
+        seconds = float(t)
+    except OverflowError:  # an int beyond all floats
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise InputValueError(f"t: expected a finite number of seconds, got {seconds}")
+    return seconds
+
+
+def whole(t: float, per_second: int) -> int:
+    """A finite time in samples or ns; also one so large that the product is infinite."""
+    exact = t * per_second
+    return round(exact) if math.isfinite(exact) else round(t) * per_second
 
 
 def checked_rate(sample_rate: int | None, expected: int) -> None:

@@ -139,7 +139,7 @@ class Session:
             self._check_open()
             checks.checked_rate(sample_rate, self._layout.sample_rate)
             samples = checks.checked_pcm(pcm)
-            start = round(checks.checked_time(t) * self._layout.sample_rate)
+            start = checks.whole(checks.checked_time(t), self._layout.sample_rate)
             size = self._seat.spec.window_samples
             self._check_windows(start // size, (start + max(len(pcm), 1) - 1) // size, t)
             if len(pcm) > 0 and not self._seat.inbox.put_audio(start, samples):
@@ -154,7 +154,7 @@ class Session:
         with self._lock:
             self._check_open()
             checks.checked_frame(frame, self._seat.spec.grid)
-            stamp = round(checks.checked_time(t) * 1e9)
+            stamp = checks.whole(checks.checked_time(t), 1_000_000_000)
             window = stamp // self._seat.spec.window_ns
             self._check_windows(window, window, t)
             if not self._seat.inbox.put_frame(stamp, frame):
@@ -216,7 +216,7 @@ class Session:
         """
         with self._lock:
             self._check_open()
-            played_ns = round(checks.checked_time(played_t) * 1e9)
+            played_ns = checks.whole(checks.checked_time(played_t), 1_000_000_000)
             pending = self._seat.interruption
             if pending.epoch > self._seat.epoch:  # the model has not been told of that one yet
                 played_ns = min(played_ns, pending.played_ns)

@@ -48,6 +48,8 @@ AUDIO: list[tuple[Push, tuple[type, type], str]] = [
     (lambda s: s.push_audio(PCM, 3.6), FULL, "beyond 3.6"),
     (lambda s: s.push_audio(PCM, 3.59), FULL, "beyond 3.6"),
     (lambda s: s.push_audio(PCM, 1e300), FULL, "1e[+]300"),
+    (lambda s: s.push_audio(PCM, 1e305), FULL, "1e[+]305"),  # infinitely many samples
+    (lambda s: s.push_audio(PCM, 10**400), VALUE, "inf"),
 ]
 VIDEO: list[tuple[Push, tuple[type, type], str]] = [
     (lambda s: s.push_video(FRAME.tolist(), 0.4), TYPE, "list"),
@@ -66,6 +68,8 @@ VIDEO: list[tuple[Push, tuple[type, type], str]] = [
     (lambda s: s.push_video(FRAME, np.nan), VALUE, "nan"),
     (lambda s: s.push_video(FRAME, 0.399), LATE, "0.399"),
     (lambda s: s.push_video(FRAME, 3.6), FULL, "3.6"),
+    (lambda s: s.push_video(FRAME, 1e300), FULL, "1e[+]300"),  # infinitely many ns
+    (lambda s: s.push_video(FRAME, -1e300), LATE, "-1e[+]300"),
 ]
 TEXT: list[tuple[Push, tuple[type, type], str]] = [
     (lambda s: s.push_text(b"bytes"), TYPE, "bytes"),

@@ -72,6 +72,8 @@ def test_output_of_a_tick_that_was_running_is_fenced_too() -> None:
         (0.75, 2, [[65, 66, 67]]),
         (0.8, None, []),
         (9.0, None, []),
+        (1e300, None, []),  # infinitely many ns
+        (-1e300, 0, [[], [], []]),
     ],
 )
 def test_the_model_remembers_what_was_played(
