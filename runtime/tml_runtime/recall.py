@@ -22,7 +22,7 @@ PAST_TICKS = 8  # the cache remembers the ends of sixteen, of all sessions toget
 
 
 class Unheard(NamedTuple):
-    """The ticks to replay, from the first on that was not heard to its end."""
+    """The ticks to replay, from the first on that said what was not heard."""
 
     rows: list[int]
     position: int  # of the session when the first of them began
@@ -60,23 +60,28 @@ class Recall:
         self._count += 1
 
     def unheard(self, played_ns: int) -> Unheard | None:
-        """What to replay when nothing after `played_ns` was heard; None when all was. No further
-        back than the ring goes."""
+        """What to replay when nothing after `played_ns` was heard; None when all was, or the rest
+        is silence already. No further back than the ring goes."""
         num_rows, num_steps = self._token_R_K.shape
         newest = range(max(0, self._count - num_rows), self._count)
         rows, ticks = [], []
         for row in (n % num_rows for n in newest):
             begin_ns = (int(self._window_R[row]) + 1) * self._period_ns
             steps = max(0, played_ns - begin_ns) * num_steps // self._period_ns
-            if rows or steps < num_steps:
+            tick = self._cut(row, min(steps, num_steps))
+            if rows or not self._says(row, tick):
                 rows.append(row)
-                ticks.append(self._cut(row, 0 if len(rows) > 1 else steps))
+                ticks.append(tick)
         return Unheard(rows, int(self._begin_R[rows[0]]), ticks) if rows else None
 
     def replayed(self, unheard: Unheard) -> None:
         """It is as if the session had said no more than that."""
         for row, tick in zip(unheard.rows, unheard.ticks, strict=True):
             self._token_R_K[row], self._mel_R_M_B[row] = tick.token_K, tick.mel_M_B
+
+    def _says(self, row: int, tick: PastTick) -> bool:
+        token_K, mel_M_B = self._token_R_K[row], self._mel_R_M_B[row]
+        return np.array_equal(token_K, tick.token_K) and np.array_equal(mel_M_B, tick.mel_M_B)
 
     def _cut(self, row: int, steps: int) -> PastTick:
         token_K, mel_M_B = self._token_R_K[row].copy(), self._mel_R_M_B[row].copy()
