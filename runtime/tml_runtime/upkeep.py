@@ -92,8 +92,9 @@ class Upkeep:
     def _replay(self, seat: Seat, interruption: Interruption) -> None:
         unheard = seat.recall.unheard(interruption.played_ns)
         if unheard is not None:
-            self._model.replay(self._state, seat.slot, unheard.position, unheard.ticks)
-            seat.recall.replayed(unheard)
+            ends = self._model.replay(self._state, seat.slot, unheard.position, unheard.ticks)
+            seat.recall.replayed(unheard, ends)
+            seat.position = ends[-1]
 
     def _read(self, seat: Seat, tick: int, end_ns: int) -> None:
         if not seat.admitted:

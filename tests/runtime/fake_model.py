@@ -104,10 +104,12 @@ class FakeModel:
         self, state: FakeState, slot: int, position: int, past: Sequence[PastTick]
     ) -> list[int]:
         state.rewind(slot, position)
+        ends = []
         for tick in past:
             state.remember(slot, heard(tick.pcm_W, tick.missing, tick.text, tick.frames))
+            ends.append(state.length(slot))
         self.replayed.append((slot, position, [tick.token_K.tolist() for tick in past]))
-        return []
+        return ends
 
     def tick(self, state: FakeState, tick: TickInput) -> TickOutput:
         layout, slots = self.config.layout, tick.slot_S.tolist()

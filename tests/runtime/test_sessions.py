@@ -8,7 +8,9 @@ from fake_model import CONFIG, SILENCE, FakeModel, make_runtime
 
 from tml_kernels.kv_cache import OutOfPages
 from tml_runtime import InteractionModel, ModelConfig, Runtime, Session, errors
+from tml_runtime.graph import TickGraphs
 from tml_runtime.model import KvBudget
+from tml_runtime.model.buffers import Bucket
 from tml_runtime.recall import PAST_TICKS
 from tml_runtime.session import SpeechOut, TextOut
 from tml_runtime.upkeep import READ_TOKENS
@@ -308,6 +310,24 @@ def test_a_real_session_forgets_what_was_not_played() -> None:
             runtime._state.cache.check_invariants()
     np.testing.assert_array_equal(spoken[0], spoken[1])
     assert np.abs(spoken[0] - spoken[2]).max() > 1e-3
+
+
+def test_pictures_that_a_tick_had_no_shapes_for_do_not_lose_the_place() -> None:
+    """A replay may append more than the tick did; the next one begins where it ended."""
+    model = InteractionModel.random(ModelConfig.preset("tiny"))
+    with Runtime(model, realtime=False) as runtime, runtime.open_session(seed=3) as session:
+        TickGraphs(model, runtime._state, buckets=[Bucket(1, 40, 0)], mode="eager")
+        for _ in range(4):
+            for _ in range(2):
+                session.push_video(np.zeros((40, 40, 3), np.uint8), session.open_t)
+                hear(runtime, session)
+            assert runtime.report()["shed_frames"] > 0
+            session.interrupt(0.0)
+            hear(runtime, session)
+            seat = runtime._slots.seats()[0]
+            assert seat.position == runtime._state.length(0)
+        assert (session.stats.interruptions, session.stats.unforgotten) == (4, 0)
+        runtime._state.cache.check_invariants()
 
 
 def test_a_real_session_pauses_and_goes_on() -> None:
