@@ -73,6 +73,7 @@ class Seat:
     interruption: Interruption = NOTHING
     admitted: bool = False
     num_read: int = 0  # tokens of the prompt
+    num_waited: int = 0  # ticks since then that left no time for more of it
     put_away: bool = False  # its keys are in host memory
     was_absent: bool = False  # from the tick before
     epoch: int = 0  # of the newest interruption that the tick thread has seen

@@ -13,14 +13,18 @@ from .slots import Interruption, Seat
 from .vocoder import Vocoder
 
 READ_TOKENS = 64  # of a prompt, at once: a page
+PATIENCE = 150  # ticks in which a prompt finds no time
+FORGET = (
+    16  # a tick without time takes one part of so many from what its kind of work is taken to cost
+)
 
 
 class Upkeep:
     """For the tick thread. `begin` and `take_back` come before a tick, `rest` after its output.
 
-    Prompts are read and keys put away only in time that nobody waits for: a piece that is taken to
-    cost twice what the costliest has cost so far must fit. A prompt that found no time in
-    `patience` ticks ends its session.
+    Prompts are read and keys put away only in time that nobody waits for: each is taken to cost
+    twice what the costliest of its kind has cost lately, and must fit. A prompt of which nothing
+    was read in PATIENCE ticks ends its session.
     """
 
     def __init__(
@@ -30,20 +34,19 @@ class Upkeep:
         vocoders: Sequence[Vocoder],
         now_ns: Callable[[], int],
         metrics: Metrics,
-        patience: int = 150,
     ) -> None:
         self._model = model
         self._state = state
         self._vocoders = vocoders
         self._now_ns = now_ns
         self._metrics = metrics
-        self._patience = patience
-        self._read_ns = 0  # the longest a piece took
+        self._cost_ns = {"read": 0, "put_away": 0}
 
     def warm_up(self, silence: int) -> None:
         """Learn on slot 0 what a piece of a prompt costs; the caller resets it."""
         for _ in range(2):
-            self._timed_read(0, [silence] * (READ_TOKENS // 2))
+            self._cost_ns["read"] = 0  # the first call compiles, which no other does
+            self._timed("read", self._model.read, self._state, 0, [silence] * (READ_TOKENS // 2))
 
     def begin(self, seat: Seat) -> None:
         """Before anything of the session reaches the model."""
@@ -73,21 +76,23 @@ class Upkeep:
 
     def rest(self, seats: Sequence[Seat], tick: int, end_ns: int) -> None:
         """Everything that fits before `end_ns`: one piece of each prompt, keys of the paused."""
+        late = set()
         for seat in seats:
             if seat.over:
                 continue
             try:
                 if seat.num_read < len(seat.prompt):
-                    self._read(seat, tick, end_ns)
-                elif seat.paused and self._may_put_away(seat) and self._now_ns() < end_ns:
-                    self._state.put_away(seat.slot)
-                    seat.put_away = True
+                    kind, had_time = "read", self._read(seat, end_ns)
+                elif seat.paused and seat.admitted and not seat.put_away:
+                    kind, had_time = "put_away", self._put_away(seat, end_ns)
+                else:
+                    continue
+                if not had_time:
+                    late.add(kind)
             except Exception as error:
                 self._fail(seat, tick, error)
-
-    @staticmethod
-    def _may_put_away(seat: Seat) -> bool:
-        return seat.admitted and not seat.put_away
+        for kind in late:  # else one slow piece would stop all prompts for ever
+            self._cost_ns[kind] -= self._cost_ns[kind] // FORGET
 
     def _replay(self, seat: Seat, interruption: Interruption) -> None:
         unheard = seat.recall.unheard(interruption.played_ns)
@@ -96,28 +101,43 @@ class Upkeep:
             seat.recall.replayed(unheard, ends)
             seat.position = ends[-1]
 
-    def _read(self, seat: Seat, tick: int, end_ns: int) -> None:
+    def _read(self, seat: Seat, end_ns: int) -> bool:
+        """Whether there was time for a piece. Raises TimeoutError once there was none for long."""
         if not seat.admitted:
             self.begin(seat)
         piece = seat.prompt[seat.num_read : seat.num_read + READ_TOKENS]
-        if self._now_ns() + 2 * self._read_ns < end_ns:
-            self._timed_read(seat.slot, piece)
+        if self._fits("read", end_ns):
+            self._timed("read", self._model.read, self._state, seat.slot, piece)
             seat.num_read += len(piece)
+            seat.num_waited = 0
             seat.position = self._state.length(seat.slot)
-        elif seat.stats.absent_ticks > self._patience:
+            return True
+        seat.num_waited += 1
+        if seat.num_waited > PATIENCE:
             raise TimeoutError(
                 f"{len(seat.prompt) - seat.num_read} tokens of the prompt found no time within "
-                f"{self._patience} ticks"
+                f"{PATIENCE} ticks"
             )
+        return False
+
+    def _put_away(self, seat: Seat, end_ns: int) -> bool:
+        """Whether there was time for it."""
+        if self._fits("put_away", end_ns):
+            self._timed("put_away", self._state.put_away, seat.slot)
+            seat.put_away = True
+        return seat.put_away
+
+    def _fits(self, kind: str, end_ns: int) -> bool:
+        return self._now_ns() + 2 * self._cost_ns[kind] < end_ns
+
+    def _timed(self, kind: str, call: Callable[..., object], *args: object) -> None:
+        begin_ns = self._now_ns()
+        call(*args)
+        self._cost_ns[kind] = max(self._cost_ns[kind], self._now_ns() - begin_ns)
 
     def _fail(self, seat: Seat, tick: int, error: Exception) -> None:
         seat.fail(tick, error)
         self._metrics.add("faults", 1)
-
-    def _timed_read(self, slot: int, ids: list[int]) -> None:
-        begin_ns = self._now_ns()
-        self._model.read(self._state, slot, ids)
-        self._read_ns = max(self._read_ns, self._now_ns() - begin_ns)
 
 
 ALWAYS = sys.maxsize  # ns: on a virtual clock there is all the time in the world

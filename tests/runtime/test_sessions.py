@@ -13,7 +13,7 @@ from tml_runtime.model import KvBudget
 from tml_runtime.model.buffers import Bucket
 from tml_runtime.recall import PAST_TICKS
 from tml_runtime.session import SpeechOut, TextOut
-from tml_runtime.upkeep import READ_TOKENS
+from tml_runtime.upkeep import PATIENCE, READ_TOKENS
 
 N = CONFIG.layout.samples_per_tick
 PERIOD_NS = 200_000_000
@@ -220,6 +220,28 @@ def test_a_paused_session_sits_ticks_out_and_goes_on() -> None:
     assert stats.dropped_samples == N
 
 
+def test_keys_are_put_away_only_where_they_were_seen_to_fit() -> None:
+    runtime, _ = make_runtime(num_slots=2)
+    put_away = runtime._state.put_away
+
+    def slowly(slot: int) -> None:
+        put_away(slot)
+        runtime.clock.advance(PERIOD_NS // 2)
+
+    runtime._state.put_away = slowly
+    deadline(runtime, left_ns=PERIOD_NS)
+    with runtime:
+        first, second = runtime.open_session(), runtime.open_session()
+        runtime.run_ticks(1)
+        first.pause()
+        runtime.run_ticks(1)
+        second.pause()
+        runtime.run_ticks(1)
+        assert runtime._state.away == {0}  # the second would take all of what there is
+        runtime.run_ticks(1)
+        assert runtime._state.away == {0, 1}  # a little less, by now
+
+
 def test_who_floods_a_paused_session_fills_its_own_bounds_only() -> None:
     runtime, _ = make_runtime()
     with runtime, runtime.open_session() as session:
@@ -234,6 +256,15 @@ def test_who_floods_a_paused_session_fills_its_own_bounds_only() -> None:
 
 
 # Prompts
+
+
+def deadline(runtime: Runtime, left_ns: int) -> None:
+    """From here on each tick leaves so much, on the virtual clock too."""
+    upkeep, clock = runtime._upkeep, runtime.clock
+    rest = type(upkeep).rest
+    upkeep.rest = lambda seats, tick, end_ns: rest(  # type: ignore[method-assign]
+        upkeep, seats, tick, clock.now_ns() + left_ns
+    )
 
 
 def test_a_prompt_is_read_before_anything_is_heard() -> None:
@@ -281,14 +312,49 @@ def test_a_prompt_that_finds_no_time_ends_its_session() -> None:
     runtime, _ = make_runtime(num_slots=2)
     with runtime:
         waiting, other = runtime.open_session(prompt="hi"), runtime.open_session()
-        runtime._upkeep._read_ns = 2**62  # as if a piece took longer than there ever is
-        runtime.run_ticks(150)
+        deadline(runtime, left_ns=0)
+        runtime.run_ticks(PATIENCE)
         assert waiting.poll() == []
         other.poll()
         runtime.run_ticks(2)
         with pytest.raises(errors.SessionFault, match="2 tokens of the prompt found no time"):
             waiting.poll()
         assert len(other.poll()) == 2
+
+
+def test_a_prompt_that_is_read_slowly_is_read() -> None:
+    """Patience is with one piece: a long prompt may take longer than that."""
+    runtime, _ = make_runtime(budget=KvBudget(anchor=PATIENCE * READ_TOKENS))
+    with runtime, runtime.open_session(prompt=[1] * (3 * READ_TOKENS)) as session:
+        for _ in range(3):
+            deadline(runtime, left_ns=0)
+            runtime.run_ticks(PATIENCE - 1)
+            deadline(runtime, left_ns=PERIOD_NS)
+            runtime.run_ticks(1)
+        assert session.poll() == []
+        runtime.run_ticks(1)
+        assert len(session.poll()) == 1
+
+
+def test_a_piece_that_once_took_long_holds_up_no_prompt_for_ever() -> None:
+    """One that is too long for any tick, as the first is that compiles something."""
+
+    class Slow(FakeModel):
+        def read(self, state, slot, ids):
+            super().read(state, slot, ids)
+            runtime.clock.advance(costs.pop())
+
+    costs = [0, 0, 0, 5 * PERIOD_NS]
+    runtime, _ = make_runtime(Slow())
+    deadline(runtime, left_ns=PERIOD_NS)
+    with runtime:
+        for _ in range(4):
+            with runtime.open_session(prompt="hi") as session:
+                for _ in range(PATIENCE // 2):
+                    runtime.run_ticks(1)
+                    session.poll()
+                assert session.stats.ticks > 0
+    assert costs == []
 
 
 # With the model itself
