@@ -127,6 +127,8 @@ class Runtime:
         self._num_opened = 0
         self._lock = threading.Lock()  # clients only: open, start, stop
         settings = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
+        settings |= {"global_pages": global_pages, "probe_ticks": probe_ticks, "handoff": options}
+        settings["background"] = None if background is None else type(background).__name__
         self._watch = Watch(self, model, black_box, settings)
         if not realtime:
             self._borrowed.callback(self._handoff.stop)
@@ -321,11 +323,12 @@ class Runtime:
             self._keep_alive()
         done_ns, throttle = self._now_ns(), self._watch.throttle
         wrong = self._metrics.close(done_ns=done_ns, deadline_ns=deadline_ns, throttle=throttle)
-        if wrong is not None:
-            self._watch.went_wrong(wrong, tick, done_ns)
         self._overload.observe(skipped > 0 or done_ns > deadline_ns)
         end_ns = ALWAYS if self._thread is None else deadline_ns
-        self._upkeep.rest(self._slots.seats(), tick, end_ns)
+        if self._upkeep.rest(self._slots.seats(), tick, end_ns):
+            wrong = "fault"
+        if wrong is not None:
+            self._watch.went_wrong(wrong, tick, done_ns)
         if self._thread is not None:
             self._collector.rest(deadline_ns - self._now_ns())
 

@@ -74,9 +74,10 @@ class Upkeep:
         except Exception as error:
             self._fail(seat, tick, error)
 
-    def rest(self, seats: Sequence[Seat], tick: int, end_ns: int) -> None:
-        """Everything that fits before `end_ns`: one piece of each prompt, keys of the paused."""
-        late = set()
+    def rest(self, seats: Sequence[Seat], tick: int, end_ns: int) -> int:
+        """Everything that fits before `end_ns`: one piece of each prompt, keys of the paused.
+        Returns how many sessions that has ended."""
+        late, num_faults = set(), 0
         for seat in seats:
             if seat.over:
                 continue
@@ -91,8 +92,10 @@ class Upkeep:
                     late.add(kind)
             except Exception as error:
                 self._fail(seat, tick, error)
+                num_faults += 1
         for kind in late:  # else one slow piece would stop all prompts for ever
             self._cost_ns[kind] -= self._cost_ns[kind] // FORGET
+        return num_faults
 
     def _replay(self, seat: Seat, interruption: Interruption) -> None:
         unheard = seat.recall.unheard(interruption.played_ns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -106,12 +106,17 @@ class Watch:
             sessions=status["sessions"],
             report=status["report"],
             config={
-                **options,
-                "budget": None if options["budget"] is None else asdict(options["budget"]),
+                **{name: _plain(value) for name, value in options.items()},
                 "model": asdict(model.config),
                 "host": host_facts(),
             },
         )
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value
 
 
 def session_status(seat: Seat, media_ns: int) -> dict[str, Any]:

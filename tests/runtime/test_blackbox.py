@@ -21,6 +21,7 @@ from fake_model import CONFIG, MS40, FakeModel, make_runtime
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tml_kernels.kv_cache import OutOfPages
 from tml_runtime import blackbox, errors
 from tml_runtime.blackbox import BlackBox, BlackBoxWriter, load
 from tml_runtime.gpu import SAMPLE
@@ -84,6 +85,8 @@ def test_a_miss_is_written_with_the_newest_ticks(tmp_path: Path) -> None:
     assert session.stats.ticks == 401
     assert (box.report["misses"], box.report["slots"]) == (1, 2)
     assert (box.config["num_slots"], box.config["realtime"]) == (2, False)
+    assert (box.config["global_pages"], box.config["probe_ticks"]) == (None, 0)
+    assert box.config["background"] is None and box.config["handoff"]["snapshots"] == 0
     assert box.config["model"]["layout"]["period_ms"] == 200 and box.config["host"]["python"]
 
 
@@ -111,6 +114,20 @@ def test_a_fault_is_written(tmp_path: Path) -> None:
     assert (box.cause, box.tick) == ("fault", 2)
     assert [session["state"] for session in box.sessions] == ["running", "faulted"]
     assert "not finite" in box.sessions[1]["fault"]
+
+
+def test_a_fault_between_two_ticks_is_written(tmp_path: Path) -> None:
+    class Broken(FakeModel):
+        def read(self, state, slot, ids):
+            raise OutOfPages("none left")
+
+    runtime, _ = make_runtime(Broken(), black_box=tmp_path)
+    with runtime, runtime.open_session(prompt="hi"):
+        runtime.run_ticks(1)
+        wait_for(lambda: files(tmp_path) != [])
+    box = load(tmp_path / files(tmp_path)[0])
+    assert (box.cause, box.tick, box.records["faults"].tolist()) == ("fault", 0, [1])
+    assert "none left" in box.sessions[0]["fault"]
 
 
 def test_a_tick_that_raises_is_written_though_another_file_is_just_out(tmp_path: Path) -> None:
