@@ -77,6 +77,7 @@ class Seat:
     put_away: bool = False  # its keys are in host memory
     was_absent: bool = False  # from the tick before
     epoch: int = 0  # of the newest interruption that the tick thread has seen
+    played_ns: int = 0  # how far its speech was heard before that
     position: int = 0  # tokens that the model's memory of the session counts
     open_window: int = 0  # the oldest that input may still be pushed for
     fault: SessionFault | None = None
@@ -91,11 +92,6 @@ class Seat:
     @property
     def over(self) -> bool:
         return self.closed or self.fault is not None
-
-    @property
-    def played_ns(self) -> int:
-        """How far its speech was heard before the newest interruption."""
-        return self.interruption.played_ns
 
     @property
     def present(self) -> bool:

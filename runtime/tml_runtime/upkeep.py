@@ -9,7 +9,7 @@ from typing import Any
 from tml_kernels.kv_cache import NoSnapshot, WindowPassed
 
 from .metrics import Metrics
-from .slots import Interruption, Seat
+from .slots import Seat
 from .vocoder import Vocoder
 
 READ_TOKENS = 64  # of a prompt, at once: a page
@@ -64,11 +64,11 @@ class Upkeep:
         interruption = seat.interruption
         if interruption.epoch == seat.epoch:
             return
-        seat.epoch = interruption.epoch
+        seat.epoch, seat.played_ns = interruption
         seat.stats.interruptions += 1
         self._vocoders[seat.slot].reset()
         try:
-            self._replay(seat, interruption)
+            self._replay(seat)
         except (NoSnapshot, WindowPassed):  # nothing has changed
             seat.stats.unforgotten += 1
         except Exception as error:
@@ -97,8 +97,8 @@ class Upkeep:
             self._cost_ns[kind] -= self._cost_ns[kind] // FORGET
         return num_faults
 
-    def _replay(self, seat: Seat, interruption: Interruption) -> None:
-        unheard = seat.recall.unheard(interruption.played_ns)
+    def _replay(self, seat: Seat) -> None:
+        unheard = seat.recall.unheard(seat.played_ns)
         if unheard is not None:
             ends = self._model.replay(self._state, seat.slot, unheard.position, unheard.ticks)
             seat.recall.replayed(unheard, ends)

@@ -201,6 +201,31 @@ def test_what_nobody_heard_is_not_in_the_transcript() -> None:
     assert requests[0].epoch == 1
 
 
+def test_an_interruption_that_comes_during_another_hides_nothing_of_it() -> None:
+    """The tick thread takes an interruption once: its epoch and position are of the same one."""
+    requests: list[Request] = []
+
+    def answer(request: Request) -> str:
+        requests.append(request)
+        return "42"
+
+    runtime, model = make(LocalModel(answer), script([97] * 4, [98] * 4, QUIET, ASK_QUIETLY))
+    with runtime, runtime.open_session() as session:
+        replay = model.replay
+
+        def interrupted_again(*args):
+            model.replay = replay
+            session.interrupt(9.0)
+            return replay(*args)
+
+        model.replay = interrupted_again
+        runtime.run_ticks(2)
+        session.interrupt(0.3)  # two of four output steps of tick 0 were heard
+        runtime.run_ticks(3)
+    assert [(turn.role, turn.text) for turn in requests[0].turns] == [("assistant", "aa")]
+    assert requests[0].epoch == 2
+
+
 def test_a_finished_answer_of_an_older_epoch_is_dropped_too() -> None:
     runtime, model = make(ANSWER, script(ASK, SPEAK, SPEAK))
     with runtime, runtime.open_session() as session:
