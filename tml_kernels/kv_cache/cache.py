@@ -31,7 +31,7 @@ from .checks import check_device_tables
 from .pools import CacheGroup, GroupPages, Pools
 from .saved import describe, read_contents, restore_image
 from .session_file import read_session_file, write_session_file
-from .slot_state import SlotState, SlotTensor
+from .slot_state import NUM_SNAPSHOTS, SlotState, SlotTensor
 from .transfer import Contents, copy_pages, gather, scatter, to_device
 
 
@@ -90,7 +90,7 @@ class RollingKVCache:
         device: torch.device | str = "cpu",
         lag: int = 0,
         slot_tensors: Mapping[str, SlotTensor] | None = None,
-        num_snapshots: int = 16,
+        num_snapshots: int = NUM_SNAPSHOTS,
     ) -> None:
         self.device = torch.device(device)
         self.page_dtype = page_dtype
@@ -115,11 +115,6 @@ class RollingKVCache:
     @property
     def groups(self) -> list[GroupPages]:
         return self._pools.groups
-
-    @property
-    def num_tables(self) -> int:
-        """Groups whose rows have positions of their own."""
-        return sum(group.row_position_P_R is not None for group in self.groups)
 
     # A session's life
 
@@ -197,7 +192,8 @@ class RollingKVCache:
         delta_U_4: np.ndarray, row_Z: np.ndarray, position_Z: np.ndarray,
     ) -> None:  # fmt: skip
         """The host's half of `apply`: what `write` takes, into int64 arrays of sizes that no tick
-        changes. delta: `num_keys` rows, padded; row and position: `num_tables` * T."""
+        changes. delta: `num_keys` rows, padded; row and position: T of each group that has no
+        window."""
         num_deltas = self._table.take_deltas(delta_U_4.data)
         delta_U_4[num_deltas:] = (-1, 0, 0, 0)
         row_Z[:], position_Z[:] = self._placed(rows, positions)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .._core import CacheError
 
+NUM_SNAPSHOTS = 16  # ticks that a session can be rewound by, unless told
+
 
 class NoSnapshot(CacheError):
     """A rewind to a position after which no tick ended that is still remembered; `kept` are."""

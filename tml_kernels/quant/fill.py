@@ -16,7 +16,7 @@ from ..precision import ACTIVATIONS
 from .codes import FP8_BLOCK, Scales, choose_scales, decode, encode, extremes
 from .formats import FORMATS, Format
 from .pack import pack_scales, pack_words
-from .packed import PackedExperts, data_shape, scale_dtype, scale_shape
+from .packed import OUTER, PackedExperts, data_shape, scale_dtype, scale_shape
 
 PROGRESS_EXPERTS = 8  # a line of progress for every so many
 _SLABS = 8  # parts of an expert worked on one after the other, of 128 rows at least
@@ -177,7 +177,7 @@ def _allocate(source: Source, fmt: Format, inplace: bool) -> PackedExperts:
         scale = torch.empty(shape, dtype=scale_dtype(fmt), device=device)
         if source.has_zero:
             zero = torch.empty_like(scale)
-        if fmt.name in ("mxfp4", "nvfp4"):
+        if fmt.name in OUTER:
             outer_E = torch.empty(num_experts, dtype=torch.float32, device=device)
     return PackedExperts(fmt, data, scale, zero, outer_E, num_rows, num_columns)
 

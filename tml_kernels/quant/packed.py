@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .formats import Format
+
+OUTER = ("mxfp4", "nvfp4")  # formats with a factor for each expert
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ def scale_shape(fmt: Format, num_rows: int, num_columns: int) -> tuple[int, ...]
     if fmt.name == "fp8":
         return -(-num_rows // 128), num_blocks
     return num_blocks, num_rows
+
+
+def packed_bytes(fmt: Format, num_experts: int, num_rows: int, num_columns: int) -> int:
+    """`PackedExperts.nbytes` of matrices that this package rounds or converts: they have no zero
+    points."""
+    size = math.prod(data_shape(fmt, num_rows, num_columns)) * fmt.dtype.itemsize
+    if fmt.packed:
+        size += math.prod(scale_shape(fmt, num_rows, num_columns)) * scale_dtype(fmt).itemsize
+    if fmt.name in OUTER:
+        size += torch.float32.itemsize
+    return num_experts * size
 
 
 def scale_dtype(fmt: Format) -> torch.dtype:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tml_kernels.kv_cache import RollingKVCache
+from tml_kernels.kv_cache import CacheGroup
 
 from .config import ModelConfig
 
@@ -100,13 +100,13 @@ class TickShape:
     largest: Bucket
 
     @classmethod
-    def of(cls, config: ModelConfig, cache: RollingKVCache) -> TickShape:
-        layout, patch, slots = config.layout, config.patch, cache.max_sessions
+    def of(cls, config: ModelConfig, specs: Sequence[CacheGroup], slots: int) -> TickShape:
+        layout, patch = config.layout, config.patch
         return cls(
             num_slots=slots,
-            num_groups=len(cache.groups),
-            num_tables=cache.num_tables,
-            num_keys=cache.num_keys,
+            num_groups=len(specs),
+            num_tables=sum(spec.window is None for spec in specs),
+            num_keys=slots * sum(spec.columns for spec in specs),
             num_steps=layout.num_steps,
             num_samples=layout.samples_per_tick,
             patch=(patch.frames, patch.patch, patch.patch, 3),

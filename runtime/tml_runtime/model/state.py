@@ -123,49 +123,25 @@ class ModelState:
         """Everything allocated, every slot as after `reset`. global_pages: of all sessions, by
         default as many as their budgets; fewer are shared as far as they go."""
         _check_positive(num_slots=num_slots, max_append=max_append)
-        layout = config.layout
-        longest = max(max_append, layout.max_tokens_per_tick)
+        longest = max(max_append, config.layout.max_tokens_per_tick)
         specs = cache_groups(config, num_slots, budget, longest, global_pages)
 
-        def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, device=device, dtype=dtype)
-
-        taps = (config.num_layers, num_slots, CONV_TAPS, config.width)
-        by_slot = {
-            "attn_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
-            "mlp_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
-            "tail_N_W": SlotTensor(zeros(num_slots, layout.dmel.tail, dtype=torch.float32)),
-            "token_N": SlotTensor(zeros(num_slots, dtype=torch.int64), reset=config.vocab.silence),
-            "levels_N_F_B": SlotTensor(
-                zeros(
-                    num_slots, layout.mel_frames_per_step, layout.dmel.num_bands, dtype=torch.uint8
-                )
-            ),
-            "draws_N": SlotTensor(zeros(num_slots, dtype=torch.int64)),
-            "temperature_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
-            "top_k_N": _setting(zeros(num_slots, dtype=torch.int32), 0),
-            "top_p_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
-            "min_p_N": _setting(zeros(num_slots, dtype=torch.float32), 0.0),
-            "seed_N": _setting(zeros(num_slots, dtype=torch.int64), 0),
-        }
-        convs = [
-            zeros(spec.num_layers, num_slots, 2, CONV_TAPS, spec.num_kv_heads * spec.head_width)
-            for spec in specs
-        ]
+        by_slot = slot_tensors(config, specs, num_slots, device=device, dtype=dtype)
         cache = RollingKVCache(
             specs,
             max_sessions=num_slots,
             page_dtype=page_dtype,
             device=device,
-            slot_tensors=by_slot
-            | {f"conv_{g}": SlotTensor(conv, axis=1) for g, conv in enumerate(convs)},
+            slot_tensors=by_slot,
         )
+        convs = [by_slot.pop(_conv_name(g)).tensor for g in range(len(specs))]
         groups = tuple(map(LayerState, cache.groups, convs))
         sessions = [cache.open(budget.pages()) for _ in range(num_slots)]
         assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
         dropped = [0] * len(CLASSES)
-        scratch, buffers = Scratch(device), TickBuffers(TickShape.of(config, cache), device)
+        buffers = TickBuffers(TickShape.of(config, specs, num_slots), device)
+        scratch = Scratch(device)
         return cls(
             config, budget, max_append, cache, groups, scratch, buffers, sessions, dropped,
             **tensors,
@@ -310,6 +286,47 @@ class ModelState:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot={slot} is not in 0..{self.num_slots - 1}")
+
+
+def slot_tensors(
+    config: ModelConfig,
+    specs: Sequence[CacheGroup],
+    num_slots: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, SlotTensor]:
+    """All that slots hold beside their pages: `ModelState`'s tensors by name, and the taps of each
+    group's K and V. On device "meta" they take no memory."""
+    layout = config.layout
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    taps = (config.num_layers, num_slots, CONV_TAPS, config.width)
+    speech = (num_slots, layout.mel_frames_per_step, layout.dmel.num_bands)
+    by_slot = {
+        "attn_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
+        "mlp_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
+        "tail_N_W": SlotTensor(zeros(num_slots, layout.dmel.tail, dtype=torch.float32)),
+        "token_N": SlotTensor(zeros(num_slots, dtype=torch.int64), reset=config.vocab.silence),
+        "levels_N_F_B": SlotTensor(zeros(*speech, dtype=torch.uint8)),
+        "draws_N": SlotTensor(zeros(num_slots, dtype=torch.int64)),
+        "temperature_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
+        "top_k_N": _setting(zeros(num_slots, dtype=torch.int32), 0),
+        "top_p_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
+        "min_p_N": _setting(zeros(num_slots, dtype=torch.float32), 0.0),
+        "seed_N": _setting(zeros(num_slots, dtype=torch.int64), 0),
+    }
+    for g, spec in enumerate(specs):
+        width = spec.num_kv_heads * spec.head_width
+        conv = zeros(spec.num_layers, num_slots, 2, CONV_TAPS, width)
+        by_slot[_conv_name(g)] = SlotTensor(conv, axis=1)
+    return by_slot
+
+
+def _conv_name(group: int) -> str:
+    return f"conv_{group}"
 
 
 def _setting(tensor: Tensor, reset: float) -> SlotTensor:
