@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import budget
+from ..budget import TIMED
 from ..loop import Runtime
 from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
 from ..random_model import DEVICES, PRESETS, ModelChoiceError, random_model, vocoder_for
@@ -24,7 +26,6 @@ MAX_SESSIONS = 256
 SPEECH_START_S = 6.5  # the first words of the default recording come at 6.69 s
 FRAMES_PER_TICK = 2  # of video: they make one token per patch
 MAX_KEEP_S = 600.0
-TIMED = ("audio", "video", "reply")  # what comes with the clock
 
 
 class DemoError(RuntimeError):
@@ -86,19 +87,13 @@ def make_model(options: Options) -> InteractionModel:
 
 def tokens_per_tick(options: Options, config: ModelConfig) -> dict[str, int]:
     """What a session of the demo appends in every tick, by class."""
-    patch_rows, patch_columns = config.patch.grid(*_frame_size(options.preset))
-    counts = (config.layout.audio_tokens, patch_rows * patch_columns, config.layout.num_steps)
-    return dict(zip(TIMED, counts, strict=True))
+    return budget.tokens_per_tick(config, _frame_size(options.preset))
 
 
 def make_budget(options: Options, config: ModelConfig) -> KvBudget:
     """Room for the seconds to keep; text and anchors have the default."""
-    period_s = config.layout.period_ms / 1000
-    tokens = {
-        name: math.ceil(options.keep_s(name) / period_s * count)
-        for name, count in tokens_per_tick(options, config).items()
-    }
-    return KvBudget(**tokens)
+    seconds = {name: options.keep_s(name) for name in TIMED}
+    return budget.budget_for(config, seconds, _frame_size(options.preset))
 
 
 def make_runtime(options: Options, model: InteractionModel) -> Runtime:

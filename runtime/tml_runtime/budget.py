@@ -1,0 +1,30 @@
+"""How many tokens the seconds are that a session is to remember."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from .model import KvBudget, ModelConfig
+
+TIMED = ("audio", "video", "reply")  # what comes with the clock
+
+
+def tokens_per_tick(config: ModelConfig, frame: tuple[int, int] | None) -> dict[str, int]:
+    """What a session appends in every tick, by class of TIMED. frame: height and width of what it
+    sees, None: nothing. Raises ValueError for a frame that cannot be cut in patches."""
+    rows, columns = (0, 0) if frame is None else config.patch.grid(*frame)
+    counts = (config.layout.audio_tokens, rows * columns, config.layout.num_steps)
+    return dict(zip(TIMED, counts, strict=True))
+
+
+def budget_for(
+    config: ModelConfig, seconds: Mapping[str, float], frame: tuple[int, int] | None
+) -> KvBudget:
+    """Room for so many seconds of each class of TIMED; text and anchors have the default."""
+    tokens = {
+        # 10.2 s are 51 ticks of 200 ms, though 10.2 / 0.2 is not 51 to the last bit
+        name: max(1, math.ceil(round(seconds[name] * 1000 / config.layout.period_ms * count, 6)))
+        for name, count in tokens_per_tick(config, frame).items()
+    }
+    return KvBudget(**tokens)
