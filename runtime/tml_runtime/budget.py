@@ -21,10 +21,12 @@ def tokens_per_tick(config: ModelConfig, frame: tuple[int, int] | None) -> dict[
 def budget_for(
     config: ModelConfig, seconds: Mapping[str, float], frame: tuple[int, int] | None
 ) -> KvBudget:
-    """Room for so many seconds of each class of TIMED; text and anchors have the default."""
+    """Room for so many seconds of classes of TIMED; those without, text and anchors have the
+    default."""
+    rates = tokens_per_tick(config, frame)
     tokens = {
         # 10.2 s are 51 ticks of 200 ms, though 10.2 / 0.2 is not 51 to the last bit
-        name: max(1, math.ceil(round(seconds[name] * 1000 / config.layout.period_ms * count, 6)))
-        for name, count in tokens_per_tick(config, frame).items()
+        name: max(1, math.ceil(round(kept_s * 1000 / config.layout.period_ms * rates[name], 6)))
+        for name, kept_s in seconds.items()
     }
     return KvBudget(**tokens)

@@ -1,4 +1,4 @@
-"""tml-runtime demo | serve | load | info | top | trace."""
+"""tml-runtime demo | serve | load | plan | info | top | trace."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from ._optional import MissingExtraError
 from .errors import InputValueError
+from .plan_command import add_plan
 from .serve.command import add_serve
 from .serve.load_command import add_load
 from .top import DEFAULT_URL, StatusError, run_top
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tml-runtime", description="Run an interaction model in real-time ticks."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="demo | serve | load | info | top | trace"
+        required=True, metavar="demo | serve | load | plan | info | top | trace"
     )
     demo = commands.add_parser(
         "demo",
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo_arguments(demo)
     add_serve(commands)
     add_load(commands)
+    add_plan(commands)
     info = commands.add_parser(
         "info", help="versions, GPU, driver, clocks, and which backend each op has and why"
     )
