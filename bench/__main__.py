@@ -25,7 +25,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"bench.{name}")
-        module.add_arguments(commands.add_parser(name, help=text, description=module.__doc__))
+        about = commands.add_parser(
+            name,
+            help=text,
+            description=module.__doc__,
+            epilog=getattr(module, "EXAMPLES", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(about)
     from . import op
 
     for name in bench_names():

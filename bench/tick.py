@@ -3,6 +3,7 @@
 In real time by default; --ticks runs that many on the virtual clock, as fast as they go, and says
 nothing about deadlines. Every session hears noise in every tick, and with --video sees it. On a GPU
 ticks are CUDA graphs, captured before the first one; TML_EAGER=1 runs the same shapes op by op.
+--disturb runs one thread of busy Python and a full garbage collection every second beside it.
 """
 
 from __future__ import annotations
@@ -11,44 +12,40 @@ import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from . import models
+from .disturb import Disturbance
 from .machine import clocks, describe, machine
 from .report import write_json
 
 if TYPE_CHECKING:
-    from tml_runtime import Runtime, Session
+    from .feed import Feed
 
 BAR = 50  # characters of the longest bar
-LEAD = 4  # windows that are pushed ahead of media time
-FRAME = (240, 320, 3)  # 48 patches of 40 pixels
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FRAME = (320, 240)  # 48 patches of 40 pixels
+EXAMPLES = """\
+examples:
+  python -m bench tick --sessions 4 --seconds 60
+  python -m bench tick --ticks 300 --experts int4 --rest fp8        no deadlines: a virtual clock
+  python -m bench tick --sessions 4 --seconds 600 --disturb         beside busy Python
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", default="tiny", help="of the model (default %(default)s)")
-    parser.add_argument("--layout", default="ms200", help="of the tick (default %(default)s)")
+    models.add_arguments(parser)
     parser.add_argument("--sessions", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=30.0, help="of real time")
     parser.add_argument("--ticks", type=int, help="on the virtual clock instead")
     parser.add_argument("--video", action="store_true", help="two frames per tick and session")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument(
-        "--experts",
-        metavar="PRECISION",
-        help="pack the routed experts: fp8, fp8_channel, int4, int4_f16, mxfp4 or nvfp4",
+        "--disturb", action="store_true", help="busy Python and garbage collections beside the loop"
     )
-    parser.add_argument(
-        "--rest",
-        metavar="PRECISION",
-        help="pack the other matrices: fp8, fp8_channel, int4 or int4_f16",
-    )
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
 
 
@@ -62,46 +59,36 @@ def main(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from tml_runtime import InteractionModel, ModelConfig, Runtime, TurnLayout
+    from tml_runtime import Runtime
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-    config = ModelConfig.preset(args.preset, layout=TurnLayout.preset(args.layout))
-    model = InteractionModel.random(
-        config,
-        seed=args.seed,
-        device=device,
-        dtype=DTYPES[dtype],
-        experts=args.experts,
-        rest=args.rest,
-    )
+    from .feed import Feed, Media
+
+    model, about = models.make_model(args)
     realtime = args.ticks is None
     runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime)
+    layout = runtime.layout
+    media = Media(layout, seed=args.seed, frame=FRAME if args.video else None)
     with runtime:
-        feeds = [Feed(runtime.open_session(), runtime, args) for _ in range(args.sessions)]
-        if realtime:
-            _run_realtime(feeds, args.seconds)
-        else:
-            for _ in range(args.ticks):
-                for feed in feeds:
-                    feed.push_until(feed.session.media_time, 1)
-                runtime.run_ticks(1)
-                for feed in feeds:
-                    feed.session.poll()
+        feeds = [Feed(runtime.open_session(), media, layout) for _ in range(args.sessions)]
+        with Disturbance() if args.disturb else nullcontext() as disturbance:
+            if realtime:
+                _run_realtime(feeds, args.seconds)
+            else:
+                for _ in range(args.ticks):
+                    for feed in feeds:
+                        feed.push_until(feed.session.media_time, 1)
+                    runtime.run_ticks(1)
+                    for feed in feeds:
+                        feed.session.poll()
     report = runtime.report()
     records = runtime.metrics.records()
     tick_ns = records["woke_ns"] - records["scheduled_ns"] + records["busy_ns"]
     return {
         "kind": "tick",
-        "preset": args.preset,
+        **about,
         "sessions": args.sessions,
-        "device": device,
-        "dtype": dtype,
-        "experts": args.experts,
-        "rest": args.rest,
         "realtime": realtime,
+        "disturbance": None if disturbance is None else disturbance.report(),
         "video": args.video,
         "machine": machine(),
         "clocks": clocks(),
@@ -127,30 +114,9 @@ def device_figures(stage_ns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {**figures, "gpu_idle_share": float(gap_ns / (gap_ns + gpu_ns[ran].sum()))}
 
 
-class Feed:
-    """One session's input: noise, the same for a seed and window."""
-
-    def __init__(self, session: Session, runtime: Runtime, args: argparse.Namespace) -> None:
-        self.session = session
-        self._period_s = runtime.layout.period_ms / 1000
-        self._num_samples = runtime.layout.samples_per_tick
-        self._video = args.video
-        self._random = np.random.default_rng(args.seed)
-        self._next = 0
-
-    def push_until(self, media_time: float, lead: int) -> None:
-        """Fill every window that begins before `lead` windows after media time."""
-        while self._next * self._period_s < media_time + (lead - 0.5) * self._period_s:
-            t = self._next * self._period_s
-            noise = self._random.standard_normal(self._num_samples, dtype=np.float32)
-            self.session.push_audio(0.1 * noise, t)
-            for k in range(2 if self._video else 0):
-                frame = self._random.integers(0, 256, FRAME, dtype=np.uint8)
-                self.session.push_video(frame, t + (k + 0.25) * self._period_s / 2)
-            self._next += 1
-
-
 def _run_realtime(feeds: Sequence[Feed], seconds: float) -> None:
+    from .feed import LEAD
+
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         for feed in feeds:
@@ -175,11 +141,10 @@ def histogram(values_ms: Sequence[float]) -> list[tuple[float, float, int]]:
 
 
 def show(result: dict[str, Any]) -> str:
-    packed = "".join(f", {part} {result[part]}" for part in ("experts", "rest") if result[part])
     lines = [
         describe(result["machine"], result["clocks"]),
-        f"{result['preset']}, {result['dtype']}{packed} on {result['device']}, "
-        f"{result['sessions']} sessions, {result['mode']}, period {result['period_ms']} ms",
+        f"{models.describe_model(result)}, {result['sessions']} sessions, "
+        f"{result['mode']}, period {result['period_ms']} ms",
     ]
     bins = [one for one in result["histogram"] if one[2] > 0]
     most = max((count for *_, count in bins), default=0)
@@ -193,6 +158,8 @@ def show(result: dict[str, Any]) -> str:
         f"{result['ticks']} ticks, {result['misses']} missed: p50 {tick['p50']:.3f}, "
         f"p99 {tick['p99']:.3f}, p99.9 {tick['p999']:.3f}, max {tick['max']:.3f} ms"
     )
+    if result["disturbance"] is not None:
+        lines.append(_show_disturbance(result))
     for name, stage in result["stages_ms"].items():
         if stage["p50"] is not None:
             lines.append(f"  {name:16s} p50 {stage['p50']:.3f}  max {stage['max']:.3f} ms")
@@ -212,3 +179,13 @@ def show(result: dict[str, Any]) -> str:
     counts = ", ".join(f"{name} {held[name]} (-{dropped[name]})" for name in held)
     lines.append(f"  pages held in global layers, and dropped: {counts}")
     return "\n".join(lines)
+
+
+def _show_disturbance(result: dict[str, Any]) -> str:
+    wake, beside = result["wake_ms"], result["disturbance"]
+    reasons = ", ".join(f"{name} {n}" for name, n in result["misses_by_reason"].items() if n)
+    return (
+        f"  beside {beside['collections']} full collections of {beside['heap']} containers and "
+        f"{beside['spins']} spins:\n  woke late by p50 {wake['p50']:.3f}, p99.9 "
+        f"{wake['p999']:.3f}, max {wake['max']:.3f} ms; misses: {reasons or 'none'}"
+    )

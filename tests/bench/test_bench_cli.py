@@ -115,3 +115,14 @@ def test_device_figures_are_of_ticks_that_a_gpu_replayed() -> None:
     assert figures["gpu_idle_share"] == pytest.approx(0.02)
     assert figures["gpu_ms"] == {"p50": 40.0, "p99": 58.0, "p999": 58.0, "max": 58.0}
     assert figures["host_ms"]["max"] == 3.0 and figures["launch_gap_ms"]["p50"] == 1.0
+
+
+def test_tick_beside_busy_python(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = tmp_path / "tick.json"
+    assert (
+        main(["tick", "--ticks", "1", "--device", "cpu", "--disturb", "--json", str(stored)]) == 0
+    )
+    result = json.loads(stored.read_text())
+    assert result["disturbance"]["collections"] >= 1
+    assert result["ticks"] == 1
+    assert "woke late by p50" in capsys.readouterr().out
