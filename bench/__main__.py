@@ -13,6 +13,7 @@ COMMANDS = {
     "compile": "compile every Triton kernel, no GPU needed; registers and spills against the table",
     "accept": "build, test, measure: everything in one run, with a report",
     "tick": "the runtime's tick: histogram and misses",
+    "sessions": "how many sessions hold the period, over bad lines; or one combination for an hour",
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
     "tune": "an op's cases under other configurations than the shipped one",

@@ -1,0 +1,254 @@
+"""`python -m bench sessions`: how many sessions a GPU holds, and how well: ticks, misses, turns,
+media, energy, context and memory of every combination of sessions, video and network.
+
+Each combination is a runtime of its own in real time. Its clients run on one thread of this
+process, each behind a seeded bad line: they send 20 ms of audio at a time, and two frames a tick.
+So what a client costs in Python is in the figures, as in a service. Every session that asks for a
+place is counted, admitted or not; a combination that cannot be measured is a row that says why.
+
+--soak runs one combination minute by minute and compares the last with the first; --fast does that
+on the virtual clock, without times. Exit status 1: nothing was measured, or the soak has a problem.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import models
+from .machine import clocks, describe, machine
+from .report import write_json
+
+if TYPE_CHECKING:
+    from .feed import FrameSize
+    from .sessions_run import Combination, Setting
+
+PLOTS = (".png", ".svg", ".pdf")
+MOST_SECONDS = 1200  # of the shortest ticks, as many as their metrics keep; for more, --soak
+EXAMPLES = """\
+examples:
+  python -m bench sessions --seconds 60 --json out/sessions.json --plot out/sessions.png
+  python -m bench sessions --preset inkling-small --experts int4 --rest fp8 \\
+      --sessions 1,8,16,32 --video none,320x240 --profile clean,4g
+  python -m bench sessions --sessions 8 --slots 4                   four of eight are refused
+  python -m bench sessions --soak --minutes 60 --sessions 4 --video 80x80 --profile wifi
+  python -m bench sessions --soak --fast --minutes 60               invariants and memory only
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    models.add_arguments(parser)
+    lists = {
+        "sessions": (_count, "1,2,4,8", "N,..", "that ask for a place"),
+        "video": (_video, "none", "SIZE,..", "none, or width and height such as 320x240"),
+        "profile": (_profile, "clean", "NAME,..", "clean, wifi, 4g, loss2, loss5 or outage"),
+    }
+    for name, (one, default, metavar, text) in lists.items():
+        text += " (default %(default)s)"
+        parser.add_argument(
+            f"--{name}", type=_list_of(one), default=default, metavar=metavar, help=text
+        )
+    parser.add_argument(
+        "--seconds", type=_positive, default=30.0, metavar="S", help="of each combination (30)"
+    )
+    parser.add_argument(
+        "--warm-up",
+        type=_positive,
+        default=3.0,
+        metavar="S",
+        help="before what is measured, while lines and buffers find their delays (3)",
+    )
+    parser.add_argument("--slots", type=_count, metavar="N", help="fewer than there are sessions")
+    parser.add_argument(
+        "--probe-ticks",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="before the start, for admission by time (default: every slot is admitted)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF (matplotlib)")
+    parser.add_argument("--soak", action="store_true", help="one combination, minute by minute")
+    parser.add_argument(
+        "--minutes", type=_count, default=60, metavar="M", help="of --soak (default %(default)s)"
+    )
+    parser.add_argument("--fast", action="store_true", help="--soak on the virtual clock")
+
+
+def main(args: argparse.Namespace) -> int:
+    from .sessions_run import Combination, Setting
+
+    combinations = [
+        Combination(sessions, video, profile)
+        for video, profile, sessions in itertools.product(args.video, args.profile, args.sessions)
+    ]
+    _check(args, combinations)
+    model, about = models.make_model(args)
+    about |= {
+        "period_ms": model.config.layout.period_ms,
+        "seed": args.seed,
+        "warm_up_s": args.warm_up,
+        "slots": args.slots,
+        "probe_ticks": args.probe_ticks,
+        "machine": machine(),
+        "clocks": clocks(),
+    }
+    setting = Setting(
+        seed=args.seed,
+        slots=args.slots,
+        probe_ticks=args.probe_ticks,
+        warm_up_s=args.warm_up,
+        realtime=not args.fast,
+    )
+    run = _soak if args.soak else _sweep
+    return run(model, about, combinations, setting, args)
+
+
+def _sweep(
+    model: Any,
+    about: dict[str, Any],
+    combinations: list[Combination],
+    setting: Setting,
+    args: argparse.Namespace,
+) -> int:
+    from .sessions_report import plot, show
+    from .sessions_run import measure
+
+    rows = []
+    with _progress(len(combinations) * (args.seconds + setting.warm_up_s)) as (begin, on_second):
+        for combination in combinations:
+            begin(str(combination))
+            seconds = args.seconds
+            rows.append(measure(model, combination, setting, seconds=seconds, on_second=on_second))
+    result = {"kind": "sessions", **about, "seconds": args.seconds, "rows": rows}
+    print(show(result))
+    if args.json:
+        write_json(args.json, result)
+    if args.plot:
+        plot(args.plot, result)
+    return 0 if any(row["error"] is None for row in rows) else 1
+
+
+def _soak(
+    model: Any,
+    about: dict[str, Any],
+    combinations: list[Combination],
+    setting: Setting,
+    args: argparse.Namespace,
+) -> int:
+    from tml_runtime.errors import LoopFailed
+
+    from .sessions_run import NobodyAdmitted
+    from .soak import show_soak, soak
+
+    (combination,) = combinations
+    with _progress(args.minutes * 60 + setting.warm_up_s) as (begin, on_second):
+        begin(str(combination))
+        try:
+            figures = soak(model, combination, setting, minutes=args.minutes, on_second=on_second)
+        except (NobodyAdmitted, LoopFailed) as error:
+            why = f"{error}: {error.__cause__!r}" if error.__cause__ else str(error)
+            raise SystemExit(why) from None
+    result = {"kind": "soak", **about, "realtime": setting.realtime, **figures}
+    print(describe(result["machine"], result["clocks"]))
+    print(f"{models.describe_model(result)}: {combination}")
+    print(show_soak(result))
+    if args.json:
+        write_json(args.json, result)
+    return 1 if result["problems"] else 0
+
+
+def _check(args: argparse.Namespace, combinations: list[Combination]) -> None:
+    """SystemExit for what does not go together, before anything has been run."""
+    if args.soak and len(combinations) != 1:
+        raise SystemExit(
+            f"--soak runs one combination, not {len(combinations)}: give --sessions, --video and "
+            "--profile one value each"
+        )
+    if args.fast and not args.soak:
+        raise SystemExit("--fast goes with --soak: what is not a soak measures times")
+    if args.plot:
+        from tml_runtime._optional import MissingExtraError, require
+
+        if args.soak:
+            raise SystemExit("--plot goes without --soak: it draws sessions against p99.9")
+        if args.plot.suffix not in PLOTS:
+            raise SystemExit(f"--plot {args.plot}: expected a name that ends in {', '.join(PLOTS)}")
+        try:
+            require("matplotlib", "draw --plot")
+        except MissingExtraError as error:
+            raise SystemExit(str(error)) from None
+
+
+@contextmanager
+def _progress(seconds: float) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """(what is run now, a second of it is over). A bar on a terminal, which takes rich; elsewhere
+    a line for each thing run."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        console = None
+    else:
+        console = Console(stderr=True)
+    if console is None or not console.is_terminal:
+        yield lambda name: print(name, file=sys.stderr, flush=True), lambda: None
+        return
+    # Drawn once a second and only then: a thread that draws would disturb what is measured.
+    with Progress(console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=seconds)
+
+        def begin(name: str) -> None:
+            bar.update(task, description=name, refresh=True)
+
+        yield begin, lambda: bar.update(task, advance=1, refresh=True)
+
+
+def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """What argparse takes as a type: values between commas."""
+
+    def values(text: str) -> list[Any]:
+        return [one(part.strip()) for part in text.split(",")]
+
+    return values
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 1..4096")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0..{MOST_SECONDS} (above 0)")
+    return value
+
+
+def _video(text: str) -> FrameSize | None:
+    if text == "none":
+        return None
+    width, by, height = text.partition("x")
+    if not by:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a size such as 320x240")
+    return _count(width), _count(height)
+
+
+def _profile(text: str) -> str:
+    from tml_runtime.errors import InputValueError
+    from tml_runtime.net.faults import Profile
+
+    try:
+        Profile.named(text)
+    except InputValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
