@@ -17,6 +17,7 @@ COMMANDS = {
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
     "tune": "an op's cases under other configurations than the shipped one",
+    "trend": "results of `sessions`, night by night: what became slower and stayed so",
     "compare": "two result files: what became slower, what fails now",
 }
 
