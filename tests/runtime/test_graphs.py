@@ -76,7 +76,7 @@ def test_the_environment_chooses_the_mode(
     assert (mode_of(model), mode_of(half)) == ("eager", "graph")  # float32 has no kernels
     monkeypatch.setenv("TML_EAGER", "1")
     assert mode_of(half) == "eager"
-    assert graphs_for(model, model.new_state(1)) is None  # a CPU takes the shapes there are
+    assert graphs_for(model, model.new_state(1), 1) is None  # a CPU takes the shapes there are
     monkeypatch.setenv("TML_DEBUG_GRAPH", "1")
     assert mode_of(half) == "debug"
 
