@@ -259,6 +259,7 @@ def page_count(
     num_slots: int,
     budget: KvBudget,
     global_pages: int | Literal["auto"] | None,
+    page_dtype: torch.dtype | None = None,
 ) -> int | None:
     """`global_pages` as a number: with "auto", as many as fit beside the graphs.
 
@@ -277,14 +278,15 @@ def page_count(
     if spec is None:
         return None
     held = 1 + spec.columns
-    probe = model.new_state(num_slots, budget=budget, global_pages=held)
+    probe = model.new_state(num_slots, budget=budget, global_pages=held, page_dtype=page_dtype)
     graphs = TickGraphs(model, probe)
     free_bytes = torch.cuda.mem_get_info(model.device)[0]
     graphs.close()
     del graphs, probe
     gc.collect()
     torch.cuda.empty_cache()
-    page_bytes = spec.page_bytes(model.dtype) + 8 * spec.page_rows  # and a position for each row
+    page_bytes = spec.page_bytes(page_dtype or model.dtype)
+    page_bytes += 8 * spec.page_rows  # a position for each row
     return pages_that_fit(free_bytes, page_bytes, held=held, wanted=spec.pages)
 
 

@@ -56,6 +56,7 @@ class Runtime:
         vocoder: Callable[[], Vocoder] | None = None,
         budget: KvBudget | None = None,
         global_pages: int | Literal["auto"] | None = None,
+        page_dtype: torch.dtype | None = None,
         probe_ticks: int = 0,
         max_frame_pairs: int = 1,
         max_lead_ticks: int = 16,
@@ -68,22 +69,21 @@ class Runtime:
         """budget: what a session remembers of each kind of tokens; it rolls for ever within it.
         global_pages: of all sessions' global layers, by default as their budgets need; with fewer
         there are fewer sessions; "auto": no more than fit in the GPU's memory beside the graphs.
-        probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions and admits as many sessions
-        as were in time; 0: one for every slot.
-        max_frame_pairs: of video, per tick. vocoder: makes one for a slot, by default Griffin-Lim.
-        cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
-        gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
-        a file with the newest ticks when one misses, a session faults or the loop fails; see
-        `blackbox`. background: answers what the model delegates; without one, `delegate` is an
-        action like any other. Raises InputTypeError or InputValueError naming the argument.
+        page_dtype: of keys and values, by default the model's; torch.float8_e4m3fn takes half of
+        bfloat16. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions and admits as many
+        as were in time; 0: one for every slot. max_frame_pairs: of video, per tick. vocoder: makes
+        one for a slot, by default Griffin-Lim. cpu_threads: torch's in the whole process while the
+        loop runs; products as small as a tick's gain nothing from more, and wait for them when a
+        core is busy. black_box: a folder that gets a file with the newest ticks when one misses, a
+        session faults or the loop fails; see `blackbox`. background: answers what the model
+        delegates; without one, `delegate` is an action like any other. Raises InputTypeError or
+        InputValueError naming the argument.
         """
         sizes = {
-            "num_slots": num_slots,
-            "max_frame_pairs": max_frame_pairs,
-            "max_lead_ticks": max_lead_ticks,
-            "output_queue_ticks": output_queue_ticks,
+            "num_slots": num_slots, "max_frame_pairs": max_frame_pairs,
+            "max_lead_ticks": max_lead_ticks, "output_queue_ticks": output_queue_ticks,
             "cpu_threads": cpu_threads,
-        }
+        }  # fmt: skip
         for name, value in sizes.items():
             check_int(name, value, at_least=1)
         check_int("seed", seed, at_least=0)
@@ -99,7 +99,7 @@ class Runtime:
         options = HandoffOptions() if handoff is None else handoff
         num_spare = 0 if background is None else options.snapshots
         self._state, self._graphs, self._admission = make_room(
-            model, num_slots, num_spare, self._budget, global_pages
+            model, num_slots, num_spare, self._budget, global_pages, page_dtype
         )
         self._probe_ticks = probe_ticks
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
@@ -128,6 +128,7 @@ class Runtime:
         self._lock = threading.Lock()  # clients only: open, start, stop
         settings = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
         settings |= {"global_pages": global_pages, "probe_ticks": probe_ticks, "handoff": options}
+        settings["page_dtype"] = None if page_dtype is None else str(page_dtype)
         settings["background"] = None if background is None else type(background).__name__
         self._watch = Watch(self, model, black_box, settings)
         if not realtime:

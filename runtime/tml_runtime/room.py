@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from .admission import Admission
+from .errors import InputValueError
 from .graph import TickGraphs, graphs_for, page_count
 from .model import InteractionModel, KvBudget
 from .options import check_int
+
+PAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
 class Room(NamedTuple):
@@ -22,12 +27,18 @@ def make_room(
     num_spare: int,
     budget: KvBudget,
     global_pages: int | Literal["auto"] | None,
+    page_dtype: torch.dtype | None = None,
 ) -> Room:
-    """num_spare: slots behind those of sessions, in which no tick runs."""
+    """num_spare: slots behind those of sessions, in which no tick runs. page_dtype: of keys and
+    values, by default the model's."""
+    if page_dtype is not None and page_dtype not in PAGE_DTYPES:
+        raise InputValueError(f"page_dtype={page_dtype}: expected one of {PAGE_DTYPES} or None")
     if global_pages is not None and global_pages != "auto":
         check_int("global_pages", global_pages, at_least=2)
-    pages = page_count(model, num_slots + num_spare, budget, global_pages)
-    state = model.new_state(num_slots + num_spare, budget=budget, global_pages=pages)
+    pages = page_count(model, num_slots + num_spare, budget, global_pages, page_dtype)
+    state = model.new_state(
+        num_slots + num_spare, budget=budget, global_pages=pages, page_dtype=page_dtype
+    )
     by_pages = None
     if pages is not None:  # page 0 is nobody's
         by_pages = (pages - 1) // sum(budget.pages().values()) - num_spare

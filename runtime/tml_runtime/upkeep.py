@@ -14,9 +14,7 @@ from .vocoder import Vocoder
 
 READ_TOKENS = 64  # of a prompt, at once: a page
 PATIENCE = 150  # ticks in which a prompt finds no time
-FORGET = (
-    16  # a tick without time takes one part of so many from what its kind of work is taken to cost
-)
+FORGET = 16  # a tick without time for a kind of work takes one part of so many from its cost
 
 
 class Upkeep:

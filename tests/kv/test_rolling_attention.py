@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import pairwise
 
@@ -125,16 +126,17 @@ def test_every_step_of_a_rolling_session(window: int | None) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_steps() -> None:
-    """The last one is as right as the first, and everything is still where the books say."""
+def test_a_long_session_is_as_right_at_its_end() -> None:
+    """And everything is still where the books say. TML_TEST_LONG=1 is 100,000 steps."""
     dice, talk = random.Random(4), Conversation()
-    for n in range(100_000):
+    steps = 100_000 if os.environ.get("TML_TEST_LONG") == "1" else 20_000
+    for n in range(steps):
         check = n % 200 == 199
         result = talk.tick(random_runs(dice), attend=check)
         if check:
             assert_matches(*result, dtype=torch.float32)
     talk.cache.check_invariants()
-    assert talk.cache.length(talk.session) > 500_000
+    assert talk.cache.length(talk.session) > 5 * steps
 
 
 def test_pieces_of_an_append_are_the_same_attention() -> None:

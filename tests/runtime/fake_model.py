@@ -92,7 +92,12 @@ class FakeModel:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def new_state(
-        self, num_slots: int, *, budget: object, global_pages: int | None = None
+        self,
+        num_slots: int,
+        *,
+        budget: object,
+        global_pages: int | None = None,
+        page_dtype: torch.dtype | None = None,
     ) -> FakeState:
         return FakeState(num_slots)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from fake_model import CONFIG, SILENCE, FakeModel, make_runtime
 
 from tml_kernels.kv_cache import OutOfPages
@@ -410,3 +411,23 @@ def test_a_real_session_pauses_and_goes_on() -> None:
         assert runtime._state.cache.stats().suspended == 0
         assert len(session.poll()) > 0
         runtime._state.cache.check_invariants()
+
+
+def test_keys_in_fp8_serve_all_that_a_session_may_ask() -> None:
+    model = InteractionModel.random(ModelConfig.preset("tiny"))
+    fp8 = torch.float8_e4m3fn
+    with Runtime(model, realtime=False, page_dtype=fp8) as runtime:
+        assert runtime._state.groups[0].pages.k_pages_L_P_G_R_C.dtype == fp8
+        session = runtime.open_session(prompt="Hello.")
+        hear(runtime, session, ticks=3)  # in the first, the prompt is read
+        session.interrupt(0.5)
+        hear(runtime, session)
+        session.pause()
+        runtime.run_ticks(1)
+        session.resume()
+        hear(runtime, session)
+        assert (session.stats.ticks, session.stats.unforgotten) == (4, 0)
+        assert all(np.isfinite(out.pcm).all() for out in session.poll() if hasattr(out, "pcm"))
+        runtime._state.cache.check_invariants()
+    with pytest.raises(errors.InputValueError, match=r"page_dtype=torch\.int8"):
+        Runtime(model, page_dtype=torch.int8)
