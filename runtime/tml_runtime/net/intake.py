@@ -15,7 +15,6 @@ import numpy as np
 from .. import checks
 from ..conceal import Bridge
 from ..errors import InputBackpressure, InputTypeError, InputValueError, LateInput
-from ..mailbox import SHED_TEXT, SHED_VIDEO
 from ..session import Session
 from .jitter import START_DELAY_NS, Arrival, DelayEstimator
 from .sequence import Sequence, Spans, checked_counter
@@ -46,14 +45,10 @@ class Intake:
     Input that no honest client sends raises InputTypeError or InputValueError and changes nothing.
     What a bad line does raises nothing and is counted: late, lost, doubled, too much at once. The
     session's own end (SessionClosed, SessionFault, NotRunning) is raised.
-
-    `overload` is set by whoever watches the runtime, to what its ticks shed (0, SHED_VIDEO or
-    SHED_TEXT of mailbox.py): frames are then not pushed at all, and texts wait here.
     """
 
     def __init__(self, session: Session, *, sample_rate: int = 16_000) -> None:
         """Raises InputValueError when the session does not hear `sample_rate`."""
-        self.overload = 0
         self._session = session
         self._rate = sample_rate
         with suppress(LateInput, InputBackpressure):  # no sample: only the rate is checked
@@ -101,14 +96,12 @@ class Intake:
         self._push_texts()
         if not is_new:
             return
-        shed = self.overload >= SHED_VIDEO
-        dropped = shed or not self._push_frame(frame, self._frame_t(stamp, arrived_ns))
+        pushed = self._push_frame(frame, self._frame_t(stamp, arrived_ns))
         self._frames.mark(seq)
-        self._count["frames_shed"] += shed
-        self._count["frames_dropped"] += dropped
+        self._count["frames_dropped"] += not pushed
 
     def text(self, text: str) -> None:
-        """For the next tick, or, under overload and while the session's queue is full, for later.
+        """For the next tick, or, while the session's queue is full, for later.
 
         Raises InputBackpressure when MAX_WAITING_TEXTS wait already.
         """
@@ -279,7 +272,7 @@ class Intake:
         return (due_ns + self._offset_ns) / 1e9
 
     def _push_texts(self) -> None:
-        while self._texts and self.overload < SHED_TEXT:
+        while self._texts:
             text = self._texts.popleft()
             try:
                 self._session.push_text(text)

@@ -26,10 +26,9 @@ class IntakeStats:
     inserted_samples_for_deceleration: int = 0
     removed_samples_for_acceleration: int = 0
     frames_received: int = 0  # video
-    frames_dropped: int = 0  # of these, too late, too early, too many, or shed
+    frames_dropped: int = 0  # of these, too late, too early or too many
 
     # Not in webrtc-stats.
-    frames_shed: int = 0  # of those dropped, under overload
     late_samples: int = 0  # cut off because their window had closed
     backpressure: int = 0  # pieces, frames and texts that found a queue full
     texts_waiting: int = 0
