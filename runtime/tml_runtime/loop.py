@@ -345,9 +345,9 @@ class Runtime:
     def _admit(self, tick: int) -> list[Seat]:
         self._release()
         seats = self._slots.due(tick)
-        for seat in seats:
-            if not seat.admitted:
-                self._upkeep.begin(seat)
+        for seat in (seat for seat in seats if not seat.admitted):
+            self._upkeep.begin(seat)
+        for seat in self._slots.seats():  # the paused too: the cache will not remember for long
             self._upkeep.take_back(seat, tick)
         return [seat for seat in seats if not seat.over]
 

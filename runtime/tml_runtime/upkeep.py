@@ -98,6 +98,7 @@ class Upkeep:
     def _replay(self, seat: Seat) -> None:
         unheard = seat.recall.unheard(seat.played_ns)
         if unheard is not None:
+            seat.put_away = False  # it will not be, then
             ends = self._model.replay(self._state, seat.slot, unheard.position, unheard.ticks)
             seat.recall.replayed(unheard, ends)
             seat.position = ends[-1]

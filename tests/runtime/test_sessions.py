@@ -379,6 +379,28 @@ def test_a_real_session_forgets_what_was_not_played() -> None:
     assert np.abs(spoken[0] - spoken[2]).max() > 1e-3
 
 
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_who_interrupts_and_pauses_is_forgotten_in_time(when: str) -> None:
+    """The cache remembers ends of ticks for seconds, and a pause may last for minutes."""
+    model = InteractionModel.random(ModelConfig.preset("tiny"))
+    with Runtime(model, num_slots=2, realtime=False) as runtime:
+        session, other = runtime.open_session(seed=3), runtime.open_session()
+        hear(runtime, session, other, ticks=6)
+        if when == "before":
+            session.interrupt(0.9)
+        session.pause()
+        hear(runtime, other, ticks=2)
+        if when == "during":
+            session.interrupt(0.9)
+            hear(runtime, other)
+        assert runtime._state.cache.stats().suspended == 1
+        hear(runtime, other, ticks=20)
+        session.resume()
+        hear(runtime, session, other)
+        assert (session.stats.interruptions, session.stats.unforgotten) == (1, 0)
+        runtime._state.cache.check_invariants()
+
+
 def test_pictures_that_a_tick_had_no_shapes_for_do_not_lose_the_place() -> None:
     """A replay may append more than the tick did; the next one begins where it ended."""
     model = InteractionModel.random(ModelConfig.preset("tiny"))
