@@ -30,17 +30,23 @@ def make_room(
     page_dtype: torch.dtype | None = None,
 ) -> Room:
     """num_spare: slots behind those of sessions, in which no tick runs. page_dtype: of keys and
-    values, by default the model's."""
+    values, by default the model's. Raises InputValueError for pages of another kind, or that have
+    no room for one session."""
     if page_dtype is not None and page_dtype not in PAGE_DTYPES:
         raise InputValueError(f"page_dtype={page_dtype}: expected one of {PAGE_DTYPES} or None")
     if global_pages is not None and global_pages != "auto":
         check_int("global_pages", global_pages, at_least=2)
-    pages = page_count(model, num_slots + num_spare, budget, global_pages, page_dtype)
-    state = model.new_state(
-        num_slots + num_spare, budget=budget, global_pages=pages, page_dtype=page_dtype
-    )
+    slots = num_slots + num_spare
+    pages = page_count(model, slots, budget, global_pages, page_dtype)
     by_pages = None
     if pages is not None:  # page 0 is nobody's
-        by_pages = (pages - 1) // sum(budget.pages().values()) - num_spare
+        each = sum(budget.pages().values())
+        by_pages = (pages - 1) // each - num_spare
+        if by_pages < 1:
+            raise InputValueError(
+                f"global_pages={pages}: page 0 is nobody's, and a session's budget takes {each}, "
+                f"as do {num_spare} snapshots each: there is no room for a session"
+            )
+    state = model.new_state(slots, budget=budget, global_pages=pages, page_dtype=page_dtype)
     graphs = graphs_for(model, state, num_slots)
     return Room(state, graphs, Admission(num_slots, by_pages=by_pages))

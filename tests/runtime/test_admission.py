@@ -8,6 +8,7 @@ from fake_model import MS40, FakeModel, make_runtime
 
 from tml_runtime import ModelConfig, errors
 from tml_runtime.admission import Admission, measure
+from tml_runtime.handoff import HandoffOptions, LocalModel
 from tml_runtime.model import KvBudget
 from tml_runtime.overload import CALM, Overload
 
@@ -79,6 +80,14 @@ def test_pages_bound_the_sessions() -> None:
             runtime.open_session()
         first.close()
         runtime.open_session()
+
+
+@pytest.mark.parametrize(("pages", "options"), [(10, {}), (20, {"snapshots": 1})])
+def test_pages_for_no_session_at_all_are_refused(pages: int, options: dict) -> None:
+    budget = KvBudget(anchor=64, text=64, audio=64, video=64, reply=64)  # ten pages, and page 0
+    handoff = {"background": LocalModel(str), "handoff": HandoffOptions(**options)}
+    with pytest.raises(errors.InputValueError, match=f"global_pages={pages}: .* takes 10"):
+        make_runtime(budget=budget, global_pages=pages, **handoff)
 
 
 def test_video_is_shed_before_text_and_both_come_back() -> None:
