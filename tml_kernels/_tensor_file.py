@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
 }
 MAX_HEADER = 100_000_000  # bytes, the specification's own limit
@@ -154,3 +157,17 @@ def write_tensor_file(
         for _, tensor in tensors:
             flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             file.write(flat.numpy().data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to. At the end that file is on the disk and goes into its
+    place: a reader sees all of it or what was there before. After an error it is removed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .._tensor_file import TensorFile, TensorFileError, write_tensor_file
+from .._tensor_file import TensorFile, TensorFileError, replacing, write_tensor_file
 
 FORMAT = "tml-session/1"
 _ZEROS = "0" * 64
@@ -31,8 +30,7 @@ def write_session_file(
     The checksum is the SHA-256 of the file as it is with 64 zeros in the checksum's own place.
     """
     metadata = {"format": FORMAT, "sha256": _ZEROS, "session": json.dumps(description)}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as partial:
         write_tensor_file(partial, tensors, metadata)
         file = TensorFile(partial)
         place = _place_of_checksum(file)
@@ -40,11 +38,6 @@ def write_session_file(
         with partial.open("r+b") as out:
             out.seek(place)
             out.write(digest.encode())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_session_file(path: Path) -> tuple[TensorFile, dict[str, Any]]:

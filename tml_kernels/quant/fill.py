@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -101,6 +102,7 @@ def pack_experts(
     With `inplace`, into the beginning of the source's storage where that is large enough. Works in
     one expert's packed bytes and a slab of rows; an expert is read whole before its place is
     written, and none begins behind where the source has it. To a plain format they are converted.
+    On device "meta" the result has its shapes, and nothing is computed.
     """
     if not fmt.packed:
         assert isinstance(source, FloatSource)
@@ -108,6 +110,8 @@ def pack_experts(
     num_experts, num_rows, num_columns = source.shape
     device = source.base.device
     packed = _allocate(source, fmt, inplace)
+    if device.type == "meta":
+        return replace(packed, error_E=source.error_E())
     data = torch.empty(packed.data.shape[1:], dtype=fmt.dtype, device=device)
     for expert in range(num_experts):
         scales = source.scales(expert)

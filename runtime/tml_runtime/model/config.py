@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from tml_kernels.ops.patch_embed import PATCH_40, PatchSpec
 
@@ -165,6 +167,26 @@ def _check_positive(spec: object, *names: str) -> None:
         value = getattr(spec, name)
         if not value > 0:
             raise ValueError(f"{type(spec).__name__}: {name}={value} is not positive")
+
+
+def from_data(kind: Any, data: Any, name: str) -> Any:
+    """A value of `kind`, such as ModelConfig, from what JSON made of its `asdict`.
+
+    kind: a dataclass, tuple, dict, number, string or None; the items of a dict are not looked at.
+    Raises ValueError for a field that is missing, unknown, of another type, or refused.
+    """
+    if is_dataclass(kind):
+        names = [spec.name for spec in fields(kind)]
+        if not isinstance(data, dict) or sorted(data) != sorted(names):
+            raise ValueError(f"{name}: expected the fields {', '.join(names)}, got {data!r:.100}")
+        hints = get_type_hints(kind)
+        return kind(**{n: from_data(hints[n], data[n], f"{name}.{n}") for n in names})  # type: ignore
+    if get_origin(kind) is tuple and isinstance(data, list):
+        return tuple(from_data(get_args(kind)[0], item, name) for item in data)
+    allowed = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
+    if type(data) in allowed or (float in allowed and type(data) is int):
+        return data
+    raise ValueError(f"{name}: expected {kind}, got {data!r:.100}")
 
 
 # The ids of our special tokens lie in the published vocabulary's unused range.

@@ -64,6 +64,41 @@ class WeightReport:
         return text
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a model's plain weights come from: files that were found to fit it, or a seed."""
+
+    config: ModelConfig
+    files: dict[str, TensorFile]  # of each tensor by name; one that is not here is random
+    report: WeightReport
+
+    @classmethod
+    def random(cls, config: ModelConfig, *, seed: int) -> Source:
+        report = WeightReport("no checkpoint", (), tuple(_shapes(config)), (), seed)
+        return cls(config, {}, report)
+
+    @classmethod
+    def open(cls, path: str | Path, config: ModelConfig, *, seed: int) -> Source:
+        """Names, shapes and dtypes are checked in full. Raises CheckpointError."""
+        path = Path(path)
+        files, wanted = _open(path), _shapes(config)
+        random = _check(path, files, wanted)
+        report = WeightReport(
+            source=str(path),
+            loaded=tuple(name for name in wanted if name not in random),
+            random=tuple(random),
+            ignored=tuple(sorted(name for name in files if name not in wanted)),
+            seed=seed,
+        )
+        return cls(config, files, report)
+
+    def fill(self, named: Named) -> None:
+        if named.name in self.files:
+            named.view.copy_(self.files[named.name].tensor(named.name))
+        else:
+            fill_random(self.config, named, self.report.seed)
+
+
 def random_weights(
     config: ModelConfig,
     *,
@@ -73,14 +108,10 @@ def random_weights(
     packing: Packing = PLAIN,
     ranks: Ranks | None = None,
 ) -> tuple[ModelWeights, WeightReport]:
-    names: list[str] = []
-
-    def fill(named: Named) -> None:
-        names.append(named.name)
-        fill_random(config, named, seed)
-
+    source = Source.random(config, seed=seed)
+    fill = source.fill
     weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
-    return weights, WeightReport("no checkpoint", (), tuple(names), (), seed)
+    return weights, source.report
 
 
 def load_weights(
@@ -102,30 +133,46 @@ def load_weights(
     CheckpointError with the file, the tensor and the reason for anything missing, unknown,
     misshapen, truncated or of a dtype that is not a float.
     """
-    path = Path(path)
-    files = _open(path)
-    wanted = {
-        named.name: tuple(named.view.shape)
-        for named in named_tensors(config, empty_weights(config, device="meta", dtype=dtype))
-    }
-    random = _check(path, files, wanted)
-
-    def fill(named: Named) -> None:
-        if named.name in random:
-            fill_random(config, named, seed)
-        else:
-            named.view.copy_(files[named.name].tensor(named.name))
-
+    source = Source.open(path, config, seed=seed)
+    fill = source.fill
     weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
-    report = WeightReport(
-        source=str(path),
-        loaded=tuple(name for name in wanted if name not in random),
-        random=tuple(random),
-        ignored=tuple(sorted(name for name in files if name not in wanted)),
-        seed=seed,
-    )
-    _log.log(logging.WARNING if random else logging.INFO, "%s", report)
-    return weights, report
+    log_report(source.report)
+    return weights, source.report
+
+
+def log_report(report: WeightReport) -> None:
+    _log.log(logging.WARNING if report.random else logging.INFO, "%s", report)
+
+
+def filled_ends(
+    config: ModelConfig,
+    fill: Callable[[Named], None],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packing: Packing,
+) -> ModelWeights:
+    """What is before and after the layers: every tensor written by `fill`, then packed."""
+    ends = empty_ends(config, device=device, dtype=dtype)
+    for named in named_tensors(config, ends):
+        fill(named)
+    return pack_ends(ends, packing)
+
+
+def filled_layer(
+    config: ModelConfig,
+    layer: int,
+    fill: Callable[[Named], None],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    packing: Packing,
+) -> LayerWeights:
+    """The same of one layer. Its plain form is let go of at the end."""
+    w = empty_layer(config, layer, device=device, dtype=dtype)
+    for named in named_layer(config, layer, w):
+        fill(named)
+    return pack_layer(layer, w, packing)
 
 
 def _fill_weights(
@@ -139,21 +186,30 @@ def _fill_weights(
 ) -> ModelWeights:
     """Every tensor written by `fill`. A layer is packed, this rank's share of it copied, and the
     rest let go of, before the next one is made."""
+    packing.check(dtype)
+    ends = filled_ends(config, fill, device=device, dtype=dtype, packing=packing)
 
-    def filled_layer(layer: int) -> LayerWeights:
-        w = empty_layer(config, layer, device=device, dtype=dtype)
-        for named in named_layer(config, layer, w):
-            fill(named)
-        w = pack_layer(layer, w, packing)
+    def layer_of(layer: int) -> LayerWeights:
+        return filled_layer(config, layer, fill, device=device, dtype=dtype, packing=packing)
+
+    return assemble(config, ends, layer_of, ranks)
+
+
+def assemble(
+    config: ModelConfig,
+    ends: ModelWeights,
+    layer_of: Callable[[int], LayerWeights],
+    ranks: Ranks | None,
+) -> ModelWeights:
+    """A model of its ends and of layers that are made one after the other; with ranks, this one's
+    share of them, copied before the next one is made."""
+
+    def shared_layer(layer: int) -> LayerWeights:
+        w = layer_of(layer)
         return w if ranks is None else ranks.share_layer(config, layer, w)
 
-    packing.check(dtype)
-    ends = empty_ends(config, device=device, dtype=dtype)
-    for named in named_tensors(config, ends):
-        fill(named)
-    ends = pack_ends(ends, packing)
     ends = ends if ranks is None else ranks.share_ends(ends)
-    return replace(ends, layers=tuple(filled_layer(layer) for layer in config.layers))
+    return replace(ends, layers=tuple(shared_layer(layer) for layer in config.layers))
 
 
 def save_weights(path: str | Path, config: ModelConfig, weights: ModelWeights) -> None:
@@ -162,6 +218,12 @@ def save_weights(path: str | Path, config: ModelConfig, weights: ModelWeights) -
     Raises ValueError for packed weights, before the file is opened.
     """
     write_tensor_file(Path(path), named_tensors(config, weights))
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of the checkpoint layout."""
+    weights = empty_weights(config, device="meta", dtype=torch.float32)
+    return {named.name: tuple(named.view.shape) for named in named_tensors(config, weights)}
 
 
 def _open(path: Path) -> dict[str, TensorFile]:
