@@ -1,4 +1,4 @@
-"""tml-runtime demo | serve | load | plan | info | top | trace."""
+"""tml-runtime demo | serve | load | convert | plan | info | top | trace."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ._optional import MissingExtraError
+from .convert_command import add_convert
 from .errors import InputValueError
 from .plan_command import add_plan
 from .serve.command import add_serve
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tml-runtime", description="Run an interaction model in real-time ticks."
     )
     commands = parser.add_subparsers(
-        required=True, metavar="demo | serve | load | plan | info | top | trace"
+        required=True, metavar="demo | serve | load | convert | plan | info | top | trace"
     )
     demo = commands.add_parser(
         "demo",
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo_arguments(demo)
     add_serve(commands)
     add_load(commands)
+    add_convert(commands)
     add_plan(commands)
     info = commands.add_parser(
         "info", help="versions, GPU, driver, clocks, and which backend each op has and why"

@@ -13,6 +13,7 @@ from tml_kernels.ops.dmel import DmelSpec
 
 from .errors import InputValueError
 from .model import InteractionModel, ModelConfig
+from .model.converted import is_converted
 from .model.weights import empty_weights, named_tensors
 from .vocoder import StreamingVocoder
 
@@ -42,8 +43,13 @@ def random_model(preset: str, *, device: str = "auto", seed: int = 0) -> Interac
 def load_model(
     checkpoint: Path, preset: str, *, device: str = "auto", seed: int = 0
 ) -> InteractionModel:
-    """A checkpoint of the shape of one of PRESETS. Raises ModelChoiceError, CheckpointError."""
+    """A checkpoint of the shape of one of PRESETS, or a converted one, which brings its dtype.
+
+    Raises ModelChoiceError, CheckpointError.
+    """
     config, device, dtype = _choose(preset, device)
+    if is_converted(checkpoint):
+        return InteractionModel.load(checkpoint, config=config, device=device)
     return InteractionModel.load(checkpoint, config=config, seed=seed, device=device, dtype=dtype)
 
 

@@ -15,8 +15,10 @@ from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.precision import ACTIVATIONS
 
+from ..errors import InputTypeError
 from .backbone import Backbone
 from .config import ModelConfig
+from .converted import ConvertedModel
 from .device_tick import DeviceTick, DirectRunner
 from .frontend import Frontend
 from .full import full_forward
@@ -94,26 +96,47 @@ class InteractionModel:
         cls,
         path: str | Path,
         *,
-        config: ModelConfig,
+        config: ModelConfig | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         experts: str | None = None,
         rest: str | None = None,
         ranks: Ranks | None = None,
+        verify: bool = False,
     ) -> InteractionModel:
-        """Weights of a safetensors checkpoint in the published layout; see `load_weights`.
+        """Weights of a safetensors checkpoint in the published layout, see `load_weights`, or a
+        folder that `convert_checkpoint` wrote.
 
-        `report.random` names what the checkpoint lacks and `seed` made up. experts, rest, ranks: as
-        in `random`. Raises CheckpointError.
+        `report.random` names what the checkpoint lacks and `seed` made up. dtype: by default
+        float32. experts, rest, ranks: as in `random`. Raises CheckpointError.
+
+        A converted folder needs none of the arguments but `device` and `ranks`, and is refused
+        where another one is given and it holds something else. Sizes, names, dtypes and shapes are
+        always checked; verify: checksums too, which reads every byte once more.
         """
         packing = Packing(experts, rest)
+        converted = ConvertedModel.open(path)
+        if converted is not None:
+            converted.check(config, dtype, packing)
+            found = converted.manifest
+            config, dtype, packing, seed = (
+                found.config, found.dtype, found.packing, found.report.seed
+            )  # fmt: skip
+        elif config is None:
+            raise InputTypeError(f"config: {path} is no converted model, so it needs one")
+        dtype = torch.float32 if dtype is None else dtype
         _check_dtype(dtype)
         if ranks is not None:
             ranks.check_config(config, seed=seed, dtype=dtype, packing=packing)
-        weights, report = load_weights(
-            path, config, seed=seed, device=device, dtype=dtype, packing=packing, ranks=ranks
-        )
+        if converted is None:
+            weights, report = load_weights(
+                path, config, seed=seed, device=device, dtype=dtype, packing=packing, ranks=ranks
+            )
+        else:
+            if verify:
+                converted.verify()
+            weights, report = converted.weights(device, ranks), converted.manifest.report
         return cls(config, weights, report, ranks)
 
     def packed(self, *, experts: str | None = None, rest: str | None = None) -> InteractionModel:

@@ -1,0 +1,155 @@
+"""A checkpoint to a converted folder, part by part: filled, packed, written, let go of.
+
+At most one part (a layer, or the ends) is in memory in plain form, and its packed form beside it;
+the checkpoint's shards are mapped. A part that is written is on the disk, in its place and in the
+manifest before the next one is begun, so a conversion that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tml_kernels._tensor_file import replacing, write_tensor_file
+
+from .config import ModelConfig
+from .converted import (
+    ENDS,
+    MANIFEST,
+    FileFacts,
+    Manifest,
+    facts_of,
+    is_converted,
+    sha256_of,
+    templates,
+    tensors_of,
+)
+from .load import CheckpointError, Source, filled_ends, filled_layer
+from .packing import Packing
+from .weights import LayerWeights, ModelWeights, Named
+
+Progress = Callable[[str, int, int, bool], None]  # file, its number from 1, of how many, made now
+_CHECKED_VALUES = 1 << 26  # looked at in one go for NaN and Inf
+_MARGIN = 1 << 20  # bytes of headers and the manifest, at most
+
+
+def convert_checkpoint(
+    checkpoint: str | Path | None,
+    out: str | Path,
+    config: ModelConfig,
+    *,
+    experts: str | None = None,
+    rest: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda *_: None,
+) -> Manifest:
+    """Write the folder that `InteractionModel.load` maps: the model that it would pack itself.
+
+    checkpoint: what `load` takes, with floats in it; None: random weights. seed: of what the
+    checkpoint lacks. device: where parts are packed.
+
+    Call it again with the same arguments to go on: a file with the right checksum is kept, any
+    other is made again. Raises CheckpointError, before anything is written, for a checkpoint that
+    does not fit, and for a folder that holds something else; with the tensor's name for one that
+    holds NaN or Inf. OSError where the disk has no room, before the first part if that can be
+    known. After any error, files that were done stay, and none is there in half.
+    """
+    packing, device, out = Packing(experts, rest), torch.device(device), Path(out)
+    expected = templates(config, dtype, packing)
+    if checkpoint is None:
+        source = Source.random(config, seed=seed)
+    else:
+        source = Source.open(checkpoint, config, seed=seed)
+    manifest = Manifest(config, dtype, packing, source.report, _shards(source), device.type)
+    manifest = _begin(out, manifest, list(expected))
+    _check_room(out, expected, manifest)
+
+    def fill(named: Named) -> None:
+        source.fill(named)
+        if not _is_finite(named.view):
+            file = source.files[named.name].path if named.name in source.files else out
+            raise CheckpointError(file, named.name, f"holds NaN or Inf as {named.view.dtype}")
+
+    where = {"device": device, "dtype": dtype, "packing": packing}
+    for number, name in enumerate(expected, 1):
+        kept = _is_kept(out / name, manifest.files.get(name))
+        if not kept:
+            if name == ENDS:
+                part = filled_ends(config, fill, **where)
+            else:
+                part = filled_layer(config, number - 2, fill, **where)
+            manifest.files[name] = _write(out / name, part)
+            del part  # before the next one is filled
+            manifest.write(out)
+        progress(name, number, len(expected), not kept)
+    return manifest
+
+
+def _begin(out: Path, asked: Manifest, names: list[str]) -> Manifest:
+    """The folder, with a manifest. That of an earlier run goes on if it was after the same."""
+    if is_converted(out):
+        found = Manifest.read(out)
+        held = found.facts()
+        for name, value in asked.facts().items():
+            if held[name] != value:
+                reason = (
+                    f"was made with {name} {held[name]!r:.100}, not {value!r:.100}; choose another "
+                    "folder or remove this one"
+                )
+                raise CheckpointError(out / MANIFEST, "", reason)
+        asked = replace(asked, files=found.files)
+    out.mkdir(parents=True, exist_ok=True)
+    # Of a process that was killed.
+    partial = {path for name in (MANIFEST, *names) for path in out.glob(f".{name}.*.partial")}
+    if not is_converted(out) and not partial.issuperset(out.iterdir()):
+        raise CheckpointError(out, "", "is not empty and no converted model; choose another folder")
+    for path in partial:
+        path.unlink(missing_ok=True)
+    if not is_converted(out):
+        asked.write(out)
+    return asked
+
+
+def _check_room(
+    out: Path, expected: dict[str, ModelWeights | LayerWeights], manifest: Manifest
+) -> None:
+    missing = (part for name, part in expected.items() if name not in manifest.files)
+    needed = sum(t.nbytes for part in missing for t in tensors_of(part).values()) + _MARGIN
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        words = f"{needed / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB are free"
+        raise OSError(errno.ENOSPC, words, str(out))
+
+
+def _is_kept(path: Path, facts: FileFacts | None) -> bool:
+    if facts is None or not path.is_file() or path.stat().st_size != facts.size:
+        return False
+    return sha256_of(path) == facts.sha256
+
+
+def _write(path: Path, part: ModelWeights | LayerWeights) -> FileFacts:
+    # Wide values first: then every tensor begins at a multiple of its own width.
+    tensors = sorted(tensors_of(part).items(), key=lambda item: -item[1].itemsize)
+    with replacing(path) as partial:
+        write_tensor_file(partial, tensors)
+        return facts_of(partial)
+
+
+def _is_finite(view: Tensor) -> bool:
+    """In slabs of rows, so that it takes little memory beside the tensor."""
+    rows = max(1, _CHECKED_VALUES // max(1, view[0].numel()))
+    return all(bool(part.isfinite().all()) for part in view.split(rows))
+
+
+def _shards(source: Source) -> dict[str, list[int]]:
+    """What tells a checkpoint from one that was put in its place meanwhile."""
+    stats = {str(file.path.name): file.path.stat() for file in source.files.values()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
