@@ -206,6 +206,7 @@ def test_a_damaged_manifest_is_refused_whatever_is_in_it(value: object, folder: 
     for key in ("config", "packing", "report"):
         paths += [(key, field) for field in good[key]]
     paths += [("files", ENDS), ("files", ENDS, "size"), ("config", "experts", "top_k")]
+    paths += [("config", "patch", "mean"), ("config", "layout", "dmel")]
     for path in paths:
         data = json.loads(json.dumps(good))
         table = data
@@ -218,6 +219,7 @@ def test_a_damaged_manifest_is_refused_whatever_is_in_it(value: object, folder: 
         except CheckpointError:
             continue
         assert value not in ([[1]], {"x": 1}) or path == ("shards",), path
+        assert path != ("config", "patch", "mean"), value
 
 
 def test_checksums_are_looked_at_on_request(folder: Path) -> None:
@@ -286,3 +288,24 @@ def test_an_error_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("experts", "rest"), CASES)
+def test_gpu_what_was_packed_there_or_here_comes_to_it_as_it_was(
+    experts: str | None, rest: str | None, made: Path, tmp_path: Path
+) -> None:
+    """Packed on the GPU it is the model that packs while it is filled there; from a folder that a
+    CPU packed, the GPU has the CPU's bits."""
+    names: dict[str, Any] = {"experts": experts, "rest": rest}
+    convert_checkpoint(None, tmp_path / "out", CONFIG, **names, device="cuda")
+    model = InteractionModel.load(tmp_path / "out", device="cuda", verify=True)
+    expected = InteractionModel.random(CONFIG, device="cuda", dtype=torch.bfloat16, **names)
+    assert model.device.type == "cuda"
+    for name, tensor in tensors_of(expected.weights).items():
+        assert_bitwise(tensors_of(model.weights)[name], tensor)
+    here = tensors_of(InteractionModel.load(made).weights)
+    there = tensors_of(InteractionModel.load(made, device="cuda").weights)
+    assert all(there[name].is_cuda for name in here)
+    for name, tensor in here.items():
+        assert_bitwise(there[name].cpu(), tensor)

@@ -182,7 +182,10 @@ def from_data(kind: Any, data: Any, name: str) -> Any:
         hints = get_type_hints(kind)
         return kind(**{n: from_data(hints[n], data[n], f"{name}.{n}") for n in names})  # type: ignore
     if get_origin(kind) is tuple and isinstance(data, list):
-        return tuple(from_data(get_args(kind)[0], item, name) for item in data)
+        items = get_args(kind)
+        if items[-1] is not ... and len(data) != len(items):
+            raise ValueError(f"{name}: expected {len(items)} items, got {data!r:.100}")
+        return tuple(from_data(items[0], item, name) for item in data)
     allowed = get_args(kind) if isinstance(kind, UnionType) else (get_origin(kind) or kind,)
     if type(data) in allowed or (float in allowed and type(data) is int):
         return data
