@@ -65,6 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slots", type=_count, metavar="N", help="fewer than there are sessions")
     parser.add_argument(
+        "--global-pages",
+        type=_pages,
+        metavar="N",
+        help="of all sessions, or auto: as many as fit (default: as their budgets need)",
+    )
+    parser.add_argument(
         "--probe-ticks",
         type=_count,
         default=0,
@@ -94,6 +100,7 @@ def main(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "warm_up_s": args.warm_up,
         "slots": args.slots,
+        "global_pages": args.global_pages,
         "probe_ticks": args.probe_ticks,
         "machine": machine(),
         "clocks": clocks(),
@@ -101,6 +108,7 @@ def main(args: argparse.Namespace) -> int:
     setting = Setting(
         seed=args.seed,
         slots=args.slots,
+        global_pages=args.global_pages,
         probe_ticks=args.probe_ticks,
         warm_up_s=args.warm_up,
         realtime=not args.fast,
@@ -222,6 +230,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number in 1..4096")
     return int(text)
+
+
+def _pages(text: str) -> int | str:
+    if text != "auto" and not (text.isdecimal() and int(text) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 1")
+    return text if text == "auto" else int(text)
 
 
 def _positive(text: str) -> float:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tml_runtime import InteractionModel, Runtime
 from tml_runtime.errors import ResourceExhausted
@@ -37,11 +37,13 @@ def video_name(video: FrameSize | None) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all combinations share. slots: None for as many as there are sessions. warm_up_s: not
-    measured; the lines' delays are found in it. realtime: False runs ticks as fast as they go."""
+    """What all combinations share. slots: None for as many as there are sessions. global_pages and
+    probe_ticks: as of Runtime. warm_up_s: not measured; the lines' delays are found in it.
+    realtime: False runs ticks as fast as they go."""
 
     seed: int = 0
     slots: int | None = None
+    global_pages: int | Literal["auto"] | None = None
     probe_ticks: int = 0
     warm_up_s: float = 3.0
     realtime: bool = True
@@ -89,6 +91,7 @@ def open_loop(
         num_slots=setting.slots or combination.sessions,
         seed=setting.seed,
         realtime=setting.realtime,
+        global_pages=setting.global_pages,
         probe_ticks=setting.probe_ticks,
     )
     with runtime:

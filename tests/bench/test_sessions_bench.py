@@ -23,6 +23,7 @@ from bench.sessions_report import series, show
 from bench.sessions_run import Combination, Setting, measure
 from tml_runtime import InteractionModel, Runtime, errors
 from tml_runtime.gpu import SAMPLE
+from tml_runtime.model import KvBudget
 
 VIRTUAL = Setting(warm_up_s=2.0, realtime=False)
 ABOUT = {
@@ -86,6 +87,9 @@ def test_every_session_that_asked_is_counted() -> None:
     row = run(Combination(5, None, "clean"), setting=Setting(slots=2, realtime=False))
     assert (row["sessions"], row["opened"], row["refused"]) == (5, 2, {"slots": 3})
     assert row["windows"] == 2 * row["ticks"]
+    pages = 1 + 3 * sum(KvBudget().pages().values())
+    row = run(Combination(5, None, "clean"), 1.0, Setting(global_pages=pages, realtime=False))
+    assert (row["opened"], row["refused"]) == (3, {"pages": 2})
 
 
 def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +229,7 @@ def test_the_command_writes_a_result_and_a_plot(
         (["--sessions", "0"], "'0' is not a number in 1..4096"),
         (["--sessions", "1,,2"], "'' is not a number"),
         (["--video", "big"], "neither none nor a size"),
+        (["--global-pages", "1"], "'1' is neither auto nor a number above 1"),
         (["--profile", "clean,moon"], "profile 'moon' is not one of clean"),
         (["--seconds", "nan"], "'nan' is not a number in 0..1200"),
     ],
