@@ -93,10 +93,10 @@ class Runtime:
             model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks
         )
         self._model = model
-        # A model on several ranks tells the others that there is nothing to do in this tick.
+        # Of a model on several ranks: to tell the others that there is nothing to do in a tick.
         self._keep_alive: Callable[[], None] | None = getattr(model, "keep_alive", None)
-        self._budget = KvBudget() if budget is None else budget
-        options = HandoffOptions() if handoff is None else handoff
+        self._budget = budget or KvBudget()
+        options = handoff or HandoffOptions()
         num_spare = 0 if background is None else options.snapshots
         self._state, self._graphs, self._admission = make_room(
             model, num_slots, num_spare, self._budget, global_pages, page_dtype
@@ -128,8 +128,8 @@ class Runtime:
         self._lock = threading.Lock()  # clients only: open, start, stop
         settings = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
         settings |= {"global_pages": global_pages, "probe_ticks": probe_ticks, "handoff": options}
-        settings["page_dtype"] = None if page_dtype is None else str(page_dtype)
-        settings["background"] = None if background is None else type(background).__name__
+        settings["page_dtype"] = page_dtype and str(page_dtype)
+        settings["background"] = background and type(background).__name__
         self._watch = Watch(self, model, black_box, settings)
         if not realtime:
             self._borrowed.callback(self._handoff.stop)
