@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .quant import FORMATS, Format, PackedExperts, dequantize, take_rows
 from .quant.checkpoint import MatrixScales, read_checkpoint
-from .quant.fill import FloatSource, Source, pack_experts
+from .quant.fill import FloatSource, Source, check_search, pack_experts
 
 ORDERS = ("gate_up", "up_gate", "interleaved")
 LAYOUTS = (*ORDERS, *(f"{order}_kn" for order in ORDERS))
@@ -159,6 +159,7 @@ def prepare_moe_weights(
     shared: MoEWeights | None = None,
     inplace: bool = True,
     progress: bool = False,
+    search: bool = False,
 ) -> MoEWeights:
     """Quantise, convert or repack the experts of one layer. Deterministic.
 
@@ -178,6 +179,9 @@ def prepare_moe_weights(
     source is left as it is. It works expert by expert in slabs of 128 rows or an eighth of them:
     beside result and scales that takes less memory than 8 experts of the source, from 512 rows up.
 
+    search: int4 weights that are quantised take, of a few scales for each group of 128 columns, the
+    one with the least squared error. Packing takes longer, the packed form is the same.
+
     bias13 [E, 2F] in w13's row order and bias2 [E, D] are kept in float32. progress=True prints a
     line on stderr for every 8 experts.
 
@@ -186,9 +190,12 @@ def prepare_moe_weights(
     rounded.
     """
     fmt = _check_names(layout, precision)
+    check_search(precision, search)
+    if search and scales is not None:
+        raise ValueError("search: scales are given with the weights; there are none to search for")
     order, kn = layout.removesuffix("_kn"), layout.endswith("_kn")
     sources = [
-        _source(name, weights, w13, fmt, kn, scales, packing)
+        _source(name, weights, w13, fmt, kn, scales, packing, search)
         for name, weights in (("w13", w13), ("w2", w2))
     ]
     num_experts, width = _check_sizes(*sources)
@@ -215,6 +222,7 @@ def _source(
     kn: bool,
     scales: CheckpointScales | None,
     packing: str | None,
+    search: bool,
 ) -> Source:
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(weights).__name__}")
@@ -245,7 +253,7 @@ def _source(
         raise ValueError(f"packing: {packing!r} is of a ready checkpoint, which brings scales")
     if weights.ndim != 3:
         raise ValueError(f"{name}: expected 3 axes, got shape {tuple(weights.shape)}")
-    return FloatSource(name, weights, fmt, kn)
+    return FloatSource(name, weights, fmt, kn, search)
 
 
 def _check_sizes(source13: Source, source2: Source) -> tuple[int, int]:

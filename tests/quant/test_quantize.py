@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tml_kernels.quant import FORMATS, PackedExperts, dequantize
-from tml_kernels.quant.codes import choose_scales, encode, extremes
+from tml_kernels.moe_weights import CheckpointScales, prepare_moe_weights
+from tml_kernels.quant import FORMATS, PackedExperts, dequantize, pack_matrix
+from tml_kernels.quant.codes import CLIPS, choose_scales, encode, extremes
 from tml_kernels.quant.fill import FloatSource, convert_experts, pack_experts
 from tml_kernels.quant.pack import unpack_scales
 from tml_kernels.testing import randn, relative_l2
@@ -224,3 +225,96 @@ def test_what_float16_cannot_hold_is_refused() -> None:
     weights[1, 0, 0] = 1e5
     with pytest.raises(ValueError, match="w: expert 1 holds NaN or Inf as fp16"):
         convert_experts(FloatSource("w", weights, FORMATS["fp16"], False), FORMATS["fp16"])
+
+
+def group_errors(packed: PackedExperts, weights: Tensor) -> Tensor:
+    """float64 [R, G] of one matrix."""
+    lost = (dequantize(packed, 0).double() - weights.double()).square()
+    return torch.stack([part.sum(-1).sqrt() for part in lost.split(128, dim=1)], dim=1)
+
+
+SEARCHED = {
+    "gaussian": lambda: randn(300, 704),  # several slabs, and a group that is not full
+    "heavy": lambda: heavy_tailed(33, 300),
+    "one column": lambda: randn(5, 1),
+    "bf16": lambda: randn(130, 256).bfloat16(),
+    "zeros": lambda: torch.zeros(3, 200),
+    "zero groups": lambda: torch.cat([torch.zeros(4, 128), randn(4, 128)], dim=1),
+    "small": lambda: randn(4, 256) * 1e-4,
+    "tiny": lambda: randn(4, 256) * 1e-22,
+    "large": lambda: randn(4, 256) * 1e4,
+}
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_f16"])
+@pytest.mark.parametrize("case", SEARCHED)
+def test_search_makes_no_group_worse(case: str, name: str) -> None:
+    weights = SEARCHED[case]()
+    plain = pack_matrix(weights, name)
+    searched = pack_matrix(weights, name, search=True)
+    before, after = group_errors(plain, weights), group_errors(searched, weights)
+    assert (after <= before * (1 + 1e-9)).all()
+    assert searched.data.shape == plain.data.shape and searched.zero is None
+    assert searched.nbytes == plain.nbytes
+    if case in ("gaussian", "heavy"):
+        assert (after < before).any() and after.norm() < 0.97 * before.norm()
+
+
+def test_search_finds_the_best_of_its_scales() -> None:
+    weights = randn(7, 256)
+    searched = pack_matrix(weights, "int4", search=True)
+    extreme, errors = extremes(weights, FORMATS["int4"]), []
+    for clip in (1.0, *CLIPS):
+        scale = (extreme * clip / -8).to(torch.bfloat16).double().repeat_interleave(128, 1)
+        stored = (weights.double() / scale).round().clamp(-8, 7) * scale
+        errors.append((stored - weights).square().unflatten(1, (2, 128)).sum(-1).sqrt())
+    best = torch.stack(errors).amin(0)
+    torch.testing.assert_close(group_errors(searched, weights), best, rtol=1e-5, atol=0)
+
+
+def test_search_is_of_each_row_alone_and_repeats() -> None:
+    weights = heavy_tailed(300, 256)
+    whole = pack_matrix(weights, "int4", search=True)
+    again = pack_matrix(weights, "int4", search=True)
+    assert torch.equal(whole.data, again.data)
+    values = dequantize(whole, 0)
+    assert torch.equal(values, dequantize(again, 0))
+    rows = dequantize(pack_matrix(weights[140:143], "int4", search=True), 0)
+    assert torch.equal(values[140:143], rows)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "interleaved_kn"])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_search_of_experts(inplace: bool, layout: str) -> None:
+    w13, w2 = heavy_tailed(2, 256, 128), heavy_tailed(2, 128, 128)
+    given = [w.transpose(1, 2).contiguous() if "kn" in layout else w.clone() for w in (w13, w2)]
+    found = prepare_moe_weights(
+        *given, layout=layout, precision="int4", inplace=inplace, search=True
+    )
+    for packed, source in ((found.w13, w13), (found.w2, w2)):
+        assert packed.error_E is not None
+        for expert in range(2):
+            alone = pack_matrix(source[expert], "int4", search=True)
+            values = dequantize(packed, expert)
+            assert torch.equal(values, dequantize(alone, 0))
+            error = relative_l2(values, source[expert])
+            assert packed.error_E[expert].item() == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("int4")])
+def test_only_int4_scales_are_searched_for(name: str) -> None:
+    with pytest.raises(ValueError, match=f"search: int4 and int4_f16 .* not {name}'s"):
+        pack_matrix(randn(3, 8), name, search=True)
+    with pytest.raises(ValueError, match=f"search: int4 and int4_f16 .* not {name}'s"):
+        prepare_moe_weights(
+            randn(1, 4, 4), randn(1, 4, 2), layout="gate_up", precision=name, search=True
+        )
+
+
+def test_scales_that_are_given_are_not_searched_for() -> None:
+    words, scale = torch.zeros(1, 4, 16, dtype=torch.int32), torch.ones(1, 4, 1).bfloat16()
+    with pytest.raises(ValueError, match="search: scales are given with the weights"):
+        prepare_moe_weights(
+            words, words, layout="gate_up", precision="int4", packing="rows", search=True,
+            scales=CheckpointScales(scale, scale),
+        )  # fmt: skip

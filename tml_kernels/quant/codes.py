@@ -14,6 +14,7 @@ from .formats import Format
 FP8_BLOCK = 128  # rows and columns under one scale of fp8
 FP8_MAX = 448.0
 FP4_MAX = 6.0
+CLIPS = (0.95, 0.9, 0.85, 0.8)  # of a group's extreme value, that `search_scales` tries beside 1
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,30 @@ def choose_scales(extreme: Tensor, fmt: Format) -> Scales:
     outer = (extreme.max() / (FP4_MAX * FP8_MAX)).clamp_(min=torch.finfo(torch.float32).tiny)
     scale = (extreme / FP4_MAX / outer).clamp_(max=FP8_MAX)
     return Scales(scale.to(torch.float8_e4m3fn), outer=outer)
+
+
+def search_scales(w_R_K: Tensor, extreme_R_G: Tensor, fmt: Format) -> Scales:
+    """int4's scales of these rows with the least error in each group: those of `choose_scales`, or
+    with the extreme value clipped to one of CLIPS. Among equal ones the first."""
+    assert fmt.name.startswith("int4")
+    scale_R_G = choose_scales(extreme_R_G, fmt).scale
+    least_R_G = _rounding_error(w_R_K, scale_R_G, fmt)
+    for clip in CLIPS:
+        clipped_R_G = choose_scales(extreme_R_G * clip, fmt).scale
+        error_R_G = _rounding_error(w_R_K, clipped_R_G, fmt)
+        better_R_G = error_R_G < least_R_G
+        scale_R_G = torch.where(better_R_G, clipped_R_G, scale_R_G)
+        least_R_G = torch.where(better_R_G, error_R_G, least_R_G)
+    return Scales(scale_R_G)
+
+
+def _rounding_error(w_R_K: Tensor, scale_R_G: Tensor, fmt: Format) -> Tensor:
+    """L2 norm [R, G] of what rounding takes from each group; float64, as float32 squares of weights
+    that a format can hold may underflow."""
+    assert fmt.group is not None
+    scales = Scales(scale_R_G)
+    lost_R_K = decode(encode(w_R_K, scales, fmt), scales, fmt).sub_(w_R_K)
+    return torch.linalg.vector_norm(_in_groups(lost_R_K, fmt.group), dim=-1, dtype=torch.float64)
 
 
 def encode(w_R_K: Tensor, scales: Scales, fmt: Format) -> Tensor:

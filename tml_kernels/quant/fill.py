@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dims import Dims
 from ..precision import ACTIVATIONS
-from .codes import FP8_BLOCK, Scales, choose_scales, decode, encode, extremes
+from .codes import FP8_BLOCK, Scales, choose_scales, decode, encode, extremes, search_scales
 from .formats import FORMATS, Format
 from .pack import pack_scales, pack_words
 from .packed import OUTER, PackedExperts, data_shape, scale_dtype, scale_shape
@@ -41,13 +41,16 @@ class Source(Protocol):
 
 
 class FloatSource:
-    """Experts in bfloat16, float16 or float32, [E, R, K] or (`kn`) [E, K, R]."""
+    """Experts in bfloat16, float16 or float32, [E, R, K] or (`kn`) [E, K, R]. search: of int4's
+    scales."""
 
     has_zero = False
 
-    def __init__(self, name: str, weights: Tensor, fmt: Format, kn: bool) -> None:
+    def __init__(
+        self, name: str, weights: Tensor, fmt: Format, kn: bool, search: bool = False
+    ) -> None:
         self.name, self.base = name, weights
-        self._fmt = fmt
+        self._fmt, self._search = fmt, search
         self.weights_E_R_K = weights.transpose(1, 2) if kn else weights
         num_experts, num_rows, num_columns = self.weights_E_R_K.shape
         self.shape = (num_experts, num_rows, num_columns)
@@ -71,7 +74,13 @@ class FloatSource:
                 f"{self.name}: expert {expert} needs scales that {scales.scale.dtype} cannot hold; "
                 f"its largest weight is {extreme.abs().max().item():.3g}"
             )
-        return scales
+        if not self._search:
+            return scales
+        searched = [
+            search_scales(self._rows(expert, begin, end), slab, self._fmt).scale
+            for (begin, end), slab in zip(row_slabs(self), slabs, strict=True)
+        ]
+        return Scales(torch.cat(searched))
 
     def codes(self, expert: int, begin: int, end: int, scales: Scales) -> Tensor:
         w_R_K = self._rows(expert, begin, end)
@@ -134,17 +143,29 @@ def pack_experts(
     )  # fmt: skip
 
 
-def pack_matrix(weight_R_K: Tensor, precision: str) -> PackedExperts:
+def check_search(precision: str, search: bool) -> None:
+    """Raises ValueError where there are no scales to search for."""
+    if search and not precision.startswith("int4"):
+        raise ValueError(f"search: int4 and int4_f16 scales are searched for, not {precision}'s")
+
+
+def pack_matrix(weight_R_K: Tensor, precision: str, *, search: bool = False) -> PackedExperts:
     """One matrix in float32, bfloat16 or float16, rounded to a packed format or converted: what
     `linear` takes. Allocates the result and leaves the source as it is. Raises TypeError or
-    ValueError naming the argument."""
+    ValueError naming the argument.
+
+    search: of a few int4 scales for each group of columns, the one with the least squared error.
+    Packing takes longer, the packed form is the same. Other formats have none: ValueError.
+    """
     if precision not in FORMATS:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(FORMATS)}")
     Dims().check(weight_R_K=weight_R_K, dtype=ACTIVATIONS)
     if weight_R_K.numel() == 0:
         raise ValueError(f"weight_R_K: is empty, shape {tuple(weight_R_K.shape)}")
+    check_search(precision, search)
     fmt = FORMATS[precision]
-    return pack_experts(FloatSource("weight_R_K", weight_R_K.detach()[None], fmt, False), fmt)
+    source = FloatSource("weight_R_K", weight_R_K.detach()[None], fmt, False, search)
+    return pack_experts(source, fmt)
 
 
 def convert_experts(
