@@ -15,6 +15,7 @@ COMMANDS = {
     "tick": "the runtime's tick: histogram and misses",
     "sessions": "how many sessions hold the period, over bad lines; or one combination for an hour",
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
+    "quant": "what packing a model's matrices costs in accuracy",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",
     "tune": "an op's cases under other configurations than the shipped one",
     "trend": "results of `sessions`, night by night: what became slower and stayed so",
