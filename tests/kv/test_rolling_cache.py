@@ -314,7 +314,8 @@ class Machine(RuleBasedStateMachine):
         assert len(set(seen)) == len(seen)
         window = group.spec.window
         if window is not None:
-            newest = range(max(0, len(told.tokens) - window), len(told.tokens))
+            # The next token sees itself and window - 1 before it; a rewind may leave just these.
+            newest = range(max(0, len(told.tokens) - window + 1), len(told.tokens))
             assert set(newest) <= set(seen)
 
 
