@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import count
 from typing import Protocol
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from tml_runtime import Runtime, Session
 from tml_runtime._tick import now_ns
-from tml_runtime.errors import LateInput, SessionFault
+from tml_runtime.errors import InputBackpressure, LateInput, SessionFault
 from tml_runtime.model import TurnLayout
 from tml_runtime.net.faults import Link
 from tml_runtime.net.intake import Intake
@@ -77,8 +76,12 @@ class Feed:
         """Fill every window that begins before `lead` windows after media time."""
         while self._next * self._period_s < media_time + (lead - 0.5) * self._period_s:
             t = self._next * self._period_s
-            with suppress(LateInput):  # this thread was held up; the loop counts the window
+            try:
                 self._push(t)
+            except LateInput:  # this thread was held up; the loop counts the window
+                pass
+            except InputBackpressure:  # the loop was: its windows are not open yet
+                return
             self._next += 1
 
     def _push(self, t: float) -> None:

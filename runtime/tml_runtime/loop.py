@@ -18,7 +18,7 @@ import torch
 
 from ._tick import Schedule, TickThread, now_ns
 from .checks import Sampling
-from .clock import QuietCollector, VirtualClock, torch_threads
+from .clock import QuietCollector, VirtualClock, quick_switches, torch_threads
 from .errors import LoopFailed, NotRunning
 from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
@@ -226,6 +226,7 @@ class Runtime:
                 borrowed.callback(self._handoff.stop)
                 self._handoff.start()
                 borrowed.enter_context(self._collector)
+                borrowed.enter_context(quick_switches())
                 self._thread.start()
                 self._borrowed = borrowed.pop_all()
             self._phase = "running"

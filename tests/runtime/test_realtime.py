@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -116,16 +117,17 @@ def test_clients_on_many_threads() -> None:
 
 def test_stop_is_final_and_gives_back_what_it_borrowed() -> None:
     assert gc.isenabled()
-    threads = torch.get_num_threads()
+    threads, interval = torch.get_num_threads(), sys.getswitchinterval()
     runtime, model = make_live(cpu_threads=threads + 1)
     with runtime:
         assert not gc.isenabled() and torch.get_num_threads() == threads + 1
+        assert sys.getswitchinterval() == pytest.approx(1e-5)
         with pytest.raises(errors.NotRunning, match="running already"):
             runtime.start()
         session = runtime.open_session()
         wait_for(lambda: session.open_t > 0.0)
     assert gc.isenabled() and gc.get_freeze_count() == 0
-    assert torch.get_num_threads() == threads
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == (threads, interval)
     ticks = model.ticks
     with pytest.raises(errors.NotRunning, match="stopped"):
         session.push_text("x")
