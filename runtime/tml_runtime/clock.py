@@ -130,8 +130,8 @@ def garbage_collections() -> Collections:
 def quick_switches() -> Iterator[None]:
     """Another thread that runs Python gives way to the tick in 10 us, not in the usual 5 ms.
 
-    A tick asks for the interpreter after every op that gave it up, hundreds of times. Of the whole
-    process; costs nothing while no other thread wants to run Python.
+    A tick asks for the interpreter after every op that gave it up. Of the whole process; it matters
+    only while another thread wants to run Python.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)

@@ -83,7 +83,7 @@ class TickGraphs:
         buckets: Sequence[Bucket] | None = None,
         mode: str | None = None,
     ) -> None:
-        """Captures everything, which takes seconds. Raises RuntimeError naming the bucket that
+        """Captures everything. Raises RuntimeError naming the bucket that
         could not be captured."""
         if buckets is None:
             buckets = buckets_of(model.config.layout, state.num_slots)

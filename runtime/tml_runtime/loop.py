@@ -140,6 +140,10 @@ class Runtime:
         return self._layout
 
     @property
+    def slots_in_use(self) -> int:
+        return len(self._slots) - self._slots.num_free
+
+    @property
     def metrics(self) -> Metrics:
         """Per-tick records for traces and plots; `report` sums them up."""
         return self._metrics

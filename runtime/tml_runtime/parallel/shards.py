@@ -103,8 +103,7 @@ class Shard:
 def sessions_of(runtime: Runtime) -> int:
     """Slots that are taken. Raises NotRunning, LoopFailed where the runtime is over."""
     runtime.check_alive()
-    report = runtime.report()
-    return report["slots"] - report["slots_free"]
+    return runtime.slots_in_use
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def _plain(
     out.copy_(result)
 
 
-def _kernel(
+def launch_or(
+    plain: Callable[..., None],
+    launch: Callable[..., None],
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor | None,
@@ -53,11 +56,16 @@ def _kernel(
     format: str,
     *rest: Any,
 ) -> None:
+    """What an op does on a GPU: `launch`, or `plain` where there is no kernel for the weight."""
+    why = kernel_why_not(x.dtype, weight.dtype, format, x.shape[1], weight.shape[-2])
+    run = plain if why else launch
+    run(x, weight, weight_scale, weight_zero, format, *rest)
+
+
+def _kernel(x: Tensor, weight: Tensor, *rest: Any) -> None:
     from .launch import launch_linear
 
-    why = kernel_why_not(x.dtype, weight.dtype, format, x.shape[1], weight.shape[-2])
-    run = _plain if why else launch_linear
-    run(x, weight, weight_scale, weight_zero, format, *rest)
+    launch_or(_plain, launch_linear, x, weight, *rest)
 
 
 _op = register_op(

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..._ragged import check_slots
 from ..._registry import refuse_grad, register_op
 from ...quant import PackedExperts
-from .api import check_products, check_scratch, flatten, given_weight
-from .configs import kernel_why_not, problem_of, scratch_bytes
+from .api import check_products, check_scratch, flatten, given_weight, launch_or
+from .configs import problem_of, scratch_bytes
 from .reference import linear_conv_ref
 
 
@@ -48,19 +48,10 @@ def _plain(
     residual.copy_(result.residual_T_F)
 
 
-def _kernel(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    weight_zero: Tensor | None,
-    format: str,
-    *rest: Any,
-) -> None:
+def _kernel(x: Tensor, weight: Tensor, *rest: Any) -> None:
     from .launch import launch_linear_conv
 
-    why = kernel_why_not(x.dtype, weight.dtype, format, x.shape[1], weight.shape[-2])
-    run = _plain if why else launch_linear_conv
-    run(x, weight, weight_scale, weight_zero, format, *rest)
+    launch_or(_plain, launch_linear_conv, x, weight, *rest)
 
 
 _op = register_op(
