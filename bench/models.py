@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tml_runtime import InteractionModel
+    from tml_runtime import InteractionModel, ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -28,6 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PRECISION",
         help="pack the other matrices: fp8, fp8_channel, int4 or int4_f16",
     )
+    parser.add_argument(
+        "--distinct-experts",
+        type=int,
+        metavar="N",
+        help="draw and pack so many experts of a layer and make the others of these: the largest "
+        "models in seconds (default: all of them)",
+    )
+    parser.add_argument(
+        "--page-dtype", choices=("bf16", "fp8"), help="of keys and values (default: the model's)"
+    )
+    parser.add_argument(
+        "--keep", type=float, metavar="S", help="seconds of sound, pictures and replies remembered"
+    )
+    parser.add_argument("--keep-video", type=float, metavar="S", help="the same for pictures alone")
     parser.add_argument("--seed", type=int, default=0, help="of weights and input")
 
 
@@ -48,9 +62,29 @@ def make_model(args: argparse.Namespace) -> tuple[InteractionModel, dict[str, An
         dtype=DTYPES[dtype],
         experts=args.experts,
         rest=args.rest,
+        distinct_experts=args.distinct_experts,
     )
     about = {"preset": args.preset, "layout": args.layout, "device": device, "dtype": dtype}
-    return model, {**about, "experts": args.experts, "rest": args.rest}
+    names = ("experts", "rest", "distinct_experts", "page_dtype", "keep", "keep_video")
+    return model, {**about, **{name: getattr(args, name) for name in names}}
+
+
+def memory_options(
+    args: argparse.Namespace, config: ModelConfig, frame: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Arguments of a Runtime. frame: width and height of what sessions see. SystemExit for seconds
+    that cannot be."""
+    from tml_runtime.budget import budget_for, kept_seconds
+    from tml_runtime.errors import InputValueError
+    from tml_runtime.plan import PAGE_DTYPES
+
+    try:
+        seconds = kept_seconds(args.keep, args.keep_video)
+        budget = budget_for(config, seconds, None if frame is None else (frame[1], frame[0]))
+    except InputValueError as error:
+        raise SystemExit(str(error)) from None
+    page_dtype = None if args.page_dtype is None else PAGE_DTYPES[args.page_dtype]
+    return {"budget": budget, "page_dtype": page_dtype}
 
 
 def describe_model(about: dict[str, Any]) -> str:

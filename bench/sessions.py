@@ -105,7 +105,9 @@ def main(args: argparse.Namespace) -> int:
         "machine": machine(),
         "clocks": clocks(),
     }
+    seen = [frame for frame in args.video if frame is not None]
     setting = Setting(
+        memory=models.memory_options(args, model.config, max(seen, default=None)),
         seed=args.seed,
         slots=args.slots,
         global_pages=args.global_pages,

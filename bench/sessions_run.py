@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tml_runtime import InteractionModel, Runtime
@@ -39,7 +39,7 @@ def video_name(video: FrameSize | None) -> str:
 class Setting:
     """What all combinations share. slots: None for as many as there are sessions. global_pages and
     probe_ticks: as of Runtime. warm_up_s: not measured; the lines' delays are found in it.
-    realtime: False runs ticks as fast as they go."""
+    realtime: False runs ticks as fast as they go. memory: arguments of Runtime."""
 
     seed: int = 0
     slots: int | None = None
@@ -47,6 +47,7 @@ class Setting:
     probe_ticks: int = 0
     warm_up_s: float = 3.0
     realtime: bool = True
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -93,6 +94,7 @@ def open_loop(
         realtime=setting.realtime,
         global_pages=setting.global_pages,
         probe_ticks=setting.probe_ticks,
+        **setting.memory,
     )
     with runtime:
         clock = clock_of(runtime)

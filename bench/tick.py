@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import models
+from . import kernels, models
 from .disturb import Disturbance
 from .machine import clocks, describe, machine
 from .report import write_json
 
 if TYPE_CHECKING:
+    from tml_runtime import Runtime
+
     from .feed import Feed
 
 BAR = 50  # characters of the longest bar
@@ -46,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--disturb", action="store_true", help="busy Python and garbage collections beside the loop"
     )
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="profile N more ticks: which kernels a tick's time on the GPU goes to",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result")
 
 
@@ -65,9 +74,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     model, about = models.make_model(args)
     realtime = args.ticks is None
-    runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime)
+    frame = FRAME if args.video else None
+    memory = models.memory_options(args, model.config, frame)
+    runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime, **memory)
     layout = runtime.layout
-    media = Media(layout, seed=args.seed, frame=FRAME if args.video else None)
+    media = Media(layout, seed=args.seed, frame=frame)
     with runtime:
         feeds = [Feed(runtime.open_session(), media, layout) for _ in range(args.sessions)]
         with Disturbance() if args.disturb else nullcontext() as disturbance:
@@ -80,8 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     runtime.run_ticks(1)
                     for feed in feeds:
                         feed.session.poll()
-    report = runtime.report()
-    records = runtime.metrics.records()
+        report, records = runtime.report(), runtime.metrics.records()
+        found = _profile(runtime, feeds, args.kernels) if args.kernels and realtime else None
     tick_ns = records["woke_ns"] - records["scheduled_ns"] + records["busy_ns"]
     return {
         "kind": "tick",
@@ -95,6 +106,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         **report,
         **device_figures(dict(zip(runtime.metrics.stages, records["stage_ns"].T, strict=False))),
         "histogram": histogram((tick_ns / 1e6).tolist()),
+        "kernels": found,
     }
 
 
@@ -112,6 +124,13 @@ def device_figures(stage_ns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     gap_ns = stage_ns["model.launch_gap"][ran].sum()
     figures = {name: percentiles_ms(stage_ns[f"model.{of}"][ran]) for name, of in names.items()}
     return {**figures, "gpu_idle_share": float(gap_ns / (gap_ns + gpu_ns[ran].sum()))}
+
+
+def _profile(runtime: Runtime, feeds: Sequence[Feed], num_ticks: int) -> dict[str, Any]:
+    before = runtime.report()["ticks"]
+    with kernels.profiled() as spans:
+        _run_realtime(feeds, num_ticks * runtime.layout.period_ms / 1000)
+    return kernels.summary(spans, runtime.report()["ticks"] - before)
 
 
 def _run_realtime(feeds: Sequence[Feed], seconds: float) -> None:
@@ -175,6 +194,8 @@ def show(result: dict[str, Any]) -> str:
             f"{result['launch_gap_ms']['p50']:.3f}, host p50 {result['host_ms']['p50']:.3f}; the "
             f"GPU idles for {result['gpu_idle_share']:.2%} of it"
         )
+    if result["kernels"] is not None:
+        lines.append(kernels.show(result["kernels"]))
     held, dropped = result["kv_pages"], result["kv_pages_dropped"]
     counts = ", ".join(f"{name} {held[name]} (-{dropped[name]})" for name in held)
     lines.append(f"  pages held in global layers, and dropped: {counts}")

@@ -5,9 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from .errors import InputValueError
 from .model import KvBudget, ModelConfig
 
 TIMED = ("audio", "video", "reply")  # what comes with the clock
+MAX_KEEP_S = 86_400.0  # a day
+
+
+def kept_seconds(keep_s: float | None, keep_video_s: float | None) -> dict[str, float]:
+    """What `budget_for` takes of the options --keep and --keep-video: all of TIMED, and pictures
+    alone. Raises InputValueError."""
+    seconds: dict[str, float] = {}
+    for flag, kept_s, names in (
+        ("--keep", keep_s, TIMED),
+        ("--keep-video", keep_video_s, ("video",)),
+    ):
+        if kept_s is None:
+            continue
+        if not 0 < kept_s <= MAX_KEEP_S:  # also refuses nan
+            raise InputValueError(f"{flag} {kept_s:g} is not in 0..{MAX_KEEP_S:g} (above 0)")
+        seconds.update(dict.fromkeys(names, float(kept_s)))
+    return seconds
 
 
 def tokens_per_tick(config: ModelConfig, frame: tuple[int, int] | None) -> dict[str, int]:

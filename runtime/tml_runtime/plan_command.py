@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 EXPERTS = ("bf16", "fp8", "fp8_channel", "nvfp4", "mxfp4", "int4", "int4_f16")
 REST = ("bf16", "fp8", "fp8_channel", "int4", "int4_f16")
 MAX_SESSIONS = 1024
-MAX_KEEP_S = 86_400.0  # a day
 _TEXT = """\
 What a model and its sessions take of a GPU's memory, counted from shapes before anything is
 allocated, and how much of a conversation a session remembers in it. Ends with status 1 where it
@@ -158,19 +157,9 @@ def _frame(video: str) -> tuple[int, int] | None:
 def _budget(
     args: argparse.Namespace, config: ModelConfig, frame: tuple[int, int] | None
 ) -> KvBudget:
-    from .budget import TIMED, budget_for
+    from .budget import budget_for, kept_seconds
 
-    seconds: dict[str, float] = {}
-    for flag, kept_s, names in (
-        ("--keep", args.keep, TIMED),
-        ("--keep-video", args.keep_video, ("video",)),
-    ):
-        if kept_s is None:
-            continue
-        if not 0 < kept_s <= MAX_KEEP_S:  # also refuses nan
-            raise InputValueError(f"{flag} {kept_s:g} is not in 0..{MAX_KEEP_S:g} (above 0)")
-        seconds.update(dict.fromkeys(names, float(kept_s)))
-    return budget_for(config, seconds, frame)
+    return budget_for(config, kept_seconds(args.keep, args.keep_video), frame)
 
 
 def options(other: Plan, wanted: Plan) -> list[str]:

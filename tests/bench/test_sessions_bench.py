@@ -176,11 +176,9 @@ def test_a_run_can_be_repeated() -> None:
 
 
 def test_tiny_holds_context_and_keeps_its_invariants() -> None:
-    model, _ = make_model(
-        argparse.Namespace(
-            preset="tiny", layout="ms200", device="cpu", dtype=None, experts=None, rest=None, seed=0
-        )
-    )
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    model, _ = make_model(parser.parse_args(["--device", "cpu"]))
     assert isinstance(model, InteractionModel)
     setting = Setting(warm_up_s=0.2, realtime=False)
     row = measure(model, Combination(1, (80, 80), "clean"), setting, seconds=0.6)

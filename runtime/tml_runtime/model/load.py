@@ -16,10 +16,12 @@ from tml_kernels._tensor_file import TensorFile, TensorFileError, write_tensor_f
 from ..errors import TmlRuntimeError
 from .config import ModelConfig
 from .packing import Packing, pack_ends, pack_layer
+from .repeat import repeat_experts
 from .weights import (
     FLOW_PREFIX,
     LayerWeights,
     ModelWeights,
+    MoeWeights,
     Named,
     empty_ends,
     empty_layer,
@@ -107,10 +109,23 @@ def random_weights(
     dtype: torch.dtype,
     packing: Packing = PLAIN,
     ranks: Ranks | None = None,
+    distinct_experts: int | None = None,
 ) -> tuple[ModelWeights, WeightReport]:
+    """distinct_experts: as `InteractionModel.random` takes it. Raises ValueError."""
+    if distinct_experts is not None and not 1 <= distinct_experts <= config.experts.num_experts:
+        raise ValueError(
+            f"{distinct_experts=} is not in 1..{config.experts.num_experts}, the experts of a layer"
+        )
     source = Source.random(config, seed=seed)
-    fill = source.fill
-    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
+    weights = _fill_weights(
+        config,
+        source.fill,
+        device=device,
+        dtype=dtype,
+        packing=packing,
+        ranks=ranks,
+        distinct_experts=distinct_experts,
+    )
     return weights, source.report
 
 
@@ -167,12 +182,17 @@ def filled_layer(
     device: torch.device | str,
     dtype: torch.dtype,
     packing: Packing,
+    distinct_experts: int | None = None,
 ) -> LayerWeights:
     """The same of one layer. Its plain form is let go of at the end."""
-    w = empty_layer(config, layer, device=device, dtype=dtype)
+    w = empty_layer(config, layer, device=device, dtype=dtype, num_experts=distinct_experts)
     for named in named_layer(config, layer, w):
         fill(named)
-    return pack_layer(layer, w, packing)
+    packed = pack_layer(layer, w, packing)
+    if distinct_experts is None or not isinstance(packed.mlp, MoeWeights):
+        return packed
+    experts = repeat_experts(packed.mlp.experts, config.experts.num_experts)
+    return replace(packed, mlp=replace(packed.mlp, experts=experts))
 
 
 def _fill_weights(
@@ -183,6 +203,7 @@ def _fill_weights(
     dtype: torch.dtype,
     packing: Packing,
     ranks: Ranks | None,
+    distinct_experts: int | None = None,
 ) -> ModelWeights:
     """Every tensor written by `fill`. A layer is packed, this rank's share of it copied, and the
     rest let go of, before the next one is made."""
@@ -190,7 +211,15 @@ def _fill_weights(
     ends = filled_ends(config, fill, device=device, dtype=dtype, packing=packing)
 
     def layer_of(layer: int) -> LayerWeights:
-        return filled_layer(config, layer, fill, device=device, dtype=dtype, packing=packing)
+        return filled_layer(
+            config,
+            layer,
+            fill,
+            device=device,
+            dtype=dtype,
+            packing=packing,
+            distinct_experts=distinct_experts,
+        )
 
     return assemble(config, ends, layer_of, ranks)
 

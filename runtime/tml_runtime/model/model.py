@@ -73,21 +73,30 @@ class InteractionModel:
         experts: str | None = None,
         rest: str | None = None,
         ranks: Ranks | None = None,
+        distinct_experts: int | None = None,
     ) -> InteractionModel:
         """Random weights, the same ones for a seed. They say nothing sensible, at full speed.
 
         experts, rest: what `packed` takes. The model is bitwise the one that it would make, but the
         plain form of only one layer at a time is ever there. ranks: that share the model, each of
         which calls this with the same arguments (docs/parallel.md); the others' shares, too, are
-        here one layer at a time only. Raises RanksDiffer, and InputValueError for sizes that the
-        ranks cannot share.
+        here one layer at a time only. distinct_experts: how many of a layer's routed experts are
+        drawn and packed; the others are these with their rows moved, in bytes of their own, so that
+        a model as large as a GPU is there in seconds and is as much work. Raises RanksDiffer, and
+        InputValueError for sizes that the ranks cannot share.
         """
         packing = Packing(experts, rest)
         _check_dtype(dtype)
         if ranks is not None:
             ranks.check_config(config, seed=seed, dtype=dtype, packing=packing)
         weights, report = random_weights(
-            config, seed=seed, device=device, dtype=dtype, packing=packing, ranks=ranks
+            config,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            packing=packing,
+            ranks=ranks,
+            distinct_experts=distinct_experts,
         )
         return cls(config, weights, report, ranks)
 

@@ -133,8 +133,14 @@ def _makers(device: torch.device | str, dtype: torch.dtype) -> tuple[Make, Make]
 
 
 def empty_layer(
-    config: ModelConfig, layer: int, *, device: torch.device | str, dtype: torch.dtype
+    config: ModelConfig,
+    layer: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    num_experts: int | None = None,
 ) -> LayerWeights:
+    """num_experts: routed ones that are there, by default all that the router chooses from."""
     make, make_f32 = _makers(device, dtype)
     width, heads, experts = config.width, config.heads(layer), config.experts
     attention = AttentionWeights(
@@ -158,7 +164,7 @@ def empty_layer(
             bias_E=make_f32(experts.num_experts),
             scale_1=make_f32(1),
             experts=_empty_experts(
-                experts.num_experts,
+                num_experts or experts.num_experts,
                 width,
                 experts.width,
                 make,
