@@ -177,6 +177,7 @@ class TickGraphs:
                 self._direct.run(bucket)
         torch.cuda.current_stream().wait_stream(side)
         self._kept = self._state.scratch.buffers()  # a later, larger call may replace them
+        torch.cuda.empty_cache()  # graphs take their memory from a pool of their own
         if self.mode == "graph":
             self._capture(side)
         torch.cuda.synchronize()

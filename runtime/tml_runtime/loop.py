@@ -31,7 +31,8 @@ from .session import Session
 from .slots import Batch, Seat, Slots
 from .text import ByteTokenizer, Tokenizer
 from .upkeep import ALWAYS, Upkeep
-from .vocoder import StreamingVocoder, Vocoder
+from .vocoder import Vocoder
+from .voices import make_voices
 from .warm_up import WarmUp
 from .watch import Watch
 
@@ -72,12 +73,12 @@ class Runtime:
         page_dtype: of keys and values, by default the model's; torch.float8_e4m3fn takes half of
         bfloat16. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions and admits as many
         as were in time; 0: one for every slot. max_frame_pairs: of video, per tick. vocoder: makes
-        one for a slot, by default Griffin-Lim. cpu_threads: torch's in the whole process while the
-        loop runs; products as small as a tick's gain nothing from more, and wait for them when a
-        core is busy. black_box: a folder that gets a file with the newest ticks when one misses, a
-        session faults or the loop fails; see `blackbox`. background: answers what the model
-        delegates; without one, `delegate` is an action like any other. Raises InputTypeError or
-        InputValueError naming the argument.
+        one for a slot, by default Griffin-Lim, which on a GPU runs there for all slots.
+        cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
+        gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
+        a file with the newest ticks when one misses, a session faults or the loop fails; see
+        `blackbox`. background: answers what the model delegates; without one, `delegate` is an
+        action like any other. Raises InputTypeError or InputValueError naming the argument.
         """
         sizes = {
             "num_slots": num_slots, "max_frame_pairs": max_frame_pairs,
@@ -105,15 +106,15 @@ class Runtime:
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
         parts = (options, model.config, self._tokenizer, self._state)
         self._handoff = Handoff(background, *parts, first_spare=num_slots)
-        make_vocoder = vocoder or (lambda: StreamingVocoder(self._layout.dmel))
-        self._vocoders = [make_vocoder() for _ in range(num_slots)]
+        self._voices = make_voices(vocoder, self._layout, num_slots, model.device)
         self._slots = Slots(num_slots)
         self._batch = Batch(num_slots, self._spec.window_samples)
         self._metrics = Metrics(period_ns=self._spec.window_ns, ranges=ranges())
         self._collector = QuietCollector()
         self._overload = Overload()
-        self._upkeep = Upkeep(model, self._state, self._vocoders, self._now_ns, self._metrics)
-        self._warm_up = WarmUp(model, self._state, self._batch, self._vocoders, self._upkeep)
+        self._upkeep = Upkeep(model, self._state, self._voices, self._now_ns, self._metrics)
+        ready = (model, self._state, self._batch, self._voices, self._upkeep)
+        self._warm_up = WarmUp(*ready, num_slots=num_slots)
         self._cpu_threads = cpu_threads
         self._borrowed = ExitStack()
 
@@ -380,13 +381,15 @@ class Runtime:
         token_S_K = out.token_S_K.cpu().numpy()
         mel_S_K_B = out.mel_S_K_B.cpu()
         fault_S = (out.fault_S.cpu() | ~mel_S_K_B.isfinite().all(2).all(1)).tolist()
-        for row, seat in enumerate(seats):
+        pcm_S = self._voices.speak([seat.slot for seat in seats], mel_S_K_B)
+        for row, (seat, pcm) in enumerate(zip(seats, pcm_S, strict=True)):
             try:
                 if row in out.refused:
                     raise out.refused[row]
                 if fault_S[row]:
                     raise FloatingPointError("the model's numbers were not finite")
-                pcm = self._vocoders[seat.slot].push(mel_S_K_B[row])
+                if isinstance(pcm, Exception):
+                    raise pcm
                 position = self._state.length(seat.slot)
                 seat.remember(token_S_K[row], mel_S_K_B[row].numpy(), position)
                 published = seat.publish(tick, token_S_K[row], pcm)

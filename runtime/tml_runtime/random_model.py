@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-
-from tml_kernels.ops.dmel import DmelSpec
 
 from .errors import InputValueError
 from .model import InteractionModel, ModelConfig
 from .model.converted import is_converted
 from .model.weights import empty_weights, named_tensors
-from .vocoder import StreamingVocoder
+from .voices import GriffinLim, Levels
 
 PRESETS = ("tiny", "slice", "inkling-small")
 DEVICES = ("auto", "cpu", "cuda")
@@ -53,28 +49,9 @@ def load_model(
     return InteractionModel.load(checkpoint, config=config, seed=seed, device=device, dtype=dtype)
 
 
-class SpeechLevels:
-    """A vocoder whose input is brought near the mean, spread and maximum of speech's log10 mel.
-
-    Untrained weights draw it with mean 0 and spread 1.7, which is noise far beyond full scale.
-    """
-
-    MEAN, SCALE, MAXIMUM = -2.65, 0.5, -1.0  # the demo's recording has mean -2.65, spread 1.2
-
-    def __init__(self, spec: DmelSpec) -> None:
-        self._vocoder = StreamingVocoder(spec)
-
-    def push(self, mel_K_B: torch.Tensor) -> np.ndarray:
-        return self._vocoder.push((self.MEAN + self.SCALE * mel_K_B).clamp(max=self.MAXIMUM))
-
-    def reset(self) -> None:
-        self._vocoder.reset()
-
-
-def vocoder_for(model: InteractionModel) -> Callable[[], SpeechLevels | StreamingVocoder]:
+def vocoder_for(model: InteractionModel) -> GriffinLim:
     """What `Runtime` takes as `vocoder`: untrained speech is brought to the level of speech."""
-    make = SpeechLevels if model.report.random else StreamingVocoder
-    return lambda: make(model.config.layout.dmel)
+    return GriffinLim(model.config.layout.dmel, Levels() if model.report.random else None)
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

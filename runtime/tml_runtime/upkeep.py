@@ -10,7 +10,7 @@ from tml_kernels.kv_cache import NoSnapshot, WindowPassed
 
 from .metrics import Metrics
 from .slots import Seat
-from .vocoder import Vocoder
+from .voices import Voices
 
 READ_TOKENS = 64  # of a prompt, at once: a page
 PATIENCE = 150  # ticks in which a prompt finds no time
@@ -29,13 +29,13 @@ class Upkeep:
         self,
         model: Any,
         state: Any,
-        vocoders: Sequence[Vocoder],
+        voices: Voices,
         now_ns: Callable[[], int],
         metrics: Metrics,
     ) -> None:
         self._model = model
         self._state = state
-        self._vocoders = vocoders
+        self._voices = voices
         self._now_ns = now_ns
         self._metrics = metrics
         self._cost_ns = {"read": 0, "put_away": 0}
@@ -48,7 +48,7 @@ class Upkeep:
 
     def begin(self, seat: Seat) -> None:
         """Before anything of the session reaches the model."""
-        self._vocoders[seat.slot].reset()
+        self._voices.reset(seat.slot)
         if seat.priority != 0:
             self._state.reset(seat.slot, priority=seat.priority)
         self._state.set_sampling(seat.slot, **vars(seat.sampling))
@@ -64,7 +64,7 @@ class Upkeep:
             return
         seat.epoch, seat.played_ns = interruption
         seat.stats.interruptions += 1
-        self._vocoders[seat.slot].reset()
+        self._voices.reset(seat.slot)
         try:
             self._replay(seat)
         except (NoSnapshot, WindowPassed):  # nothing has changed

@@ -26,7 +26,8 @@ from tml_kernels.ops.dmel.constants import mel_filters
 LOG_FLOOR, LOG_CEILING = -10.0, 4.0
 MOMENTUM = np.float32(0.7)  # of 0.3, 0.5, 0.7 and 0.9 the best spectral convergence on real speech
 MEL_UPDATES = 8
-_TINY = np.float32(1e-20)
+TINY = 1e-20
+_TINY = np.float32(TINY)
 
 
 class Vocoder(Protocol):
@@ -58,14 +59,8 @@ class StreamingVocoder:
         self.spec = spec
         self.iterations = iterations
         self._spectrum = _MelInverse(spec)
-        hop = spec.hop
-        hann_L = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(spec.window) / spec.window)
-        self._rise, self._fall = hann_L[:hop].astype(np.float32), hann_L[hop:].astype(np.float32)
-        weight = self._rise**2 + self._fall**2  # 0.5 at its least
-        self._rise_share, self._fall_share = self._rise / weight, self._fall / weight
-        bins = np.arange(spec.num_bins)
-        # Quadratic phases spread a first frame over its window; equal ones would make it a click.
-        self._start_phase_Q = np.exp(1j * np.pi * bins**2 / spec.num_bins).astype(np.complex64)
+        self._rise, self._fall, self._rise_share, self._fall_share = window_halves(spec)
+        self._start_phase_Q = start_phases(spec)
         self.reset()
 
     def reset(self) -> None:
@@ -127,16 +122,37 @@ class StreamingVocoder:
         return frames_2_L.astype(np.float32, copy=False)
 
 
+def window_halves(spec: DmelSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a Hann window: its rise and its fall, and what each adds to a sample that both are over,
+    float32 [hop]."""
+    hann_L = 0.5 - 0.5 * np.cos(2.0 * np.pi * np.arange(spec.window) / spec.window)
+    rise, fall = hann_L[: spec.hop].astype(np.float32), hann_L[spec.hop :].astype(np.float32)
+    weight = rise**2 + fall**2  # 0.5 at its least
+    return rise, fall, rise / weight, fall / weight
+
+
+def start_phases(spec: DmelSpec) -> np.ndarray:
+    """complex64 [Q]. Quadratic ones spread a first frame over its window; equal ones would make it
+    a click."""
+    bins = np.arange(spec.num_bins)
+    return np.exp(1j * np.pi * bins**2 / spec.num_bins).astype(np.complex64)
+
+
+def mel_inverse(spec: DmelSpec) -> tuple[np.ndarray, np.ndarray]:
+    """(first guess, update) of magnitudes from mel energies, float32 [Q, B]."""
+    filters_Q_B = mel_filters(spec)
+    band_B, bin_Q = filters_Q_B.sum(axis=0), filters_Q_B.sum(axis=1)
+    # A triangle with its top at 1, so that the first guess runs straight from band to band.
+    guess_Q_B = filters_Q_B / (filters_Q_B.max(axis=0) * band_B)
+    return guess_Q_B, filters_Q_B / np.maximum(bin_Q, 1e-20)[:, None]
+
+
 class _MelInverse:
     """Magnitudes [Q] whose mel energies are those given, as far as non-negative ones can be."""
 
     def __init__(self, spec: DmelSpec) -> None:
         self._filters_Q_B = mel_filters(spec)
-        band_B = self._filters_Q_B.sum(axis=0)
-        # A triangle with its top at 1, so that the first guess runs straight from band to band.
-        self._guess_Q_B = self._filters_Q_B / (self._filters_Q_B.max(axis=0) * band_B)
-        bin_Q = self._filters_Q_B.sum(axis=1)
-        self._update_Q_B = self._filters_Q_B / np.maximum(bin_Q, 1e-20)[:, None]
+        self._guess_Q_B, self._update_Q_B = mel_inverse(spec)
 
     def __call__(self, log_mel_B: np.ndarray) -> np.ndarray:
         limited_B = np.clip(np.nan_to_num(log_mel_B, nan=LOG_FLOOR), LOG_FLOOR, LOG_CEILING)
