@@ -141,7 +141,7 @@ def _tests(
             *(timeout if importlib.util.find_spec("pytest_timeout") else ()),
         ),
         lambda done: checks.from_pytest(name, done, report, all_needed=gpu),
-        limit_s=180,
+        limit_s=300 if gpu else 180,  # kernels are compiled in every process
         why_not=why_not or ("" if importlib.util.find_spec("pytest") else "not installed: pytest"),
         env={"OMP_NUM_THREADS": "1"} if parallel else {},
     )  # fmt: skip

@@ -26,9 +26,9 @@ def model(request: pytest.FixtureRequest) -> InteractionModel:
 def silence(model: InteractionModel) -> TickInput:
     """What slot 0 hears when nobody pushes anything."""
     return TickInput(
-        torch.zeros(1, dtype=torch.int32, device=model.device),
-        torch.zeros(1, model.config.layout.samples_per_tick, device=model.device),
-        torch.tensor([True], device=model.device),
+        torch.zeros(1, dtype=torch.int32),
+        torch.zeros(1, model.config.layout.samples_per_tick),
+        torch.tensor([True]),
         [None],
         [[]],
     )
