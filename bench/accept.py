@@ -33,7 +33,9 @@ LOG_LIMIT = 60_000  # characters of one section's output kept in log.txt
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time for it all (default 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="time for it all (default %(default)g)"
+    )
     parser.add_argument(
         "--ops-seconds", type=float, default=180.0, metavar="S", help="for timing (default 180)"
     )

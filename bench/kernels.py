@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+BETWEEN_US = 5000.0
 TOP = 25  # kernels shown by name; the others are one row
 
 
@@ -34,29 +35,46 @@ def profiled() -> Iterator[list[Span]]:
     spans.sort(key=lambda span: span.begin_us)
 
 
-def summary(spans: Iterable[Span], num_ticks: int) -> dict[str, Any]:
-    """Of `num_ticks` alike. us and calls: of a tick. idle_us: of a tick, between kernels that are
-    less than a millisecond apart; what is longer lies between ticks.
+def ticks_of(spans: Iterable[Span]) -> list[list[Span]]:
+    """The spans of each tick: between ticks there is nothing for BETWEEN_US at least."""
+    ticks: list[list[Span]] = []
+    last_us = -BETWEEN_US
+    for span in spans:
+        if span.begin_us - last_us >= BETWEEN_US:
+            ticks.append([])
+        ticks[-1].append(span)
+        last_us = max(last_us, span.end_us)
+    return ticks
 
-    >>> summary([Span("a", 0, 4), Span("b", 5, 8), Span("a", 8, 12)], 1)["kernels"][0]
+
+def summary(spans: Iterable[Span]) -> dict[str, Any]:
+    """us, calls, busy_us, idle_us: of a tick, on average; idle between its kernels. Spans are in
+    order of their begin. The first and the last tick may have been cut by the profiler: they are
+    left out where there are three.
+
+    >>> summary([Span("a", 0, 4), Span("b", 5, 8), Span("a", 8, 12)])["kernels"][0]
     {'name': 'a', 'calls': 2.0, 'us': 8.0}
     """
+    ticks = ticks_of(spans)
+    ticks = ticks[1:-1] if len(ticks) > 2 else ticks
+    num_ticks = max(1, len(ticks))
     calls: dict[str, int] = {}
     us: dict[str, float] = {}
-    idle_us, last_us = 0.0, None
-    for name, begin_us, end_us in spans:
-        calls[name] = calls.get(name, 0) + 1
-        us[name] = us.get(name, 0.0) + end_us - begin_us
-        if last_us is not None and 0 < begin_us - last_us < 1000:
-            idle_us += begin_us - last_us
-        last_us = end_us if last_us is None else max(last_us, end_us)
+    idle_us = 0.0
+    for tick in ticks:
+        last_us = tick[0].begin_us
+        for name, begin_us, end_us in tick:
+            calls[name] = calls.get(name, 0) + 1
+            us[name] = us.get(name, 0.0) + end_us - begin_us
+            idle_us += max(0.0, begin_us - last_us)
+            last_us = max(last_us, end_us)
     kernels = [
         {"name": name, "calls": calls[name] / num_ticks, "us": us[name] / num_ticks}
         for name in sorted(us, key=lambda name: -us[name])
     ]
     busy_us = sum(us.values()) / num_ticks
     return {
-        "ticks": num_ticks,
+        "ticks": len(ticks),
         "busy_us": busy_us,
         "idle_us": idle_us / num_ticks,
         "kernels": kernels,

@@ -265,7 +265,7 @@ def test_limits_leave_room_for_the_ops() -> None:
     phases = sections.plan(Path("x"), smoke=False, gpu=True)
     before = phases[: next(i for i, p in enumerate(phases) if p[0].name.startswith("op "))]
     worst = sum(max(s.limit_s for s in phase) for phase in before)
-    assert worst < 8 * 60 - 60
+    assert worst < 10 * 60 - 60
 
 
 def test_time_of_the_ops_is_shared_out() -> None:
