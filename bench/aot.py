@@ -137,7 +137,7 @@ def digest(spec: AotSpec, arch: int) -> str:
         spec.num_stages,
         spec.weights_per_step,
         arch,
-    )
+    ) + ((spec.maxnreg,) if spec.maxnreg else ())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -188,7 +188,11 @@ def compile_spec(spec: AotSpec, arch: int) -> Row:
     compiled: Any = triton.compile(
         ASTSource(spec.kernel, _signature(spec), _constexprs(spec), attrs),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
+        options={
+            "num_warps": spec.num_warps,
+            "num_stages": spec.num_stages,
+            "maxnreg": spec.maxnreg,
+        },
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -28,7 +28,7 @@ def with_out(inputs: dict[str, Any]) -> dict[str, Any]:
     sinks = inputs["num_shared"] if inputs["scoring"] == "sink_sigmoid" else 0
     out = Routing.empty(
         x_T_D.shape[0], inputs["top_k"], inputs["num_shared"], gate_A_D.shape[0] - sinks,
-        x_T_D.device, width=x_T_D.shape[1],
+        x_T_D.device, width=x_T_D.shape[1], late_norm="residual_T_D" in inputs,
     )  # fmt: skip
     return inputs | {"out": out}
 

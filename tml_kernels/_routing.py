@@ -175,12 +175,13 @@ def scratch_sizes(
 ) -> list[int]:
     """Words of the scratch's parts, each a multiple of 16 bytes: arrival counters; assignments of
     each group to each expert, and those of the groups before it; where each expert begins; each
-    assignment's place among its group's to the same expert; partial logits, and behind each token's
-    a partial sum of squares (float32)."""
+    assignment's place among its group's to the same expert; partial logits; partial sums of squares
+    (both float32)."""
     groups, splits = -(-num_tokens // GROUP_T), -(-width // SPLIT_D)
     counts = groups * num_experts
-    partials = splits * num_tokens * round_up(num_logits + 1)
-    sizes = (groups + 1, counts, counts, num_experts, num_tokens * top_k, partials)
+    partials = splits * num_tokens * round_up(num_logits)
+    placed, squares = num_tokens * top_k, splits * num_tokens
+    sizes = (groups + 1, counts, counts, num_experts, placed, partials, squares)
     return [round_up(size) for size in sizes]
 
 

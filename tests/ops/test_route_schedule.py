@@ -267,8 +267,8 @@ def test_every_number_of_tokens_has_a_config() -> None:
             problem = Problem(tokens, experts)
             assert choose_config(problem).why_not(problem) is None
             chosen.add(choose_config(problem))
-    assert {replace(config, num_warps=4) for config in chosen} == set(SHIPPED)
-    assert len({config.block_d for config in SHIPPED}) == 1
+    assert chosen == set(SHIPPED)
+    assert len({(config.block_d, config.num_warps) for config in SHIPPED}) == 1
 
 
 def test_what_is_no_config() -> None:
@@ -276,7 +276,7 @@ def test_what_is_no_config() -> None:
     assert "block_a=64" in str(replace(SHIPPED[0], block_a=64).why_not(few))
     assert "multiple" in str(replace(SHIPPED[0], block_t=GROUP_T + 4).why_not(few))
     assert "num_tokens=9" in str(SHIPPED[0].why_not(Problem(9, 8)))
-    assert "num_experts=257" in str(SHIPPED[0].why_not(Problem(1, 257)))
+    assert "num_warps=4" in str(replace(SHIPPED[0], num_warps=4).why_not(few))
 
 
 IDS = {"expert_T_K": ints([[1, 2]] * 3), "weight_T_K": torch.ones(3, 2), "num_experts": 6}

@@ -168,6 +168,9 @@ MODEL = [
 ]
 BENCH = [
     *(Case(t, 4096, 256, 6, 2, dtype=torch.bfloat16) for t in (1, 8, 16, 32, 64, 256, 1024)),
-    *(Case(t, 4096, 256, 6, 2, dtype=torch.bfloat16, late_norm=True) for t in (1, 8, 32, 256)),
+    *(
+        Case(t, 4096, 256, 6, 2, dtype=torch.bfloat16, late_norm=True)
+        for t in (1, 8, 16, 32, 40, 64, 256)
+    ),
     *(Case(t, 7168, 256, 8, dtype=torch.bfloat16, **DEEPSEEK) for t in (1, 8, 64, 1024)),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..._configs import chooser
 from ..._routing import GROUP_T
@@ -12,12 +12,12 @@ MAX_EXPERTS = 1024  # scores of GROUP_T tokens in the registers of one program
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """sum_tile: counts (groups x experts) that are added up at once; place_a: assignments that are
-    put in their places at once. Both in the registers of one program."""
+    """sum_groups: of which the counts are added up at once; place_a: assignments that are put in
+    their places at once. Both in the registers of one program."""
 
-    sum_tile: int = 4096
-    place_a: int = 1024
-    num_warps: int = 4
+    sum_groups: int = 8
+    place_a: int = 512
+    num_warps: int = 8
     num_stages: int = 1
 
 
@@ -41,8 +41,8 @@ class Config:
     block_t: int
     num_stages: int
     # These decide the order of summation: the same for every number of tokens.
-    block_d: int = 64
-    num_warps: int = 4
+    block_d: int = 128
+    num_warps: int = 8  # one for each token of a group
 
     def why_not(self, p: Problem) -> str | None:
         """The one statement of what is legal; used by the chooser and the tests."""
@@ -52,24 +52,26 @@ class Config:
             return f"{self.block_t=} is not a multiple of {GROUP_T=}"
         if p.num_tokens > self.block_t and self.block_a < 32:
             return f"{p.num_tokens=} is over {self.block_t=}: the gate would be read again"
-        if self.num_warps != num_warps(p.num_experts):
-            return f"{self.num_warps=} is not that of {p.num_experts=}"
+        if self.num_warps != GROUP_T:
+            return f"{self.num_warps=}: each of {GROUP_T=} tokens has one"
         return None
 
 
-def num_warps(num_experts: int) -> int:
-    """As few as hold the scores of a group without spilling."""
-    return 4 if num_experts <= 256 else 8
+def max_registers(num_experts: int, gate_bytes: int) -> int:
+    """Said to the compiler, since without a limit it saves registers: it then had 4 of the 16 loads
+    of a token's parts in flight. 128 is two programs on a processor; float32 gates and more experts
+    take more, or they would need local memory."""
+    return 128 if num_experts <= 256 and gate_bytes <= 2 else 255
 
 
-# Few tokens: as many programs as there are, and all their weights in flight at once. More: taller
-# tiles, since each program reads its tokens again, but no more groups in a row for its last one
-# than needed. Chosen by counts of programs and bytes at D = 4096 and A = 258, not by timing.
+# Few tokens: as many programs as there are, and all their weights in flight at once. Up to
+# MANY_TOKENS: one group a tile, since its last program takes groups one after the other; the gate
+# comes from L2 once for each tile. More: taller tiles. Chosen by counts of programs, instructions
+# and bytes at D = 4096 and A = 258, not by timing.
 SHIPPED = (
-    Config(block_a=16, block_t=8, num_stages=8),
-    Config(block_a=16, block_t=16, num_stages=8),
-    Config(block_a=32, block_t=16, num_stages=6),
-    Config(block_a=32, block_t=32, num_stages=6),
+    Config(block_a=16, block_t=8, num_stages=5),
+    Config(block_a=32, block_t=8, num_stages=5),
+    Config(block_a=32, block_t=32, num_stages=3),
 )
 MANY_TOKENS = 64
 
@@ -77,7 +79,6 @@ MANY_TOKENS = 64
 @chooser
 def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock."""
-    configs = [replace(config, num_warps=num_warps(p.num_experts)) for config in SHIPPED]
     if p.num_tokens > MANY_TOKENS:
-        return configs[-1]
-    return next(config for config in configs if config.why_not(p) is None)
+        return SHIPPED[-1]
+    return next(config for config in SHIPPED if config.why_not(p) is None)

@@ -4,8 +4,8 @@
    logits. The cuts of D are fixed, so that a token's sum has one order in every batch. Where tokens
    come without the division of their norm, further programs sum the squares of that split.
 2. The last program of a tile to arrive adds the splits up in order, scores the tile in groups of
-   GROUP_T tokens, chooses and weighs, and counts each group's experts.
-3. The last of those builds the schedule.
+   GROUP_T tokens, one a warp, chooses and weighs, and counts each group's experts.
+3. The last of those builds the schedule; the only one does so without asking.
 
 No program waits for another. The counters that tell the last are zero before and after.
 """
@@ -18,7 +18,6 @@ No program waits for another. The counters that tell the last are zero before an
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,21 +27,11 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from ..._routing import GROUP_T, SPLIT_D, round_up, scratch_sizes
-from .configs import SCHEDULE, SHIPPED, Config, Problem, choose_config, num_warps
-from .reference import RENORM_EPS, Rule
+from .configs import SCHEDULE, SHIPPED, Config, Problem, choose_config, max_registers
+from .group import route_group
+from .reference import Rule
 from .scheduling import build_schedule, count_group, is_last
-from .scoring import (
-    choose,
-    keep_best_groups,
-    load_inv_rms,
-    load_logits,
-    score,
-    sink_weights,
-    store_partial,
-    store_squares,
-)
-
-EPS = tl.constexpr(RENORM_EPS)
+from .scoring import expert_tile, store_partial, store_squares
 
 # Neither their values nor their alignment make another kernel: bits do not depend on where a
 # tensor lies or on how many tokens there are.
@@ -51,69 +40,6 @@ UNALIGNED = [
     "logits_ptr", "bias_ptr", "logit_bias_ptr", "global_scale_ptr", "expert_ptr", "weight_ptr",
     "shared_weight_ptr", "inv_rms_ptr", "schedule_ptr",
 ]  # fmt: skip
-
-
-@triton.jit
-def route_group(
-    logits_ptr, bias_ptr, logit_bias_ptr, global_scale_ptr,
-    expert_ptr, weight_ptr, shared_weight_ptr, inv_rms_ptr,
-    group, T, D, scale, eps,
-    SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
-    E: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, PITCH: tl.constexpr,
-    SPLITS: tl.constexpr, GROUP_T: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
-):  # fmt: skip
-    """Route GROUP_T tokens; returns their ids, -1 beyond T and K."""
-    J: tl.constexpr = E // NUM_GROUPS
-    t = group.to(tl.int64) * GROUP_T + tl.arange(0, GROUP_T)
-    mask_t = t < T
-    offs_i = tl.arange(0, BLOCK_G * BLOCK_J)
-    expert_i = offs_i // BLOCK_J * J + offs_i % BLOCK_J
-    mask_i = (offs_i % BLOCK_J < J) & (offs_i // BLOCK_J < NUM_GROUPS)
-    offs_k, offs_z = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_Z)
-    mask_k, mask_z = offs_k < K, offs_z < Z
-
-    inv_rms_t = None
-    if inv_rms_ptr is not None:
-        inv_rms_t = load_inv_rms(logits_ptr, t, mask_t, T, D, eps, A, PITCH, SPLITS)
-        tl.store(inv_rms_ptr + t, inv_rms_t, mask=mask_t)
-    logit_t_i = load_logits(
-        logits_ptr, logit_bias_ptr, inv_rms_t, t, mask_t, expert_i, mask_i, T, PITCH, SPLITS
-    )
-    score_t_i = score(logit_t_i, mask_i, SCORING)
-    choice_t_i = score_t_i
-    if bias_ptr is not None:
-        choice_t_i += tl.load(bias_ptr + expert_i, mask=mask_i, other=0.0)[None, :]
-    if NUM_GROUPS > 1:
-        choice_t_i = tl.where(mask_i[None, :], choice_t_i, float("-inf"))
-        PAIRS: tl.constexpr = (bias_ptr is not None) and (J > 1)
-        choice_t_i = keep_best_groups(choice_t_i, TOP_GROUPS, PAIRS, BLOCK_G, BLOCK_J)
-
-    if global_scale_ptr is not None:
-        scale = scale * tl.load(global_scale_ptr)
-    nan_t = tl.max((logit_t_i != logit_t_i).to(tl.int32), axis=1)
-    if SCORING == "sink_sigmoid":
-        shared_t_z = load_logits(
-            logits_ptr, logit_bias_ptr, inv_rms_t, t, mask_t, E + offs_z, mask_z, T, PITCH, SPLITS
-        )
-        expert_t_k, value_t_k = choose(choice_t_i, logit_t_i, expert_i, mask_i, K, BLOCK_K)
-        weight_t_k, shared_t_z = sink_weights(value_t_k, mask_k, shared_t_z, mask_z)
-        shared_t_z = tl.where(nan_t[:, None] > 0, float("nan"), shared_t_z * scale)
-    else:
-        expert_t_k, weight_t_k = choose(choice_t_i, score_t_i, expert_i, mask_i, K, BLOCK_K)
-        if RENORMALIZE:
-            weight_t_k = weight_t_k / (tl.sum(weight_t_k, axis=1) + EPS)[:, None]
-        shared_t_z = tl.full([GROUP_T, BLOCK_Z], 1.0, tl.float32)
-    weight_t_k = tl.where(nan_t[:, None] > 0, float("nan"), weight_t_k * scale)
-
-    mask_t_k = mask_t[:, None] & mask_k[None, :]
-    offs_t_k = t[:, None] * K + offs_k[None, :]
-    tl.store(expert_ptr + offs_t_k, expert_t_k, mask=mask_t_k)
-    tl.store(weight_ptr + offs_t_k, weight_t_k, mask=mask_t_k)
-    shared_ptr_t_z = shared_weight_ptr + t[:, None] * Z + offs_z[None, :]
-    tl.store(shared_ptr_t_z, shared_t_z, mask=mask_t[:, None] & mask_z[None, :])
-    return tl.where(mask_t_k, expert_t_k, -1)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -127,17 +53,27 @@ def route_kernel(
     shared_weight_ptr,        # out  [T, Z]
     inv_rms_ptr,              # out  [T], where there is a residual
     schedule_ptr,             # out  see Schedule, or None
-    counter_ptr, count_ptr, before_ptr, first_ptr, place_ptr, partial_ptr,  # scratch_sizes
+    counter_ptr, count_ptr, before_ptr, first_ptr, place_ptr,  # scratch_sizes
+    partial_ptr, squares_ptr,
     T, D, MAX_BLOCKS, BLOCK_SIZE, scale, eps,
     SCORING: tl.constexpr, RENORMALIZE: tl.constexpr,
     NUM_GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr,
     E: tl.constexpr, K: tl.constexpr, Z: tl.constexpr, A: tl.constexpr, PITCH: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_D: tl.constexpr, GROUP_T: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Z: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr, SUM_G: tl.constexpr, PLACE_A: tl.constexpr,
 ):  # fmt: skip
     num_tiles = tl.cdiv(T, BLOCK_T)
+    # What a last program needs that is there already comes before it knows that it is one.
+    bias_t_i = None
+    if bias_ptr is not None:
+        BLOCK_I: tl.constexpr = BLOCK_G * BLOCK_J
+        experts, mask = expert_tile(GROUP_T, E, NUM_GROUPS, BLOCK_I, BLOCK_J)
+        bias_tile = tl.load(bias_ptr + experts, mask=mask, other=0.0)
+        bias_t_i = tl.reshape(bias_tile, (GROUP_T, BLOCK_I))
+    if global_scale_ptr is not None:
+        scale = scale * tl.load(global_scale_ptr)
     if gate_ptr is not None:
         ROW_TILES: tl.constexpr = (A + BLOCK_A - 1) // BLOCK_A
         GROUPS: tl.constexpr = 0 if residual_ptr is None else BLOCK_T // GROUP_T
@@ -151,8 +87,8 @@ def route_kernel(
             )  # fmt: skip
         elif residual_ptr is not None:
             store_squares(
-                residual_ptr, partial_ptr, tile * GROUPS + part - ROW_TILES, split, T, D,
-                A, PITCH, SPLIT_D, GROUP_T,
+                residual_ptr, squares_ptr, tile * GROUPS + part - ROW_TILES, split, T, D,
+                SPLITS, SPLIT_D, GROUP_T,
             )  # fmt: skip
         logits_ptr = partial_ptr
         last = is_last(counter_ptr + 1 + tile, (ROW_TILES + GROUPS) * SPLITS)
@@ -162,16 +98,20 @@ def route_kernel(
     if last:
         for first in range(0, min(BLOCK_T, T - tile * BLOCK_T), GROUP_T):
             group = (tile * BLOCK_T + first) // GROUP_T
-            expert_t_k = route_group(
-                logits_ptr, bias_ptr, logit_bias_ptr, global_scale_ptr,
-                expert_ptr, weight_ptr, shared_weight_ptr, inv_rms_ptr, group, T, D, scale, eps,
-                SCORING, RENORMALIZE, NUM_GROUPS, TOP_GROUPS, E, K, Z, A, PITCH, SPLITS,
-                GROUP_T, BLOCK_G, BLOCK_J, BLOCK_K, BLOCK_Z,
+            route_group(
+                logits_ptr, squares_ptr, logit_bias_ptr, bias_t_i,
+                expert_ptr, weight_ptr, shared_weight_ptr, inv_rms_ptr,
+                None if schedule_ptr is None else place_ptr, count_ptr, group, T, D, scale, eps,
+                SCORING, RENORMALIZE, NUM_GROUPS, TOP_GROUPS, E, K, Z, PITCH, SPLITS,
+                GROUP_T, BLOCK_G, BLOCK_J, BLOCK_N, BLOCK_S,
             )  # fmt: skip
-            if schedule_ptr is not None:
-                count_group(expert_t_k, place_ptr, count_ptr, group, T, K, E, GROUP_T, BLOCK_E)
-        if schedule_ptr is not None:  # noqa: SIM102 - Triton compiles both sides of an `and`
-            if is_last(counter_ptr, num_tiles):
+        if schedule_ptr is not None:
+            all_done = num_tiles == 1
+            if all_done:
+                tl.debug_barrier()  # what was just stored is read by other threads
+            else:
+                all_done = is_last(counter_ptr, num_tiles)
+            if all_done:
                 build_schedule(
                     expert_ptr, place_ptr, count_ptr, before_ptr, first_ptr, schedule_ptr,
                     T, MAX_BLOCKS, BLOCK_SIZE, K, E, GROUP_T, BLOCK_E, SUM_G, PLACE_A,
@@ -231,7 +171,7 @@ def launch_route(
     if config is None:
         config = choose_config(Problem(num_tokens, rule.num_experts(num_logits, num_shared)))
     constexprs = _route_constexprs(
-        rule, num_logits, top_k, num_shared, width, config, gate is not None, residual is not None
+        rule, num_logits, top_k, num_shared, width, config, gate is not None
     )
     parts = _split(scratch, num_tokens, top_k, num_logits, constexprs["E"], width)
     grid = triton.cdiv(num_tokens, constexprs["BLOCK_T"])
@@ -243,6 +183,7 @@ def launch_route(
         bias, logit_bias, global_scale, residual, expert, weight, shared_weight, inv_rms, schedule,
         *parts, num_tokens, width, max_blocks, block_size, scale, eps,
         **constexprs, num_warps=config.num_warps, num_stages=config.num_stages,
+        maxnreg=max_registers(constexprs["E"], 0 if gate is None else gate.element_size()),
     )  # fmt: skip
 
 
@@ -257,7 +198,7 @@ def launch_route_schedule(
     """Arguments as of the op; the scratch is needed."""
     assert scratch is not None
     num_tokens, top_k = expert.shape
-    *parts, _ = _split(scratch, num_tokens, top_k, 0, num_experts, 0)
+    *parts, _, _ = _split(scratch, num_tokens, top_k, 0, num_experts, 0)
     schedule_kernel[(triton.cdiv(num_tokens, GROUP_T),)](
         expert, schedule, *parts, num_tokens, max_blocks, block_size,
         BLOCK_K=_pad(top_k), **_schedule_constexprs(top_k, num_experts),
@@ -268,10 +209,10 @@ def launch_route_schedule(
 def _split(
     scratch: Tensor, num_tokens: int, top_k: int, num_logits: int, num_experts: int, width: int
 ) -> list[Tensor]:
-    """The parts of the scratch in the order of `scratch_sizes`, the last in float32."""
+    """The parts of the scratch in the order of `scratch_sizes`, the last two in float32."""
     sizes = scratch_sizes(num_tokens, top_k, num_logits, num_experts, width)
-    *parts, partial = scratch[: sum(sizes)].split(sizes)
-    return [*parts, partial.view(torch.float32)]
+    *parts, partial, squares = scratch[: sum(sizes)].split(sizes)
+    return [*parts, partial.view(torch.float32), squares.view(torch.float32)]
 
 
 def _pad(size: int) -> int:
@@ -279,13 +220,12 @@ def _pad(size: int) -> int:
 
 
 def _schedule_constexprs(top_k: int, num_experts: int) -> dict[str, Any]:
-    block_e = _pad(num_experts)
     return {
         "K": top_k,
         "E": num_experts,
         "GROUP_T": GROUP_T,
-        "BLOCK_E": block_e,
-        "SUM_G": max(1, SCHEDULE.sum_tile // block_e),
+        "BLOCK_E": _pad(num_experts),
+        "SUM_G": SCHEDULE.sum_groups,
         "PLACE_A": SCHEDULE.place_a,
     }
 
@@ -298,7 +238,6 @@ def _route_constexprs(
     width: int,
     config: Config,
     has_gate: bool,
-    late_norm: bool = False,
 ) -> dict[str, Any]:
     num_experts = rule.num_experts(num_logits, num_shared)
     return _schedule_constexprs(top_k, num_experts) | {
@@ -309,7 +248,7 @@ def _route_constexprs(
         "Z": num_shared,
         "A": num_logits,
         # Ready logits are read as one split, by tiles of one group of tokens.
-        "PITCH": round_up(num_logits + late_norm) if has_gate else num_logits,
+        "PITCH": round_up(num_logits) if has_gate else num_logits,
         "SPLITS": triton.cdiv(width, SPLIT_D) if has_gate else 1,
         "SPLIT_D": SPLIT_D,
         "BLOCK_A": config.block_a,
@@ -317,8 +256,9 @@ def _route_constexprs(
         "BLOCK_D": config.block_d,
         "BLOCK_G": _pad(rule.num_groups),
         "BLOCK_J": _pad(num_experts // rule.num_groups),
-        "BLOCK_K": _pad(top_k),
-        "BLOCK_Z": _pad(num_shared),
+        # At least a warp's lanes, so that a token stays in its warp.
+        "BLOCK_N": max(32, _pad(top_k + num_shared)),
+        "BLOCK_S": max(32, _pad(-(-width // SPLIT_D))),
     }
 
 
@@ -329,7 +269,7 @@ INPUTS = (
 TYPES = {
     **dict.fromkeys(("expert_ptr", "schedule_ptr", "counter_ptr", "count_ptr"), "*i32"),
     **dict.fromkeys(("before_ptr", "first_ptr", "place_ptr"), "*i32"),
-    **dict.fromkeys(("weight_ptr", "shared_weight_ptr", "partial_ptr"), "*fp32"),
+    **dict.fromkeys(("weight_ptr", "shared_weight_ptr", "partial_ptr", "squares_ptr"), "*fp32"),
     **dict.fromkeys(("scale", "eps"), "fp32"),
 }
 
@@ -348,15 +288,14 @@ def aot_specs() -> list[AotSpec]:
         *(_route_spec("late-norm", config, inkling, late) for config in SHIPPED),
         *(_route_spec("bf16", config, inkling, bf16 | chosen) for config in SHIPPED),
         *(_route_spec("fp32", config, inkling, fp32 | chosen) for config in SHIPPED),
-        _route_spec("grouped", SHIPPED[2], deepseek, bf16 | {"bias_ptr": "*fp32"}),
-        _route_spec("wide", SHIPPED[2], wide, bf16),
-        _route_spec("wide-fp32", SHIPPED[3], wide, fp32),
+        _route_spec("grouped", SHIPPED[1], deepseek, bf16 | {"bias_ptr": "*fp32"}),
+        _route_spec("wide", SHIPPED[1], wide, bf16),
+        _route_spec("wide-fp32", SHIPPED[2], wide, fp32),
     ]
 
 
 def _route_spec(label: str, config: Config, case: tuple, inputs: dict[str, str]) -> AotSpec:
     rule, num_logits, top_k, num_shared, width = case
-    config = replace(config, num_warps=num_warps(rule.num_experts(num_logits, num_shared)))
     constexprs = _route_constexprs(
         rule,
         num_logits,
@@ -365,10 +304,11 @@ def _route_spec(label: str, config: Config, case: tuple, inputs: dict[str, str])
         width,
         config,
         "gate_ptr" in inputs,
-        "residual_ptr" in inputs,
     ) | {name: None for name in INPUTS if name not in inputs}
     label = f"{label}-E{constexprs['E']}-K{top_k}-{config.block_a}x{config.block_t}"
-    return _spec(route_kernel, config, constexprs, label, inputs)
+    gate_bytes = {"*fp32": 4, "*bf16": 2}.get(inputs.get("gate_ptr", ""), 0)
+    maxnreg = max_registers(rule.num_experts(num_logits, num_shared), gate_bytes)
+    return _spec(route_kernel, config, constexprs, label, inputs, maxnreg)
 
 
 def _schedule_spec(top_k: int, num_experts: int) -> AotSpec:
@@ -376,7 +316,14 @@ def _schedule_spec(top_k: int, num_experts: int) -> AotSpec:
     return _spec(schedule_kernel, SCHEDULE, constexprs, f"E{num_experts}-K{top_k}", {})
 
 
-def _spec(kernel: Any, config: Any, constexprs: dict, label: str, types: dict) -> AotSpec:
+def _spec(
+    kernel: Any,
+    config: Any,
+    constexprs: dict,
+    label: str,
+    types: dict,
+    maxnreg: int | None = None,
+) -> AotSpec:
     signature = {
         name: types.get(name) or TYPES.get(name, "i32")
         for name in kernel.arg_names
@@ -392,4 +339,5 @@ def _spec(kernel: Any, config: Any, constexprs: dict, label: str, types: dict) -
         num_stages=config.num_stages,
         aligned=tuple(name for name in aligned if name not in UNALIGNED),
         label=label,
+        maxnreg=maxnreg,
     )

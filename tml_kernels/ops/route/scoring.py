@@ -1,8 +1,8 @@
 """Device functions of moe_route: partial logits, scores, and the choice of experts."""
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportAssignmentType=false
 # Triton's types know neither static_range nor launch options.
-
 # Dimension key: T tokens, D model width, A gate rows, K experts chosen per token, Z shared experts;
 # G groups of J experts each, and I = G * J, all padded to powers of two.
 
@@ -42,9 +42,9 @@ def store_partial(
 @triton.jit
 def store_squares(
     residual_ptr,             # in   [T, D]
-    partial_ptr,              # out  [splits, T, PITCH]  column A
+    squares_ptr,              # out  [T, splits]
     group, split, T, D,
-    A: tl.constexpr, PITCH: tl.constexpr, SPLIT_D: tl.constexpr, GROUP_T: tl.constexpr,
+    SPLITS: tl.constexpr, SPLIT_D: tl.constexpr, GROUP_T: tl.constexpr,
 ):  # fmt: skip
     """Sums of squares of GROUP_T tokens over one split of D. Of one tile for every number of
     tokens, and so with one order of summation."""
@@ -54,49 +54,88 @@ def store_squares(
     mask_t_d = (t < T)[:, None] & (offs_d < D)[None, :]
     residual_t_d = tl.load(ptr_t_d, mask=mask_t_d, other=0.0).to(tl.float32)
     square_t = tl.sum(residual_t_d * residual_t_d, axis=1)
-    tl.store(partial_ptr + (split * T + t) * PITCH + A, square_t, mask=t < T)
+    tl.store(squares_ptr + t * SPLITS + split, square_t, mask=t < T)
 
 
 @triton.jit
-def load_inv_rms(
-    partial_ptr,              # in   [splits, T, PITCH]
-    t, mask_t, T, D, eps,
-    A: tl.constexpr, PITCH: tl.constexpr, SPLITS: tl.constexpr,
+def load_squares(
+    squares_ptr,              # in   [T, splits]
+    t,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """1 / sqrt(mean of squares + eps) of some tokens, splits added in order."""
-    square_t = tl.zeros([t.shape[0]], tl.float32)
-    for split in tl.static_range(SPLITS):
-        ptr_t = partial_ptr + (split * T + t) * PITCH + A
-        square_t += tl.load(ptr_t, mask=mask_t, other=0.0, cache_modifier=".cg")
-    return 1.0 / tl.sqrt(square_t / D + eps)
+    offs_s = tl.arange(0, BLOCK_S)
+    ptr_t_s = squares_ptr + t[:, None] * SPLITS + offs_s[None, :]
+    return tl.load(ptr_t_s, mask=(offs_s < SPLITS)[None, :], other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def load_logits(
-    logits_ptr,               # in   [splits, T, PITCH]
-    logit_bias_ptr,           # in   [A], or None
-    inv_rms_t,                # in   [T] of these tokens, or None
-    t, mask_t, offs_a, mask_a, T,
-    PITCH: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Logits of some tokens and gate rows, splits added in order; zero where masked."""
-    mask_t_a = mask_t[:, None] & mask_a[None, :]
-    logit_t_a = tl.zeros([t.shape[0], offs_a.shape[0]], tl.float32)
-    for split in tl.static_range(SPLITS):
-        ptr_t_a = logits_ptr + (split * T + t)[:, None] * PITCH + offs_a[None, :]
-        part_t_a = tl.load(ptr_t_a, mask=mask_t_a, other=0.0, cache_modifier=".cg")
-        logit_t_a += part_t_a.to(tl.float32)
-    bias_a = tl.zeros([offs_a.shape[0]], tl.float32)
-    if logit_bias_ptr is not None:
-        bias_a = tl.load(logit_bias_ptr + offs_a, mask=mask_a, other=0.0)
-    if inv_rms_t is not None:
-        # One fma, so that no compiler makes one with a later sum in one kernel only.
-        bias_t_a = tl.broadcast_to(bias_a[None, :], logit_t_a.shape)
-        return tl.fma(logit_t_a, tl.broadcast_to(inv_rms_t[:, None], logit_t_a.shape), bias_t_a)
-    elif logit_bias_ptr is not None:
-        return logit_t_a + bias_a[None, :]
+def expert_ids(offs_i, E: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """Ids of padded places, and which places are nobody's padding."""
+    J: tl.constexpr = E // NUM_GROUPS
+    if NUM_GROUPS == 1 or J == BLOCK_J:
+        return offs_i, offs_i < E
     else:
-        return logit_t_a
+        mask_i = (offs_i % BLOCK_J < J) & (offs_i // BLOCK_J < NUM_GROUPS)
+        return offs_i // BLOCK_J * J + offs_i % BLOCK_J, mask_i
+
+
+@triton.jit
+def load_splits(
+    logits_ptr,               # in   [splits, T, PITCH]
+    t, offs, mask, T,
+    PITCH: tl.constexpr, SPLITS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Parts of the logits of tokens `t` at columns `offs`, zero where masked. Not added up yet: a
+    sum among the loads makes some wait for others."""
+    parts = ()
+    for split in tl.static_range(SPLITS):
+        ptr = logits_ptr + (split * T + t) * PITCH + offs
+        if MASKED:
+            parts += (tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg"),)
+        else:
+            parts += (tl.load(ptr, cache_modifier=".cg"),)
+    return parts
+
+
+@triton.jit
+def add_splits(parts):
+    """In order."""
+    logit = parts[0].to(tl.float32)
+    for split in tl.static_range(1, len(parts)):
+        logit += parts[split].to(tl.float32)
+    return logit
+
+
+@triton.jit
+def expert_tile(
+    GROUP_T: tl.constexpr, E: tl.constexpr, NUM_GROUPS: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Ids of the experts of each token, and which are any, [T, I / 128, 128].
+
+    Through pointers of this shape Triton gives a token to one warp, and whatever is done over the
+    experts of a token needs no barrier.
+    """
+    ROW: tl.constexpr = min(128, BLOCK_I)
+    offs_r_l = tl.arange(0, BLOCK_I // ROW)[:, None] * ROW + tl.arange(0, ROW)[None, :]
+    expert_r_l, mask_r_l = expert_ids(offs_r_l, E, NUM_GROUPS, BLOCK_J)
+    shape: tl.constexpr = (GROUP_T, BLOCK_I // ROW, ROW)
+    expert = tl.broadcast_to(expert_r_l[None, :, :], shape)
+    return expert, tl.broadcast_to(mask_r_l[None, :, :], shape)
+
+
+@triton.jit
+def finish_logits(logit, logit_bias, inv_rms_t):
+    """With the norm's factor and the bias, where there are any."""
+    if inv_rms_t is not None:
+        if logit_bias is None:
+            logit_bias = tl.zeros(logit.shape, tl.float32)
+        # One fma, so that no compiler makes one with a later sum in one kernel only.
+        return tl.fma(logit, tl.broadcast_to(inv_rms_t[:, None], logit.shape), logit_bias)
+    elif logit_bias is not None:
+        return logit + logit_bias
+    else:
+        return logit
 
 
 @triton.jit
@@ -154,38 +193,37 @@ def keep_best_groups(
 
 
 @triton.jit
-def choose(choice_t_i, value_t_i, expert_i, mask_i, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Ids and values of the K largest choices, ties to the lowest id, in order; beyond K, -1 and 0.
+def choose(choice_t_i, value_t_i, mask_i, K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Places and values of the K largest choices, ties to the first, in order; beyond K, 0 and 0.
+    And whether each place was chosen.
 
     Compared as integers: order and equality are those of the floats, NaN counts as the largest, and
-    what is chosen already or padding is below everything, so that ids are valid and distinct.
+    what is chosen already or padding is below everything, so that places are valid and distinct.
+    Integers are also what one instruction reduces over a warp.
     """
     key_t_i = choice_t_i.to(tl.int32, bitcast=True)
     key_t_i = tl.where(key_t_i < 0, key_t_i ^ 0x7FFFFFFF, key_t_i)
     key_t_i = tl.where(choice_t_i != choice_t_i, 0x7FFFFFFF, key_t_i)
     key_t_i = tl.where(mask_i[None, :], key_t_i, -0x80000000)
-    offs_k = tl.arange(0, BLOCK_K)
-    expert_t_k = tl.full([choice_t_i.shape[0], BLOCK_K], -1, tl.int32)
-    value_t_k = tl.zeros([choice_t_i.shape[0], BLOCK_K], tl.float32)
+    bits_t_i = value_t_i.to(tl.int32, bitcast=True)
+    offs_i, offs_n = tl.arange(0, choice_t_i.shape[1]), tl.arange(0, BLOCK_N)
+    place_t_n = tl.zeros([choice_t_i.shape[0], BLOCK_N], tl.int32)
+    bits_t_n = tl.zeros([choice_t_i.shape[0], BLOCK_N], tl.int32)
     for k in range(K):
         best_t = tl.max(key_t_i, axis=1)
-        expert_t = tl.min(
-            tl.where(key_t_i == best_t[:, None], expert_i[None, :], 0x7FFFFFFF), axis=1
-        )
-        chosen_t_i = expert_i[None, :] == expert_t[:, None]
-        value_t = tl.sum(tl.where(chosen_t_i & mask_i[None, :], value_t_i, 0.0), axis=1)
+        place_t = tl.min(tl.where(key_t_i == best_t[:, None], offs_i[None, :], 0x7FFFFFFF), axis=1)
+        chosen_t_i = offs_i[None, :] == place_t[:, None]
+        bits_t = tl.sum(tl.where(chosen_t_i, bits_t_i, 0), axis=1)
         key_t_i = tl.where(chosen_t_i, -0x80000000, key_t_i)
-        expert_t_k = tl.where(offs_k[None, :] == k, expert_t[:, None], expert_t_k)
-        value_t_k = tl.where(offs_k[None, :] == k, value_t[:, None], value_t_k)
-    return expert_t_k, value_t_k
+        place_t_n = tl.where(offs_n[None, :] == k, place_t[:, None], place_t_n)
+        bits_t_n = tl.where(offs_n[None, :] == k, bits_t[:, None], bits_t_n)
+    chosen_t_i = (key_t_i == -0x80000000) & mask_i[None, :]
+    return place_t_n, bits_t_n.to(tl.float32, bitcast=True), chosen_t_i
 
 
 @triton.jit
-def sink_weights(value_t_k, mask_k, shared_t_z, mask_z):
+def sink_weights(value_t_n, mask_n):
     """Softmax over log-sigmoids of the chosen logits and the shared ones together."""
-    log_t_k = tl.where(mask_k[None, :], _log_sigmoid(value_t_k), float("-inf"))
-    log_t_z = tl.where(mask_z[None, :], _log_sigmoid(shared_t_z), float("-inf"))
-    top_t = tl.maximum(tl.max(log_t_k, axis=1), tl.max(log_t_z, axis=1))
-    exp_t_k, exp_t_z = tl.exp(log_t_k - top_t[:, None]), tl.exp(log_t_z - top_t[:, None])
-    sum_t = tl.sum(exp_t_k, axis=1) + tl.sum(exp_t_z, axis=1)
-    return exp_t_k / sum_t[:, None], exp_t_z / sum_t[:, None]
+    log_t_n = tl.where(mask_n[None, :], _log_sigmoid(value_t_n), float("-inf"))
+    exp_t_n = tl.exp(log_t_n - tl.max(log_t_n, axis=1)[:, None])
+    return exp_t_n / tl.sum(exp_t_n, axis=1)[:, None]
