@@ -41,7 +41,7 @@ class Config:
     block_t: int
     num_stages: int
     # These decide the order of summation: the same for every number of tokens.
-    block_d: int = 128
+    block_d: int = 128  # of float32 gates half as many
     num_warps: int = 8  # one for each token of a group
 
     def why_not(self, p: Problem) -> str | None:

@@ -168,11 +168,10 @@ def launch_route(
     (num_tokens, top_k), num_shared = expert.shape, shared_weight.shape[1]
     num_logits, width = (x.shape[1], 0) if gate is None else gate.shape
     rule = Rule(scoring, renormalize, num_groups, top_groups, scale)
+    gate_bytes = 0 if gate is None else gate.element_size()
     if config is None:
         config = choose_config(Problem(num_tokens, rule.num_experts(num_logits, num_shared)))
-    constexprs = _route_constexprs(
-        rule, num_logits, top_k, num_shared, width, config, gate is not None
-    )
+    constexprs = _route_constexprs(rule, num_logits, top_k, num_shared, width, config, gate_bytes)
     parts = _split(scratch, num_tokens, top_k, num_logits, constexprs["E"], width)
     grid = triton.cdiv(num_tokens, constexprs["BLOCK_T"])
     if gate is not None:
@@ -183,7 +182,7 @@ def launch_route(
         bias, logit_bias, global_scale, residual, expert, weight, shared_weight, inv_rms, schedule,
         *parts, num_tokens, width, max_blocks, block_size, scale, eps,
         **constexprs, num_warps=config.num_warps, num_stages=config.num_stages,
-        maxnreg=max_registers(constexprs["E"], 0 if gate is None else gate.element_size()),
+        maxnreg=max_registers(constexprs["E"], gate_bytes),
     )  # fmt: skip
 
 
@@ -237,7 +236,7 @@ def _route_constexprs(
     num_shared: int,
     width: int,
     config: Config,
-    has_gate: bool,
+    gate_bytes: int,
 ) -> dict[str, Any]:
     num_experts = rule.num_experts(num_logits, num_shared)
     return _schedule_constexprs(top_k, num_experts) | {
@@ -248,12 +247,12 @@ def _route_constexprs(
         "Z": num_shared,
         "A": num_logits,
         # Ready logits are read as one split, by tiles of one group of tokens.
-        "PITCH": round_up(num_logits) if has_gate else num_logits,
-        "SPLITS": triton.cdiv(width, SPLIT_D) if has_gate else 1,
+        "PITCH": round_up(num_logits) if gate_bytes else num_logits,
+        "SPLITS": triton.cdiv(width, SPLIT_D) if gate_bytes else 1,
         "SPLIT_D": SPLIT_D,
         "BLOCK_A": config.block_a,
-        "BLOCK_T": config.block_t if has_gate else GROUP_T,
-        "BLOCK_D": config.block_d,
+        "BLOCK_T": config.block_t if gate_bytes else GROUP_T,
+        "BLOCK_D": config.block_d // max(gate_bytes // 2, 1),
         "BLOCK_G": _pad(rule.num_groups),
         "BLOCK_J": _pad(num_experts // rule.num_groups),
         # At least a warp's lanes, so that a token stays in its warp.
@@ -296,6 +295,7 @@ def aot_specs() -> list[AotSpec]:
 
 def _route_spec(label: str, config: Config, case: tuple, inputs: dict[str, str]) -> AotSpec:
     rule, num_logits, top_k, num_shared, width = case
+    gate_bytes = {"*fp32": 4, "*bf16": 2}.get(inputs.get("gate_ptr", ""), 0)
     constexprs = _route_constexprs(
         rule,
         num_logits,
@@ -303,10 +303,9 @@ def _route_spec(label: str, config: Config, case: tuple, inputs: dict[str, str])
         num_shared,
         width,
         config,
-        "gate_ptr" in inputs,
+        gate_bytes,
     ) | {name: None for name in INPUTS if name not in inputs}
     label = f"{label}-E{constexprs['E']}-K{top_k}-{config.block_a}x{config.block_t}"
-    gate_bytes = {"*fp32": 4, "*bf16": 2}.get(inputs.get("gate_ptr", ""), 0)
     maxnreg = max_registers(rule.num_experts(num_logits, num_shared), gate_bytes)
     return _spec(route_kernel, config, constexprs, label, inputs, maxnreg)
 
