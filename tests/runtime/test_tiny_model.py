@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 
 from tml_runtime import InteractionModel, ModelConfig, Runtime, Session, TurnLayout, errors
+from tml_runtime.model import KvBudget
 from tml_runtime.session import ActionOut, SpeechOut, TextOut
 
 CONFIG = ModelConfig.preset("tiny", layout=TurnLayout.preset("ms80"))
@@ -58,6 +61,48 @@ def test_a_session_says_the_same_alone_in_company_and_on_a_used_slot(
     assert run(3) == alone
     times = [t for t, out in alone if isinstance(out, bytes)]
     np.testing.assert_allclose(times, [0.08, 0.16, 0.24])
+
+
+def disturb(runtime: Runtime, others: list[Session], rng: np.random.Generator, tick: int) -> None:
+    """What others do in a service: come with a prompt or in vain, push, interrupt, pause, leave."""
+    prompt = [5] * int(rng.integers(1, 40)) if rng.random() < 0.7 else None
+    with suppress(errors.ResourceExhausted):
+        others.append(runtime.open_session(seed=tick, priority=tick % 3, prompt=prompt))
+    for other in list(others):
+        what = rng.random()
+        if what < 0.15:
+            other.poll()
+            other.close()
+            others.remove(other)
+        elif what < 0.3:
+            other.interrupt(max(0.0, other.media_time - 0.1))
+        elif what < 0.4:
+            other.pause()
+        elif what < 0.5:
+            other.resume()
+        else:
+            push(other, int(rng.integers(100)), int(rng.integers(20)))
+
+
+def test_a_session_says_the_same_in_a_busy_service(model: InteractionModel) -> None:
+
+    def run(busy: bool) -> list[tuple]:
+        rng, others = np.random.default_rng(7), []
+        pages = 1 + 3 * sum(KvBudget().pages().values())  # fewer than slots
+        with Runtime(model, num_slots=4, realtime=False, global_pages=pages) as runtime:
+            session = runtime.open_session(seed=1, priority=9)
+            for tick in range(14):
+                push(session, 0, tick)
+                if tick == 6:
+                    session.interrupt(session.media_time - 0.1)
+                if busy:
+                    disturb(runtime, others, rng, tick)
+                runtime.run_ticks(1)
+            report = runtime.report()
+            assert not busy or (report["sessions_opened"] > 4 and report["sessions_refused"] > 0)
+            return said(session.poll())
+
+    assert run(busy=True) == run(busy=False)
 
 
 def test_absurdly_loud_input_harms_no_other_session(model: InteractionModel) -> None:
