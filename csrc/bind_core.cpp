@@ -9,11 +9,15 @@
 #include <utility>
 #include <vector>
 
+#include "bind_rows.h"
 #include "kv/page_table.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using tml::bind::session_of;
+using tml::bind::sessions_of;
 
 constexpr int64_t kDefaultSpan = 2048;
 
@@ -128,11 +132,6 @@ struct Tuples {
   NamedTuple session, copy, page, page_image, session_image, group_stats, session_stats;
 };
 
-tml::Session session_of(const py::tuple& handle) {
-  TML_CHECK(handle.size() == 2, "session=", py::repr(handle).cast<std::string>());
-  return {handle[0].cast<int64_t>(), handle[1].cast<int64_t>()};
-}
-
 // Everything that takes a session goes through this.
 template <typename Result, typename Self, typename... Args>
 auto on_session(Result (Self::*verb)(tml::Session, Args...)) {
@@ -209,32 +208,6 @@ tml::SessionImage image_of(const py::handle& value) {
   return image;
 }
 
-int64_t append(tml::PageTable& table, const py::tuple& session, tml::PageClass cls, int64_t tokens,
-               const py::buffer& rows, int64_t column) {
-  const py::buffer_info info = rows.request(true);
-  TML_CHECK(info.item_type_is_equivalent_to<int64_t>(), "rows: expected int64, got ", info.format);
-  TML_CHECK(info.ndim == 2, "rows: expected [groups, T], got ndim=", info.ndim);
-  TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, "rows is not contiguous");
-  TML_CHECK(info.shape[0] == table.num_groups(), "rows: groups=", info.shape[0], ", not ",
-            table.num_groups());
-  const int64_t width = info.shape[1];
-  TML_CHECK(column >= 0 && column <= width, "column=", column, " rows: T=", width);
-  TML_CHECK(tokens <= width - column, "tokens=", tokens, " column=", column, " rows: T=", width);
-  return table.append(session_of(session), cls, tokens, static_cast<int64_t*>(info.ptr) + column,
-                      width);
-}
-
-int64_t take_deltas(tml::PageTable& table, const py::buffer& out) {
-  const py::buffer_info info = out.request(true);
-  const int64_t num_deltas = table.num_deltas();
-  TML_CHECK(info.item_type_is_equivalent_to<int64_t>(), "out: expected int64, got ", info.format);
-  TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, "out is not contiguous");
-  TML_CHECK(info.size >= num_deltas * tml::PageTable::kDeltaWords, "out: size=", info.size,
-            " num_deltas=", num_deltas);
-  table.take_deltas(static_cast<int64_t*>(info.ptr));
-  return num_deltas;
-}
-
 void bind_kv_types(py::module_& m) {
   py::enum_<tml::PageClass>(m, "PageClass")
       .value("ANCHOR", tml::PageClass::kAnchor)
@@ -271,12 +244,22 @@ using PyPageTable = py::class_<tml::PageTable>;
 
 void bind_transactions(PyPageTable& table) {
   table.def("reserve", on_session(&tml::PageTable::reserve), py::arg("session"), py::arg("runs"))
-      .def("append", &append, py::arg("session"), py::arg("page_class"), py::arg("tokens"),
-           py::arg("rows"), py::arg("column") = 0)
+      .def("append", &tml::bind::append, py::arg("session"), py::arg("page_class"),
+           py::arg("tokens"), py::arg("rows"), py::arg("column") = 0)
       .def("commit", on_session(&tml::PageTable::commit), py::arg("session"))
       .def("roll_back", on_session(&tml::PageTable::roll_back), py::arg("session"))
       .def("tick", &tml::PageTable::tick, py::arg("n"))
-      .def("take_deltas", &take_deltas, py::arg("out"))
+      .def("reserve_all", &tml::bind::reserve_all, py::arg("sessions"), py::arg("page_classes"),
+           py::arg("tokens"))
+      .def("append_all", &tml::bind::append_all, py::arg("sessions"), py::arg("page_classes"),
+           py::arg("tokens"), py::arg("columns"), py::arg("rows"), py::arg("positions"))
+      .def(
+          "commit_all",
+          [](tml::PageTable& self, const py::sequence& sessions) {
+            self.commit_all(sessions_of(sessions));
+          },
+          py::arg("sessions"))
+      .def("take_deltas", &tml::bind::take_deltas, py::arg("out"))
       .def("first_key", &tml::PageTable::first_key, py::arg("group"))
       .def_property_readonly("num_keys", &tml::PageTable::num_keys)
       .def_property_readonly("num_deltas", &tml::PageTable::num_deltas);
@@ -375,6 +358,15 @@ void bind_stats(PyPageTable& table, const Tuples& make) {
              }
              return list;
            })
+      .def("length", on_session(&tml::PageTable::length), py::arg("session"))
+      .def("lengths", &tml::PageTable::lengths)
+      .def(
+          "held",
+          [](const tml::PageTable& self, const py::sequence& sessions, int64_t group) {
+            return self.held(sessions_of(sessions), group);
+          },
+          py::arg("sessions"), py::arg("group"))
+      .def_property_readonly("dropped", &tml::PageTable::dropped)
       .def_property_readonly("num_sessions", &tml::PageTable::num_sessions)
       .def_property_readonly("work", &tml::PageTable::work)
       .def("check_invariants", &tml::PageTable::check_invariants);

@@ -204,6 +204,34 @@ class PageTable:
     def roll_back(self, session: Session) -> None:
         """Ends a transaction: the session's pages and length are those before reserve()."""
 
+    def reserve_all(
+        self, sessions: Sequence[Session], page_classes: Sequence[PageClass], tokens: Buffer
+    ) -> int:
+        """`reserve` for one session after the other: tokens[s, r] of page_classes[r] is run r of
+        session s. Stops at the first that is refused and returns its index, else how many there
+        are.
+
+        tokens: int64, contiguous, [sessions, runs]; so is `columns` below.
+        """
+
+    def append_all(
+        self,
+        sessions: Sequence[Session],
+        page_classes: Sequence[PageClass],
+        tokens: Buffer,
+        columns: Buffer,
+        rows: Buffer,
+        positions: Buffer,
+    ) -> None:
+        """`append` for all runs of one session after the other, each from its own column on.
+
+        positions: int64, contiguous, [T]: that of the token whose rows are rows[:, t]. What raises
+        leaves the sessions before with their tokens: roll them back.
+        """
+
+    def commit_all(self, sessions: Sequence[Session]) -> None:
+        """`commit` for each of them, given once; or for none, when one is in no transaction."""
+
     def roll(self, session: Session, group: int, pages: int) -> int:
         """Frees up to `pages` pages, by class and age; returns how many.
 
@@ -281,6 +309,18 @@ class PageTable:
 
     def positions(self, session: Session, group: int) -> list[list[int]]:
         """Of every page's used rows, in the order of pages()."""
+
+    def length(self, session: Session) -> int: ...
+    def lengths(self) -> list[int]:
+        """By slot, -1 of a closed one."""
+
+    def held(self, sessions: Sequence[Session], group: int) -> list[int]:
+        """Pages by class, of all of them together."""
+
+    @property
+    def dropped(self) -> list[list[int]]:
+        """[group][page class]: pages that `roll` and `commit` took, since the beginning. What
+        leaves a window is not counted."""
 
     def session_stats(self, session: Session) -> SessionStats: ...
     def stats(self) -> list[GroupStats]:

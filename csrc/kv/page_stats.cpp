@@ -56,6 +56,23 @@ std::vector<std::vector<int64_t>> PageTable::positions(Session session, int64_t 
   return all;
 }
 
+std::vector<int64_t> PageTable::lengths() const {
+  std::vector<int64_t> lengths;
+  lengths.reserve(sessions_.size());
+  for (const State& s : sessions_) lengths.push_back(s.phase == Phase::kClosed ? -1 : s.length);
+  return lengths;
+}
+
+PageCounts PageTable::held(const std::vector<Session>& sessions, int64_t group) const {
+  TML_CHECK(group >= 0 && group < num_groups(), "group=", group);
+  PageCounts counts{};
+  for (const Session session : sessions) {
+    const PageList& list = find(session).groups[group].list;
+    for (const PageClass cls : kClasses) counts[static_cast<int>(cls)] += list.count(cls);
+  }
+  return counts;
+}
+
 SessionStats PageTable::stats(Session session) const {
   const State& s = find(session);
   SessionStats stats{

@@ -36,6 +36,7 @@ PageTable::PageTable(std::vector<GroupSpec> groups, int64_t max_sessions, int64_
   }
   is_dirty_.assign(num_keys, 0);
   dirty_.reserve(num_keys);
+  dropped_.resize(specs_.size());
   sessions_.assign(max_sessions, state);
   for (State& s : sessions_) {
     for (size_t g = 0; g < specs_.size(); ++g) {
@@ -116,6 +117,7 @@ int64_t PageTable::roll(Session session, int64_t group, int64_t pages) {
           pools_[group].refs(list[index].page) == 1) {
         if (next == list.size() - 1) next = index;  // where remove() moves it
         freed += remove(s, group, index);
+        ++dropped_[group][static_cast<int>(cls)];
       }
       index = next;
     }

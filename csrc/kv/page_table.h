@@ -58,6 +58,7 @@ struct Session {
 
 using Budgets = std::array<int64_t, kNumClasses>;  // pages per class in each group, no window
 using Run = std::pair<PageClass, int64_t>;         // tokens of one class, in their order
+using PageCounts = std::array<int64_t, kNumClasses>;
 
 // Copy the first `rows` rows, before anything is written to `to` or `from` is reused.
 struct CopyCommand {
@@ -91,7 +92,7 @@ struct SessionStats {
   int64_t length;
   int64_t priority;
   bool in_transaction, suspended;
-  std::vector<std::array<int64_t, kNumClasses>> pages;  // per group
+  std::vector<PageCounts> pages;  // per group
 };
 
 class PageTable {
@@ -111,6 +112,17 @@ class PageTable {
   int64_t append(Session session, PageClass cls, int64_t tokens, int64_t* rows, int64_t stride);
   void commit(Session session);
   void roll_back(Session session);
+
+  // The same for many sessions, each as if it were called for one after the other; what is said of
+  // one session [R] lies at i * R. reserve_all() stops at the first that reserve() refuses and
+  // returns its index, else their number. Where append_all() throws, the sessions before have their
+  // tokens: roll them back. positions[column] is that of the token whose row is rows[column].
+  int64_t reserve_all(const std::vector<Session>& sessions, const std::vector<PageClass>& classes_R,
+                      const int64_t* tokens_S_R);
+  void append_all(const std::vector<Session>& sessions, const std::vector<PageClass>& classes_R,
+                  const int64_t* tokens_S_R, const int64_t* column_S_R, int64_t* rows,
+                  int64_t stride, int64_t* positions);
+  void commit_all(const std::vector<Session>& sessions);
 
   // Frees up to `pages` pages of a group without a window: video, audio, reply, text, each oldest
   // first; never an anchor, a class's open page, or one that is shared. Returns how many.
@@ -148,6 +160,12 @@ class PageTable {
   std::vector<std::vector<int64_t>> positions(Session session, int64_t group) const;  // likewise
   SessionStats stats(Session session) const;
   std::vector<GroupStats> stats() const;
+  int64_t length(Session session) const { return find(session).length; }
+  std::vector<int64_t> lengths() const;  // by slot, -1 of a closed one
+  // Of these sessions together, by class; and what roll() and commit() took from any since the
+  // beginning, per group.
+  PageCounts held(const std::vector<Session>& sessions, int64_t group) const;
+  const std::vector<PageCounts>& dropped() const { return dropped_; }
   int64_t num_sessions() const { return sessions_.size() - free_slots_.size(); }
   int64_t work() const { return work_; }  // elementary changes since the beginning
   void check_invariants() const;
@@ -204,6 +222,7 @@ class PageTable {
   std::vector<size_t> first_key_;  // of each group, in is_dirty_
   std::vector<uint8_t> is_dirty_;
   std::vector<std::array<int32_t, 3>> dirty_;  // group, slot, index
+  std::vector<PageCounts> dropped_;            // per group
   int64_t tick_ = 0, work_ = 0;
 };
 

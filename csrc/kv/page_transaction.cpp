@@ -81,7 +81,10 @@ void PageTable::commit(Session session) {
     }
     for (const PageClass cls : kEvictionOrder) {
       const int64_t budget = s.budgets[static_cast<int>(cls)];
-      while (list.count(cls) > budget) remove(s, g, list.oldest(cls));
+      while (list.count(cls) > budget) {
+        remove(s, g, list.oldest(cls));
+        ++dropped_[g][static_cast<int>(cls)];
+      }
     }
   }
 }
@@ -90,6 +93,42 @@ void PageTable::roll_back(Session session) {
   State& s = find(session, Phase::kReserved, "roll_back");
   drop_from(s, s.start);
   end_transaction(s);
+}
+
+int64_t PageTable::reserve_all(const std::vector<Session>& sessions,
+                               const std::vector<PageClass>& classes_R, const int64_t* tokens_S_R) {
+  std::vector<Run> runs(classes_R.size());
+  for (size_t i = 0; i < sessions.size(); ++i) {
+    for (size_t r = 0; r < runs.size(); ++r) {
+      runs[r] = {classes_R[r], tokens_S_R[i * runs.size() + r]};
+    }
+    try {
+      reserve(sessions[i], runs);
+    } catch (const std::exception&) {  // the caller asks again for this one
+      return i;
+    }
+  }
+  return sessions.size();
+}
+
+void PageTable::append_all(const std::vector<Session>& sessions,
+                           const std::vector<PageClass>& classes_R, const int64_t* tokens_S_R,
+                           const int64_t* column_S_R, int64_t* rows, int64_t stride,
+                           int64_t* positions) {
+  for (const Session session : sessions) {
+    for (const PageClass cls : classes_R) {
+      const int64_t tokens = *tokens_S_R++, column = *column_S_R++;
+      TML_CHECK(tokens >= 0 && column >= 0 && column <= stride && tokens <= stride - column,
+                "tokens=", tokens, " column=", column, " rows: T=", stride);
+      const int64_t first = append(session, cls, tokens, rows + column, stride);
+      std::iota(positions + column, positions + column + tokens, first);
+    }
+  }
+}
+
+void PageTable::commit_all(const std::vector<Session>& sessions) {
+  for (const Session session : sessions) find(session, Phase::kReserved, "commit");
+  for (const Session session : sessions) commit(session);
 }
 
 // Pages that `runs` take, and how many of them are anchors. Fewer tokens in any run never take

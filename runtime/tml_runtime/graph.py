@@ -10,6 +10,7 @@ read and write the buffers of one `ModelState` and share one pool of memory.
 from __future__ import annotations
 
 import gc
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -120,14 +121,14 @@ class TickGraphs:
 
     # As a Runner
 
-    def begin(self, tick: TickInput) -> TickInput:
+    def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
         """Where no bucket has room for all video, the rows with most of it lose theirs."""
         if self.mode == "graph":
             with torch.cuda.device(self._device):
                 self._events[0].record()  # the device has nothing to do: it happens now
             self._origin_ns = now_ns()
         config = self._model.config
-        while self._smallest(needed_for(config, tick)) is None:
+        while self._smallest(needed) is None:
             patches = [
                 tick.num_patches(config, row) if slot >= 0 else 0
                 for row, slot in enumerate(tick.slot_S.tolist())
@@ -137,6 +138,7 @@ class TickGraphs:
             frames = list(tick.frames)
             frames[patches.index(max(patches))] = None
             tick = replace(tick, frames=frames)
+            needed = needed_for(config, tick)
         return tick
 
     def choose(self, needed: Bucket) -> Bucket:
@@ -161,7 +163,8 @@ class TickGraphs:
             return self._replay(self._graphs[bucket])
 
     def _smallest(self, needed: Bucket) -> Bucket | None:
-        return next((bucket for bucket in self.buckets if bucket.holds(needed)), None)
+        first = bisect_left(self.buckets, (needed.rows,))
+        return next((bucket for bucket in self.buckets[first:] if bucket.holds(needed)), None)
 
     # Graphs
 

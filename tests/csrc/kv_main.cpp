@@ -60,7 +60,7 @@ class Fuzz {
   // A random verb; what it refuses must be refused for a reason that it names.
   void step() {
     try {
-      switch (rng_() % 16) {
+      switch (rng_() % 18) {
         case 0:
           handles_.push_back(table_.open(kBudgets, below(3)));
           break;
@@ -101,6 +101,10 @@ class Fuzz {
           break;
         case 14:
           damage_image(any());
+          break;
+        case 15:
+        case 16:
+          transact_all();
           break;
         default:
           table_.victim(any());
@@ -187,6 +191,55 @@ class Fuzz {
     expect(table_.stats(session).length == length, "roll_back: the length is that before");
   }
 
+  // Many sessions at once are as one after the other, which a copy of the table shows.
+  void transact_all() {
+    std::vector<tml::Session> sessions{any(), any(), any()};
+    const std::vector<PageClass> classes{PageClass(below(5)), PageClass(below(5)),
+                                         PageClass(below(5))};
+    std::vector<int64_t> tokens, columns;
+    for (int64_t width = 0; tokens.size() < 9; width += tokens.back()) {
+      tokens.push_back(below(5));
+      columns.push_back(width);
+    }
+    const int64_t width = columns.back() + tokens.back();
+    PageTable one = table_;
+    std::vector<int64_t> rows(kNumGroups * width, -1), positions(width, -1);
+    auto one_rows = rows, one_positions = positions;
+    const int64_t begun = table_.reserve_all(sessions, classes, tokens.data());
+    for (int64_t i = 0; i < begun; ++i) {
+      std::vector<tml::Run> runs;
+      for (int64_t r = 0; r < 3; ++r) runs.push_back({classes[r], tokens[3 * i + r]});
+      one.reserve(sessions[i], runs);
+      for (int64_t r = 0; r < 3; ++r) {
+        const int64_t column = columns[3 * i + r];
+        const int64_t first =
+            one.append(sessions[i], classes[r], tokens[3 * i + r], one_rows.data() + column, width);
+        for (int64_t t = 0; t < tokens[3 * i + r]; ++t) one_positions[column + t] = first + t;
+      }
+    }
+    sessions.resize(begun);
+    table_.append_all(sessions, classes, tokens.data(), columns.data(), rows.data(), width,
+                      positions.data());
+    expect(rows == one_rows && positions == one_positions, "append_all: as one by one");
+    if (below(4) > 0) {
+      table_.commit_all(sessions);
+      for (const auto session : sessions) one.commit(session);
+    } else {
+      for (PageTable* table : {&table_, &one}) {
+        for (const auto session : sessions) table->roll_back(session);
+      }
+    }
+    expect(table_.lengths() == one.lengths() && table_.dropped() == one.dropped() &&
+               table_.work() == one.work() && table_.num_deltas() == one.num_deltas(),
+           "many at once: the same books");
+    for (const auto session : sessions) {
+      expect(same(table_.image(session), one.image(session)), "many at once: the same pages");
+      expect(table_.length(session) == table_.stats(session).length, "length");
+    }
+    if (begun > 0)
+      expect(table_.held({sessions[0]}, 0) == table_.stats(sessions[0]).pages[0], "held");
+  }
+
   void rewind(tml::Session session) {
     const int64_t length = table_.stats(session).length;
     const int64_t position = std::max<int64_t>(0, length - below(12));
@@ -271,6 +324,14 @@ void refusals() {
   expect_throws<tml::BudgetExceeded>([&] { table.reserve(session, {{PageClass::kText, 25}}); },
                                      "more pages than columns");
   expect_throws<tml::Error>([&] { table.reserve(session, {{PageClass::kText, -1}}); }, "tokens=-1");
+  expect_throws<tml::StateError>([&] { table.commit_all({session}); }, "commit_all likewise");
+  const int64_t tokens = 1, column = 1;
+  int64_t row = 0, position = 0;
+  expect_throws<tml::Error>(
+      [&] {
+        table.append_all({session}, {PageClass::kText}, &tokens, &column, &row, 1, &position);
+      },
+      "a column beyond the rows");
   expect_throws<tml::Error>([&] { table.rewind(session, 1); }, "a position to come");
   expect_throws<tml::Error>([&] { table.tick(0); }, "a tick that has been");
   expect(table.num_deltas() == 0 && table.work() == 0, "refusals change nothing");

@@ -26,11 +26,10 @@ from .._core import (
     Session,
     SessionStats,
 )
-from ..ops.apply_deltas import apply_deltas
 from .checks import check_device_tables
 from .pools import CacheGroup, GroupPages, Pools
-from .saved import describe, read_contents, restore_image
-from .session_file import read_session_file, write_session_file
+from .saved import read_contents, restore_image, write_session
+from .session_file import read_session_file
 from .slot_state import NUM_SNAPSHOTS, SlotState, SlotTensor
 from .transfer import Contents, copy_pages, gather, scatter, to_device
 
@@ -93,8 +92,7 @@ class RollingKVCache:
         num_snapshots: int = NUM_SNAPSHOTS,
     ) -> None:
         self.device = torch.device(device)
-        self.page_dtype = page_dtype
-        self.max_sessions = max_sessions
+        self.page_dtype, self.max_sessions = page_dtype, max_sessions
         specs = [spec.layer_group() for spec in groups]
         self._table = PageTable(specs, max_sessions=max_sessions, lag=lag)
         self._pools = Pools(
@@ -109,8 +107,7 @@ class RollingKVCache:
         self._last_commit = [0] * max_sessions
         self.num_keys = self._table.num_keys  # entries of page lists: the most a tick can change
         self._deltas = np.empty((self.num_keys, 4), np.int64)
-        self._lag = lag
-        self._tick = 0
+        self._lag, self._tick = lag, 0
 
     @property
     def groups(self) -> list[GroupPages]:
@@ -170,17 +167,37 @@ class RollingKVCache:
         """
         return self._table.append(session, page_class, tokens, rows.data, column)
 
+    def reserve_all(
+        self, sessions: Sequence[Session], classes: Sequence[PageClass], tokens_S_R: np.ndarray
+    ) -> int:
+        """`reserve` for one session after the other, int64 tokens [S, R] of R classes: how many
+        have begun a transaction. The next one would have to be made room for, or is refused."""
+        at = (s for s, x in enumerate(sessions) if self._last_commit[x.slot] > self._tick)
+        first = next(at, None) if self._state.tensors else None
+        return self._table.reserve_all(sessions[:first], classes, tokens_S_R[:first].data)
+
+    def append_all(
+        self, sessions: Sequence[Session], classes: Sequence[PageClass],
+        tokens_S_R: np.ndarray, column_S_R: np.ndarray, rows: np.ndarray, position_T: np.ndarray,
+    ) -> None:  # fmt: skip
+        """`append` for all runs of all sessions, each from its own column of `rows` on, and their
+        positions to `position_T`. All int64. What raises is undone by rolling all of them back."""
+        self._table.append_all(
+            sessions, classes, tokens_S_R.data, column_S_R.data, rows.data, position_T.data
+        )
+
     def apply(self, rows: np.ndarray, positions: np.ndarray) -> Rows:
         """Bring the device's tables up to date, before the layers run.
 
         rows, positions: of this tick's tokens, int64 [groups, T] and [T], -1 in rows for tokens of
         nobody. Queues one copy and one launch; waits for nothing.
         """
-        num_groups, num_tokens = len(self.groups), len(positions)
-        if rows.shape != (expected := (num_groups, num_tokens)):
+        num_groups, num_tokens = expected = len(self.groups), len(positions)
+        if rows.shape != expected:
             raise ValueError(f"rows: expected shape {expected}, got {rows.shape}")
         num_deltas = self._table.take_deltas(self._deltas.data)
-        row_Z, position_Z = self._placed(rows, positions)
+        row_Z, position_Z = np.empty((2, self._pools.num_placed * num_tokens), np.int64)
+        self._pools.place(rows, positions, row_Z, position_Z)
         parts = (self._deltas[:num_deltas], rows, positions, row_Z, position_Z)
         staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
         delta, row, position_T, row_Z, position_Z = staged.split([part.size for part in parts])
@@ -196,26 +213,22 @@ class RollingKVCache:
         window."""
         num_deltas = self._table.take_deltas(delta_U_4.data)
         delta_U_4[num_deltas:] = (-1, 0, 0, 0)
-        row_Z[:], position_Z[:] = self._placed(rows, positions)
+        self._pools.place(rows, positions, row_Z, position_Z)
 
     def write(self, delta_U_4: Tensor, row_Z: Tensor, position_Z: Tensor) -> None:
         """The device's half of `apply`: one launch, which a captured graph can hold."""
-        pools = self._pools
-        apply_deltas(
-            delta_U_4,
-            row_Z,
-            position_Z,
-            page_Q=pools.page_Q,
-            base_Q=pools.base_Q,
-            rows_Q=pools.rows_Q,
-            row_position_W=pools.row_position_W,
-        )
+        self._pools.write(delta_U_4, row_Z, position_Z)
 
     def commit(self, session: Session) -> None:
         """Keep what was appended. Classes over their budget lose their oldest pages, windows what
         has left them. Raises RuntimeError outside of a transaction."""
-        self._table.commit(session)
-        self._last_commit[session.slot] = self._tick + 1
+        self.commit_all([session])
+
+    def commit_all(self, sessions: Sequence[Session]) -> None:
+        """`commit` for each of them, given once."""
+        self._table.commit_all(sessions)
+        for session in sessions:
+            self._last_commit[session.slot] = self._tick + 1
 
     def roll_back(self, session: Session) -> None:
         """Forget the transaction: pages, positions and the slot's state are those before it."""
@@ -226,10 +239,7 @@ class RollingKVCache:
         """End a tick of all sessions; returns its number, from 1."""
         self._tick += 1
         self._table.tick(self._tick)
-        lengths = [-1] * self.max_sessions
-        for slot, session in self._sessions.items():
-            lengths[slot] = self.length(session)
-        self._state.snapshot(lengths)
+        self._state.snapshot(self._table.lengths())
         while self._retired and self._retired[0][0].query():
             self._retired.popleft()
         return self._tick
@@ -297,10 +307,7 @@ class RollingKVCache:
         if contents is None:
             refs = [r for g in range(len(self.groups)) for r in self._table.pages(session, g)]
             contents = gather(self.groups, refs, self.device, to_host=False)
-        named = [(f"{g}.{name}", x) for g, part in enumerate(contents) for name, x in part.items()]
-        state = self.slot_rows(session.slot)
-        named += [(f"state.{name}", x) for name, x in state.items()]
-        write_session_file(Path(path), named, describe(self, image))
+        write_session(self, Path(path), session.slot, image, contents)
 
     def load(self, path: str | Path, *, priority: int | None = None) -> Session:
         """A new session from a file. Raises SessionFileError for a file that was altered or is of
@@ -324,7 +331,7 @@ class RollingKVCache:
 
     def length(self, session: Session) -> int:
         """Tokens since the session was opened: the position of the next one."""
-        return self._table.session_stats(session).length
+        return self._table.length(session)
 
     def pages(self, session: Session, group: int) -> list[PageRef]:
         return self._table.pages(session, group)
@@ -335,6 +342,14 @@ class RollingKVCache:
 
     def session_stats(self, session: Session) -> SessionStats:
         return self._table.session_stats(session)
+
+    def held(self, sessions: Sequence[Session], group: int) -> list[int]:
+        """Pages of a group by class, of all these sessions together."""
+        return self._table.held(sessions, group)
+
+    def dropped(self, group: int) -> list[int]:
+        """Pages by class that sessions ever lost to budgets, or so that there was room."""
+        return self._table.dropped[group]
 
     @property
     def work(self) -> int:
@@ -360,17 +375,6 @@ class RollingKVCache:
 
     # Inside
 
-    def _placed(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(row_Z, position_Z): each token in the rows of all groups that keep their positions."""
-        placed = [
-            np.where(row_T < 0, -1, row_T + group.first_row)
-            for group, row_T in zip(self.groups, rows, strict=True)
-            if group.row_position_P_R is not None
-        ]
-        if not placed:
-            return np.empty(0, np.int64), np.empty(0, np.int64)
-        return np.concatenate(placed), np.tile(positions, len(placed))
-
     def _opened(self, session: Session) -> Session:
         self._sessions[session.slot] = session
         self._state.reset(session.slot)
@@ -389,8 +393,7 @@ class RollingKVCache:
         if victim == session:
             return False
         mine, other = self.session_stats(session), self.session_stats(victim)
-        is_idle = self._last_commit[victim.slot] < self._tick
-        if other.priority == mine.priority and not is_idle:
-            return False
+        if other.priority == mine.priority and self._last_commit[victim.slot] >= self._tick:
+            return False  # it is not idle
         self.suspend(victim)
         return self._lag == 0

@@ -2,17 +2,20 @@
 
 # Dimension key: L layers of a group, N session slots, M page-list columns, P pages, G KV heads,
 # R rows in a page, C head width, Q entries of all page lists, W rows of all pools whose rows have
-# positions of their own.
+# positions of their own, K groups, T tokens, Z = T of each group whose rows have such positions,
+# U changes of page lists.
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._core import LayerGroup
+from ..ops.apply_deltas import apply_deltas
 from ..precision import ACTIVATIONS
 
 SPAN = 2048  # positions
@@ -138,6 +141,34 @@ class Pools:
             )
             key = lists.stop
             row = rows.stop if has_positions else row
+        placed = [g for g, spec in enumerate(groups) if spec.window is None]
+        self.num_placed = len(placed)  # groups whose rows have positions of their own
+        self._placed = [(g, self.groups[g].first_row) for g in placed]
+
+    def place(
+        self, row_K_T: np.ndarray, position_T: np.ndarray,
+        row_Z: np.ndarray, position_Z: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Each token in the rows of all those groups, -1 where it has none, and its position: into
+        int64 arrays of T for each such group."""
+        for n, (g, first_row) in enumerate(self._placed):
+            part = slice(n * len(position_T), (n + 1) * len(position_T))
+            row_T = row_K_T[g]
+            np.add(row_T, first_row, out=row_Z[part])
+            row_Z[part][row_T < 0] = -1
+            position_Z[part] = position_T
+
+    def write(self, delta_U_4: Tensor, row_Z: Tensor, position_Z: Tensor) -> None:
+        """Changes of page lists, and positions of rows: one launch."""
+        apply_deltas(
+            delta_U_4,
+            row_Z,
+            position_Z,
+            page_Q=self.page_Q,
+            base_Q=self.base_Q,
+            rows_Q=self.rows_Q,
+            row_position_W=self.row_position_W,
+        )
 
 
 def _page_tensors(

@@ -11,13 +11,22 @@ from torch import Tensor
 
 from .._core import PageTable, Session, SessionImage
 from .._tensor_file import TensorFile
-from .session_file import SessionFileError
+from .session_file import SessionFileError, write_session_file
 from .transfer import Contents
 
 if TYPE_CHECKING:
     from .cache import RollingKVCache
 
 SIZED = ("pages", "columns", "history")  # fields of a group that may differ between caches
+
+
+def write_session(
+    cache: RollingKVCache, path: Path, slot: int, image: SessionImage, contents: Contents
+) -> None:
+    """One file of a session's books, the contents of its pages, and its slot's rows."""
+    named = [(f"{g}.{name}", x) for g, part in enumerate(contents) for name, x in part.items()]
+    named += [(f"state.{name}", x) for name, x in cache.slot_rows(slot).items()]
+    write_session_file(path, named, describe(cache, image))
 
 
 def describe(cache: RollingKVCache, image: SessionImage) -> dict[str, Any]:

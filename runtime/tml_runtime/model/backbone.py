@@ -297,5 +297,7 @@ def check_slots(config: ModelConfig, state: ModelState, slots: list[int]) -> Non
     for slot in slots:
         if not -1 <= slot < state.num_slots:
             raise ValueError(f"slot_S: {slot} is not -1 or in 0..{state.num_slots - 1}")
-        if slot >= 0 and slots.count(slot) > 1:
-            raise ValueError(f"slot_S: slot {slot} is given twice")
+    live = [slot for slot in slots if slot >= 0]
+    if len(set(live)) < len(live):
+        twice = next(slot for slot in live if live.count(slot) > 1)
+        raise ValueError(f"slot_S: slot {twice} is given twice")

@@ -44,7 +44,11 @@ class Bucket(NamedTuple):
     patches: int
 
     def holds(self, other: Bucket) -> bool:
-        return all(size >= needed for size, needed in zip(self, other, strict=True))
+        return (
+            self.rows >= other.rows
+            and self.tokens >= other.tokens
+            and self.patches >= other.patches
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ class TickBuffers:
         """For the device to fill before `receive`."""
         return self._views(bucket)[2]
 
-    def heard(self, bucket: Bucket) -> TickSaid[Tensor]:
+    def heard(self, bucket: Bucket) -> TickSaid[np.ndarray]:
         """What was received, on the host, once the device has come that far."""
         return self._views(bucket)[3]
 
@@ -204,17 +208,18 @@ class TickBuffers:
 
     def _make_views(
         self, bucket: Bucket
-    ) -> tuple[TickInputs[np.ndarray], TickInputs[Tensor], TickSaid[Tensor], TickSaid[Tensor]]:
+    ) -> tuple[TickInputs[np.ndarray], TickInputs[Tensor], TickSaid[Tensor], TickSaid[np.ndarray]]:
         if not self.shape.largest.holds(bucket):
             raise ValueError(f"{bucket} does not fit buffers made for {self.shape.largest}")
         shapes, said = self.shape.inputs(bucket), self.shape.said(bucket.rows)
         with torch.inference_mode(False):  # else they could not be used outside of it
             staged = (view.numpy() for view in _views(self._staged, shapes))
+            heard = (view.numpy() for view in _views(self._heard, said))
             return (
                 TickInputs(*staged),
                 TickInputs(*_views(self._sent, shapes)),
                 TickSaid(*_views(self._said, said)),
-                TickSaid(*_views(self._heard, said)),
+                TickSaid(*heard),
             )
 
 

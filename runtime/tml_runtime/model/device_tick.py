@@ -59,8 +59,8 @@ class Ran(NamedTuple):
 class Runner(Protocol):
     """How the device's half of one state's ticks is run, and in which shapes."""
 
-    def begin(self, tick: TickInput) -> TickInput:
-        """What of a checked tick there are shapes for: all of it, or less video."""
+    def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
+        """What of a checked tick of these shapes there are shapes for: all of it, or less video."""
         ...
 
     def choose(self, needed: Bucket) -> Bucket:
@@ -79,7 +79,7 @@ class DirectRunner:
         self._device_tick = device_tick
         self._state = state
 
-    def begin(self, tick: TickInput) -> TickInput:
+    def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
         return tick
 
     def choose(self, needed: Bucket) -> Bucket:

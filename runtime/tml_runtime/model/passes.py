@@ -1,10 +1,12 @@
 """The passes of a tick over the layers: which tokens belong to whom, and where their keys go."""
 
-# Dimension key: T tokens of a pass, S session rows, O output steps, Z tokens of all passes of a
-# tick: T, then S for every step but the first. K layer groups.
+# Dimension key: T tokens of a pass, S session rows, R runs of a row (its input blocks, then its
+# output steps), O output steps, Z tokens of all passes of a tick: T, then S for every step but the
+# first. K layer groups.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +20,8 @@ from tml_kernels.ops.plan_pages import plan_pages
 
 from .buffers import TickInputs
 from .state import ModelState, Run
+
+CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
 
 
 class Pass(NamedTuple):
@@ -76,30 +80,45 @@ def append_runs(
     return state.length(slot)
 
 
+@functools.cache
+def classes_of(blocks: Sequence[str]) -> tuple[PageClass, ...]:
+    """[R], of a row's runs: its input blocks in their order, then its output steps."""
+    return (*(CLASS_OF[block] for block in blocks), PageClass.REPLY)
+
+
+def first_pass(count_S_R: np.ndarray) -> np.ndarray:
+    """Of what rows append in a tick, what the first pass does: of the output steps the first."""
+    count_S_R = count_S_R.copy()
+    count_S_R[:, -1] = 1
+    return count_S_R
+
+
 def fill_passes(
     state: ModelState,
     slots: Sequence[int],
-    runs: Sequence[Sequence[Run]],
+    first_S_R: np.ndarray,
     staged: TickInputs[np.ndarray],
 ) -> None:
     """Append a tick's tokens, and write where all its passes' keys go to a buffer that has its rows
     already; the changes of page lists too.
 
-    Row s is slot slots[s] with runs[s], of which the last is its output steps: the first of them is
-    in the first pass.
+    Row s is slot slots[s], with first[s] tokens of each of its runs in the first pass.
     """
-    num_steps, num_tokens = len(staged.length_O_S), len(staged.kind_T)
-    staged.row_K_Z[:] = -1
-    staged.length_O_S[:] = 0
+    (num_steps, num_rows), num_tokens = staged.length_O_S.shape, len(staged.kind_T)
+    num_live, later = len(slots), num_steps - 1
+    all_S_R = np.concatenate([first_S_R, np.ones((num_live, later), np.int64)], axis=1)
+    column_S_R = np.cumsum(all_S_R, axis=1)
+    column_S_R -= all_S_R
+    column_S_R[:, : first_S_R.shape[1]] += staged.start_S1[:num_live, None]
+    step_O_S = num_tokens + np.arange(later * num_rows).reshape(later, num_rows)
+    column_S_R[:, first_S_R.shape[1] :] = step_O_S[:, :num_live].T
+    classes = (*classes_of(state.config.layout.blocks), *[PageClass.REPLY] * later)
     position_Z = np.zeros(staged.row_K_Z.shape[1], np.int64)
-    for s, slot in enumerate(slots):
-        first = [*runs[s][:-1], (PageClass.REPLY, 1)]
-        column = int(staged.start_S1[s])
-        length = append_runs(state, slot, first, staged.row_K_Z, position_Z, column)
-        staged.length_O_S[:, s] = np.arange(length, length + num_steps)
-        for step in range(num_steps - 1):
-            column = num_tokens + step * len(staged.slot_S) + s
-            append_runs(state, slot, [(PageClass.REPLY, 1)], staged.row_K_Z, position_Z, column)
+    staged.row_K_Z[:] = -1
+    state.append_all(slots, classes, all_S_R, column_S_R, staged.row_K_Z, position_Z)
+    staged.length_O_S[:] = 0
+    end_S = position_Z[staged.last_S[:num_live]] + 1  # of the first pass
+    staged.length_O_S[:, :num_live] = end_S + np.arange(num_steps)[:, None]
     state.cache.stage(
         staged.row_K_Z, position_Z, staged.delta_U_4, staged.placed_X, staged.position_X
     )

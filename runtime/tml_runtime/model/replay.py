@@ -14,7 +14,7 @@ from tml_kernels.ops.dmel.reference import quantise_ref
 
 from .backbone import Backbone
 from .frontend import Frontend
-from .passes import plan_pass
+from .passes import classes_of, plan_pass
 from .state import ModelState
 from .tick import embed_rows
 from .tick_input import TickInput
@@ -47,7 +47,8 @@ def replay_tick(
         [past.frames],
         [past.text],
     )
-    runs = tick.runs(config, row=0)
+    counts = tick.counts(config)[0].tolist()
+    runs = list(zip(classes_of(config.layout.blocks), counts, strict=True))
     state.reserve(slot, runs)
     try:
         token_K = torch.from_numpy(past.token_K).to(device)

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tml_kernels.kv_cache import (
     CLASSES,
+    CacheError,
     CacheGroup,
     GroupPages,
     PageClass,
@@ -94,7 +96,8 @@ class ModelState:
     scratch: Scratch
     buffers: TickBuffers
     _sessions: list[Session]  # by slot
-    _dropped: list[int]  # pages by class, since take_dropped
+    _paged: int | None  # the group of the global layers
+    _dropped: list[int]  # its pages by class, until the last take_dropped
     attn_conv_L_N_3_D: Tensor
     mlp_conv_L_N_3_D: Tensor
     tail_N_W: Tensor  # float32, the newest samples heard, which the next dMel frame needs
@@ -142,8 +145,9 @@ class ModelState:
         dropped = [0] * len(CLASSES)
         buffers = TickBuffers(TickShape.of(config, specs, num_slots), device)
         scratch = Scratch(device)
+        paged = next((g for g, spec in enumerate(specs) if spec.window is None), None)
         return cls(
-            config, budget, max_append, cache, groups, scratch, buffers, sessions, dropped,
+            config, budget, max_append, cache, groups, scratch, buffers, sessions, paged, dropped,
             **tensors,
         )  # fmt: skip
 
@@ -169,19 +173,18 @@ class ModelState:
 
     def kv_pages(self, slots: Iterable[int]) -> list[int]:
         """Pages that sessions hold in global layers, by class in the order of PageClass."""
-        stats = [self.cache.session_stats(self.session(slot)) for slot in slots]
-        g = next((g for g, group in enumerate(self.groups) if group.window is None), None)
-        if g is None or not stats:
+        if self._paged is None:
             return [0] * len(CLASSES)
-        return [sum(counts) for counts in zip(*(s.pages[g] for s in stats), strict=True)]
+        return self.cache.held([self.session(slot) for slot in slots], self._paged)
 
     def take_dropped(self) -> list[int]:
-        """Pages of global layers, by class, that sessions lost to `reserve` and `commit` since the
-        last call: over a budget, or to make room. What a session holds as it ends does not count.
-        """
-        dropped = self._dropped.copy()
-        self._dropped[:] = [0] * len(CLASSES)
-        return dropped
+        """Pages of global layers, by class, that sessions lost since the last call: over a budget,
+        or to make room. What a session holds as it ends does not count."""
+        if self._paged is None:
+            return [0] * len(CLASSES)
+        before, now = list(self._dropped), self.cache.dropped(self._paged)
+        self._dropped[:] = now
+        return [new - old for new, old in zip(now, before, strict=True)]
 
     def reset(self, slot: int, *, priority: int = 0) -> None:
         """Make a slot as new: nothing a session left in it, NaN included, reaches the next one.
@@ -231,20 +234,42 @@ class ModelState:
 
     def reserve(self, slot: int, runs: Sequence[Run]) -> None:
         """Begin the slot's transaction; brings it back if it was suspended. Raises CacheError."""
-        session = self.session(slot)
         self.bring_back(slot)
-        before = self.kv_pages([slot])
-        try:
-            self.cache.reserve(session, runs)
-        finally:  # room may have been made for one that is refused
-            self._count_dropped(slot, before)
+        self.cache.reserve(self.session(slot), runs)
+
+    def reserve_all(
+        self, slots: Sequence[int], classes: Sequence[PageClass], tokens_S_R: np.ndarray
+    ) -> dict[int, CacheError]:
+        """`reserve` for one slot after the other, tokens [S, R] of R classes; the indices of those
+        for which there is no room, and why."""
+        sessions = [self._sessions[slot] for slot in slots]
+        refused: dict[int, CacheError] = {}
+        at = self.cache.reserve_all(sessions, classes, tokens_S_R)
+        while at < len(slots):  # this one is not there, or needs room to be made
+            try:
+                self.reserve(slots[at], list(zip(classes, tokens_S_R[at].tolist(), strict=True)))
+            except CacheError as error:
+                refused[at] = error
+            at += 1
+            at += self.cache.reserve_all(sessions[at:], classes, tokens_S_R[at:])
+        return refused
+
+    def append_all(
+        self,
+        slots: Sequence[int],
+        classes: Sequence[PageClass],
+        tokens_S_R: np.ndarray,
+        column_S_R: np.ndarray,
+        row_K_Z: np.ndarray,
+        position_Z: np.ndarray,
+    ) -> None:
+        """What was reserved, or less of it: each run of each slot from its own column on."""
+        sessions = [self._sessions[slot] for slot in slots]
+        self.cache.append_all(sessions, classes, tokens_S_R, column_S_R, row_K_Z, position_Z)
 
     def commit(self, slots: Iterable[int]) -> None:
         """End the transactions of a tick, and the tick."""
-        for slot in slots:
-            before = self.kv_pages([slot])
-            self.cache.commit(self.session(slot))
-            self._count_dropped(slot, before)
+        self.cache.commit_all([self.session(slot) for slot in slots])
         self.cache.tick()
 
     def roll_back(self, slots: Iterable[int]) -> None:
@@ -278,10 +303,6 @@ class ModelState:
         self.top_p_N[slot] = top_p
         self.min_p_N[slot] = min_p
         self.seed_N[slot] = seed
-
-    def _count_dropped(self, slot: int, before: Sequence[int]) -> None:
-        for c, (held, left) in enumerate(zip(before, self.kv_pages([slot]), strict=True)):
-            self._dropped[c] += held - left
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:

@@ -1,16 +1,15 @@
 """A whole tick: the host lays out what came and where keys go, then the device runs on that."""
 
-# Dimension key: S session rows, T tokens, D model width, K output steps, B mel bands.
+# Dimension key: S session rows, R runs of a row (its input blocks, then its output steps),
+# T tokens, D model width, K output steps, B mel bands.
 
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
-
-from tml_kernels.kv_cache import CacheError
 
 from .._tick import now_ns
 from .buffers import Bucket
@@ -18,8 +17,8 @@ from .config import ModelConfig
 from .device_tick import Runner, wait
 from .frontend import Frontend
 from .output import TickOutput
-from .passes import fill_passes
-from .state import ModelState, Run
+from .passes import classes_of, fill_passes, first_pass
+from .state import ModelState
 from .tick_input import TickInput
 
 
@@ -32,48 +31,67 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
     begin_ns = now_ns()
     config = state.config
     tick.check(config, state)
-    output = _quiet(config, len(tick.slot_S))
-    heard = runner.begin(tick)
-    rows, runs = _reserve(state, heard, output)
+    slots = tick.slot_S.tolist()
+    rows = [row for row, slot in enumerate(slots) if slot >= 0]
+    output = _quiet(config, len(slots))
     if not rows:
         return output
-    slots = tick.slot_S[rows].tolist()
+    count_S_R = tick.counts(config)
+    heard = runner.begin(tick, shapes_of(config, count_S_R[rows]))
+    if heard is not tick:
+        count_S_R = heard.counts(config)
+    rows = _reserve(state, slots, rows, count_S_R, output)
+    if not rows:
+        return output
+    slots, count_S_R = [slots[row] for row in rows], count_S_R[rows]
     try:
-        bucket = runner.choose(_shapes(config, heard, rows, runs))
+        bucket = runner.choose(shapes_of(config, count_S_R))
         staged = state.buffers.staged(bucket)
-        heard.fill(config, rows, staged)
-        fill_passes(state, slots, runs, staged)
+        first_S_R = first_pass(count_S_R)
+        heard.fill(config, rows, first_S_R, staged)
+        fill_passes(state, slots, first_S_R, staged)
         output.stage_ns["stage"] = now_ns() - begin_ns
         ran = runner.run(bucket)
     except BaseException:
         state.roll_back(slots)
         raise
     state.commit(slots)
-    for page_class, count in chain.from_iterable(runs):
+    for page_class, count in zip(
+        classes_of(config.layout.blocks), count_S_R.sum(0).tolist(), strict=True
+    ):
         output.tokens[page_class.value] += count
     output.stage_ns.update(ran.stage_ns)
     output.kv_pages[:] = state.kv_pages(slots)
     output.kv_dropped[:] = state.take_dropped()
     said = state.buffers.heard(bucket)
-    output.token_S_K[rows] = said.token_S_O[: len(rows)]
-    output.mel_S_K_B[rows] = said.mel_S_F_B[: len(rows)]
-    output.fault_S[rows] = said.fault_S[: len(rows)]
-    shed = tick.num_frames() - heard.num_frames()
+    live = slice(None) if len(rows) == len(output.fault_S) else rows  # a slice takes no time
+    output.token_S_K.numpy()[live] = said.token_S_O[: len(rows)]
+    output.mel_S_K_B.numpy()[live] = said.mel_S_F_B[: len(rows)]
+    output.fault_S.numpy()[live] = said.fault_S[: len(rows)]
+    shed = 0 if heard is tick else tick.num_frames() - heard.num_frames()
     return replace(output, bucket=bucket, gpu_ns=ran.gpu_ns, shed_frames=shed)
 
 
 def needed_for(config: ModelConfig, tick: TickInput) -> Bucket:
     """The shapes of a tick of which no row is refused."""
-    rows = [row for row, slot in enumerate(tick.slot_S.tolist()) if slot >= 0]
-    return _shapes(config, tick, rows, [tick.runs(config, row) for row in rows])
+    return shapes_of(config, tick.counts(config)[tick.slot_S.numpy() >= 0])
+
+
+def shapes_of(config: ModelConfig, count_S_R: np.ndarray) -> Bucket:
+    """Of live rows that append so much."""
+    later_steps = config.layout.num_steps - 1  # which have passes of their own
+    count_R = count_S_R.sum(0).tolist()
+    patches = count_R[config.layout.blocks.index("video")]
+    return Bucket(len(count_S_R), sum(count_R) - later_steps * len(count_S_R), patches)
 
 
 def embed_rows(frontend: Frontend, state: ModelState, tick: TickInput) -> tuple[Tensor, Tensor]:
     """(x_T_D, start_S1) of a tick whose rows are all live: what its first pass over the layers
     takes. Advances the audio tails and nothing else. Waits for the device."""
     config, rows = state.config, list(range(len(tick.slot_S)))
-    bucket = needed_for(config, tick)
-    tick.fill(config, rows, state.buffers.staged(bucket))
+    count_S_R = tick.counts(config)
+    bucket = shapes_of(config, count_S_R)
+    tick.fill(config, rows, first_pass(count_S_R), state.buffers.staged(bucket))
     state.buffers.send(bucket)
     inputs = state.buffers.inputs(bucket)
     x_T_D = frontend.embed_tick(state, inputs)
@@ -83,29 +101,15 @@ def embed_rows(frontend: Frontend, state: ModelState, tick: TickInput) -> tuple[
 
 
 def _reserve(
-    state: ModelState, tick: TickInput, output: TickOutput
-) -> tuple[list[int], list[list[Run]]]:
-    """Live rows with room for what they will append, and that; the others are refused."""
-    ready, all_runs = [], []
-    for row, slot in enumerate(tick.slot_S.tolist()):
-        if slot < 0:
-            continue
-        runs = tick.runs(state.config, row)
-        try:
-            state.reserve(slot, runs)
-        except CacheError as error:
-            output.refused[row] = error
-            output.fault_S[row] = True
-            continue
-        ready.append(row)
-        all_runs.append(runs)
-    return ready, all_runs
-
-
-def _shapes(config: ModelConfig, tick: TickInput, rows: list[int], runs: list[list[Run]]) -> Bucket:
-    later_steps = config.layout.num_steps - 1  # which have passes of their own
-    tokens = sum(tokens for row in runs for _, tokens in row) - later_steps * len(rows)
-    return Bucket(len(rows), tokens, sum(tick.num_patches(config, row) for row in rows))
+    state: ModelState, slots: list[int], rows: list[int], count_S_R: np.ndarray, output: TickOutput
+) -> list[int]:
+    """Those of the rows with room for what they append, and that; the others are refused."""
+    classes = classes_of(state.config.layout.blocks)
+    refused = state.reserve_all([slots[row] for row in rows], classes, count_S_R[rows])
+    for at, error in refused.items():
+        output.refused[rows[at]] = error
+        output.fault_S[rows[at]] = True
+    return [row for at, row in enumerate(rows) if at not in refused] if refused else rows
 
 
 def _quiet(config: ModelConfig, num_rows: int) -> TickOutput:
@@ -113,8 +117,8 @@ def _quiet(config: ModelConfig, num_rows: int) -> TickOutput:
     layout = config.layout
     mel = (num_rows, layout.mel_frames, layout.dmel.num_bands)
     return TickOutput(
-        torch.full((num_rows, layout.num_steps), -1, dtype=torch.int32),
-        torch.full(mel, layout.dmel.level_min),
-        torch.zeros(num_rows, dtype=torch.bool),
+        torch.from_numpy(np.full((num_rows, layout.num_steps), -1, np.int32)),
+        torch.from_numpy(np.full(mel, layout.dmel.level_min, np.float32)),
+        torch.from_numpy(np.zeros(num_rows, np.bool_)),
         {"stage": 0},
     )

@@ -1,10 +1,11 @@
 """What one tick brings, and how the host lays it out for the device."""
 
-# Dimension key: S session rows, T tokens, W samples of a tick, K blocks of a row, P patches,
-# L frames in a group, Y patch side.
+# Dimension key: S session rows, R runs of a row (its input blocks, then its output steps),
+# T tokens, W samples of a tick, P patches, L frames in a group, Y patch side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,17 +14,15 @@ import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
-from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.embed_tokens import TokenKind
 
 from .backbone import check_slots
 from .buffers import TickInputs
 from .config import ModelConfig
-from .state import ModelState, Run
+from .state import ModelState
 
 Frames = Tensor | np.ndarray
 HOST = torch.device("cpu")
-CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
 KIND_OF = {
     "text": TokenKind.TEXT,
     "video": TokenKind.EMBEDDED,
@@ -69,15 +68,22 @@ class TickInput:
                     f"text[{row}]: {len(ids)} tokens, a tick takes {layout.max_text_tokens}"
                 )
 
-    def runs(self, config: ModelConfig, row: int) -> list[Run]:
-        """What a row appends: its input blocks, then its output steps."""
-        counts = {
-            "text": len(self._ids(config, row)),
-            "video": self.num_patches(config, row),
-            "audio": config.layout.audio_tokens,
-        }
-        blocks = [(CLASS_OF[block], counts[block]) for block in config.layout.blocks]
-        return [*blocks, (PageClass.REPLY, config.layout.num_steps)]
+    def counts(self, config: ModelConfig) -> np.ndarray:
+        """int64 [S, R] tokens that each row appends, of the classes `passes.classes_of`."""
+        layout, num_rows = config.layout, len(self.slot_S)
+        count_S_R = np.zeros((num_rows, len(layout.blocks) + 1), np.int64)
+        for column, block in enumerate(layout.blocks):
+            count_S = count_S_R[:, column]
+            if block == "text":
+                count_S[:] = self.missing_S.numpy()
+                if self.text:
+                    count_S += [len(ids) for ids in self.text]
+            elif block == "audio":
+                count_S[:] = layout.audio_tokens
+            elif any(frames is not None for frames in self.frames):
+                count_S[:] = [self.num_patches(config, row) for row in range(num_rows)]
+        count_S_R[:, -1] = layout.num_steps
+        return count_S_R
 
     def num_frames(self) -> int:
         return sum(
@@ -92,33 +98,42 @@ class TickInput:
         return len(frames) * patch_rows * patch_columns
 
     def fill(
-        self, config: ModelConfig, rows: Sequence[int], staged: TickInputs[np.ndarray]
+        self,
+        config: ModelConfig,
+        rows: Sequence[int],
+        count_S_R: np.ndarray,
+        staged: TickInputs[np.ndarray],
     ) -> None:
-        """Write those rows' tokens, sound and patches to the buffer, back to back."""
-        slots = [int(self.slot_S[row]) for row in rows]
-        blocks, num_frames, num_patches = config.layout.blocks, config.layout.audio_tokens, 0
-        parts: list[Sequence[int] | np.ndarray] = []
-        for s, row in enumerate(rows):
-            first_patch = num_patches
-            num_patches += self._fill_patches(config, row, staged, first_patch)
-            row_parts = {
-                "text": self._ids(config, row),
-                "video": range(first_patch, num_patches),
-                "audio": range(s * num_frames, (s + 1) * num_frames),
-            }
-            parts += [*(row_parts[block] for block in blocks), (slots[s],)]
-        kinds = [KIND_OF[block] for block in (*blocks, "step")] * len(rows)
-        counts = np.array([len(part) for part in parts])
-        total = int(counts.sum())
-        staged.kind_T[:total], staged.kind_T[total:] = np.repeat(kinds, counts), TokenKind.NOTHING
-        staged.index_T[:total], staged.index_T[total:] = np.concatenate(parts), 0
+        """Write those rows' tokens, sound and patches to the buffer, back to back. count: of the
+        first pass, `counts` with one step."""
+        slots = [int(slot) for slot in self.slot_S.numpy()[rows]]
+        num_patches = 0
+        for row in rows if any(frames is not None for frames in self.frames) else ():
+            num_patches += self._fill_patches(config, row, staged, num_patches)
+        kinds = np.tile(kinds_of(config.layout.blocks), len(rows))
+        kind_T = np.repeat(kinds, count_S_R.ravel())
+        total = len(kind_T)
+        staged.kind_T[:total], staged.kind_T[total:] = kind_T, TokenKind.NOTHING
+        index_T = staged.index_T[:total]
+        index_T[kind_T == TokenKind.STEP] = slots
+        index_T[kind_T == TokenKind.LEVELS] = np.arange(len(rows) * config.layout.audio_tokens)
+        index_T[kind_T == TokenKind.EMBEDDED] = np.arange(num_patches)
+        index_T[kind_T == TokenKind.TEXT] = self._all_ids(config, rows)
+        staged.index_T[total:] = 0
         pcm_S_W = staged.pcm_S_W[: len(rows)]
         np.take(self.pcm_S_W.numpy(), rows, axis=0, out=pcm_S_W, mode="clip")  # "raise" copies
-        _fill_rows(slots, counts.reshape(len(rows), -1).sum(1), staged)
+        _fill_rows(slots, count_S_R.sum(1), staged)
 
-    def _ids(self, config: ModelConfig, row: int) -> Sequence[int]:
-        ids = self.text[row] if self.text else ()
-        return (config.vocab.missing, *ids) if self.missing_S[row] else ids
+    def _all_ids(self, config: ModelConfig, rows: Sequence[int]) -> list[int]:
+        """Text of those rows, one behind another."""
+        ids: list[int] = []
+        missing = self.missing_S.tolist()
+        for row in rows:
+            if missing[row]:
+                ids.append(config.vocab.missing)
+            if self.text:
+                ids += self.text[row]
+        return ids
 
     def _fill_patches(
         self, config: ModelConfig, row: int, staged: TickInputs[np.ndarray], first: int
@@ -146,6 +161,12 @@ class TickInput:
         to = staged.patch_P_L_Y_Y_3[part].reshape(groups, rows, columns, length, side, side, 3)
         to[:] = cut.transpose(0, 2, 4, 1, 3, 5, 6)
         return num_patches
+
+
+@functools.cache
+def kinds_of(blocks: Sequence[str]) -> np.ndarray:
+    """int32 [R], of the tokens of a row's runs."""
+    return np.array([KIND_OF[block] for block in (*blocks, "step")], np.int32)
 
 
 def _fill_rows(slots: list[int], count_S: np.ndarray, staged: TickInputs[np.ndarray]) -> None:
