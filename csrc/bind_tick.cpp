@@ -2,10 +2,13 @@
 // capsule (tick/launch.h).
 #include <pybind11/pybind11.h>
 
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "tick/audio_windows.h"
 #include "tick/clock.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
@@ -18,19 +21,30 @@ namespace {
 // A borrowed view of an object's bytes; refuses objects that have no contiguous ones.
 class ByteView {
  public:
-  explicit ByteView(py::handle object) {
-    if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw py::error_already_set();
+  explicit ByteView(py::handle object, bool writable = false) {
+    const int flags = writable ? PyBUF_WRITABLE : PyBUF_SIMPLE;
+    if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw py::error_already_set();
   }
   ~ByteView() { PyBuffer_Release(&view_); }
   ByteView(const ByteView&) = delete;
   ByteView& operator=(const ByteView&) = delete;
 
-  const void* data() const { return view_.buf; }
+  void* data() const { return view_.buf; }
   size_t size() const { return static_cast<size_t>(view_.len); }
 
  private:
   Py_buffer view_;
 };
+
+bool push(tml::Ring& ring, const py::args& data) {
+  std::deque<ByteView> views;  // they do not move
+  std::vector<tml::Ring::Part> parts;
+  for (const py::handle& part : data) {
+    const ByteView& view = views.emplace_back(part);
+    parts.push_back({view.data(), view.size()});
+  }
+  return ring.push(parts.data(), parts.size());
+}
 
 py::object pop_bytes(tml::Ring& ring) {
   const auto size = ring.front_size();
@@ -222,18 +236,37 @@ void set_up_gc(PyHeapTypeObject* heap_type) {
 void bind_ring(py::module_& m) {
   py::class_<tml::Ring>(m, "Ring")
       .def(py::init<size_t>(), py::arg("capacity_bytes"))
-      .def(
-          "push",
-          [](tml::Ring& ring, py::handle data) {
-            const ByteView view(data);
-            return ring.push(view.data(), view.size());
-          },
-          py::arg("data"))
+      .def("push", &push)
       .def("pop", &pop_bytes)
       .def("__len__", &tml::Ring::size)
       .def_property_readonly("capacity", &tml::Ring::capacity)
       .def_property_readonly("max_message", &tml::Ring::max_message)
       .def_property_readonly("dropped", &tml::Ring::dropped);
+}
+
+int64_t take_window(tml::AudioWindows& windows, py::handle pcm_N, py::handle have_N) {
+  const ByteView pcm(pcm_N, true), have(have_N, true);
+  const auto num_samples = static_cast<size_t>(windows.num_samples());
+  TML_CHECK(pcm.size() == num_samples * sizeof(float), "pcm: bytes=", pcm.size(),
+            " samples=", num_samples);
+  TML_CHECK(have.size() == num_samples, "have: bytes=", have.size(), " samples=", num_samples);
+  return windows.take(static_cast<float*>(pcm.data()), static_cast<uint8_t*>(have.data()));
+}
+
+void bind_audio_windows(py::module_& m) {
+  py::class_<tml::AudioWindows>(m, "AudioWindows")
+      .def(py::init<int64_t, int64_t>(), py::arg("num_windows"), py::arg("num_samples"))
+      .def("forget_before", &tml::AudioWindows::forget_before, py::arg("window"))
+      .def(
+          "write",
+          [](tml::AudioWindows& windows, int64_t start, py::handle pcm) {
+            const ByteView view(pcm);
+            TML_CHECK(view.size() % sizeof(float) == 0, "pcm: bytes=", view.size());
+            return windows.write(start, view.data(), view.size() / sizeof(float));
+          },
+          py::arg("start"), py::arg("pcm"))
+      .def("drain", &tml::AudioWindows::drain, py::arg("ring"), py::arg("max_pieces"))
+      .def("take", &take_window, py::arg("pcm"), py::arg("have"));
 }
 
 void bind_schedule(py::module_& m) {
@@ -296,6 +329,7 @@ PYBIND11_MODULE(_tick, m) {
   m.doc() = "The tick thread's parts: clock, rings, schedule, thread.";
   m.def("now_ns", &tml::now_ns, "CLOCK_MONOTONIC in nanoseconds.");
   bind_ring(m);
+  bind_audio_windows(m);
   bind_schedule(m);
   bind_tick_thread(m);
 }

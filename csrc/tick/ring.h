@@ -35,8 +35,21 @@ class Ring {
   size_t capacity() const { return mask_ + 1; }
   size_t max_message() const { return capacity() - kHeader; }
 
+  struct Part {
+    const void* data;
+    size_t size;
+  };
+
   // Producer. False when there is no room now; a message that would never fit is an error.
   bool push(const void* data, size_t size) {
+    const Part part{data, size};
+    return push(&part, 1);
+  }
+
+  // One message of several parts, end to end.
+  bool push(const Part* parts, size_t num_parts) {
+    size_t size = 0;
+    for (size_t i = 0; i < num_parts; ++i) size += parts[i].size;
     TML_CHECK(size <= max_message(), "size=", size, " max_message=", max_message());
     const uint64_t tail = producer_.tail.load(std::memory_order_relaxed);
     const uint64_t end = tail + kHeader + size;
@@ -49,7 +62,10 @@ class Ring {
     }
     const uint32_t header = static_cast<uint32_t>(size);
     write(tail, &header, kHeader);
-    write(tail + kHeader, data, size);
+    uint64_t at = tail + kHeader;
+    for (size_t i = 0; i < num_parts; at += parts[i++].size) {
+      write(at, parts[i].data, parts[i].size);
+    }
     add(producer_.pushed, 1);
     producer_.tail.store(end, std::memory_order_release);
     return true;

@@ -15,8 +15,9 @@ class Ring:
     """
 
     def __init__(self, capacity_bytes: int) -> None: ...
-    def push(self, data: Buffer) -> bool:
-        """Copies the bytes in; False, and `dropped` counts it, when there is no room now.
+    def push(self, *data: Buffer) -> bool:
+        """Copies the bytes in as one message; False, and `dropped` counts it, where there is no
+        room now.
 
         ValueError for more than `max_message` bytes, which would never fit.
         """
@@ -33,6 +34,28 @@ class Ring:
     def max_message(self) -> int: ...
     @property
     def dropped(self) -> int: ...
+
+class AudioWindows:
+    """Samples (float32) of one session by media time, in windows of `num_samples`; `num_windows` of
+    them are open, from the oldest one not taken on. Where pieces overlap, the one written last
+    wins. For one thread. ValueError for what lies beyond the open windows.
+    """
+
+    def __init__(self, num_windows: int, num_samples: int) -> None: ...
+    def forget_before(self, window: int) -> int:
+        """Close the windows before `window` untaken; returns how many samples that drops."""
+
+    def write(self, start: int, pcm: Buffer) -> int:
+        """Put samples at sample `start`; returns how many of them fall in a closed window."""
+
+    def drain(self, ring: Ring, max_pieces: int) -> int:
+        """`write` for the messages in a ring: each is its first sample, int64, and its samples."""
+
+    def take(self, pcm: Buffer, have: Buffer) -> int:
+        """Copy the oldest open window out and close it; returns how many samples nobody wrote.
+
+        have: one byte a sample, 1 where somebody wrote it. The others are zeros.
+        """
 
 class Schedule:
     """When ticks run and which are late, for any clock: the caller says what time it is.

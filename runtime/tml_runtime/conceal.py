@@ -70,16 +70,12 @@ class Concealer:
             after = line[end : min(stop, end + source)]
             self._bridge.fill(line[begin - source : begin], after, line[begin:end])
         pcm_N[:] = line[source:]
-        self._keep_end()
+        line[:source] = line[-source:]
 
     def pass_by(self, pcm_N: np.ndarray) -> None:
         """A window without holes."""
-        self._line[self._source :] = pcm_N
-        self._keep_end()
+        self._line[: self._source] = pcm_N[-self._source :]
 
     def forget(self) -> None:
         """What comes next follows nothing."""
         self._line[:] = 0.0
-
-    def _keep_end(self) -> None:
-        self._line[: self._source] = self._line[-self._source :]

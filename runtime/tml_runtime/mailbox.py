@@ -9,8 +9,7 @@ Worked example at 16 kHz and 200 ms: a piece of 320 samples at t = 0.19 s is sam
 first 160 fill window 0 to its end, the others begin window 1.
 """
 
-# Dimension key: H windows held, N samples in a window, K output steps, H_W_3 rows and columns of
-# an RGB frame.
+# Dimension key: N samples in a window, K output steps, H_W_3 rows and columns of an RGB frame.
 
 from __future__ import annotations
 
@@ -22,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import _tick
 from ._tick import Ring
 from .checks import FrameGrid
 from .conceal import Concealer
@@ -72,63 +72,41 @@ class Window(NamedTuple):
 
 
 class AudioWindows:
-    """Samples by media time: row w % H holds window w until it is taken.
-
-    Where pieces overlap, the one written last wins. Samples nobody wrote are concealed and counted.
-    """
+    """Samples by media time, in windows; see `_tick.AudioWindows`. Those that nobody wrote are
+    concealed and counted."""
 
     def __init__(self, num_windows: int, window_samples: int, sample_rate: int) -> None:
-        self._pcm_H_N = np.zeros((num_windows, window_samples), np.float32)
-        self._have_H_N = np.zeros((num_windows, window_samples), np.bool_)
+        self._windows = _tick.AudioWindows(num_windows, window_samples)
+        self._have_N = np.zeros(window_samples, np.bool_)
         self._concealer = Concealer(window_samples, sample_rate)
         self._oldest = 0  # window
 
     def forget_before(self, window: int) -> int:
         """Close the windows before `window` untaken; returns how many samples that drops."""
-        num_windows = len(self._pcm_H_N)
-        dropped = 0
-        for skipped in range(self._oldest, min(window, self._oldest + num_windows)):
-            dropped += int(np.count_nonzero(self._have_H_N[skipped % num_windows]))
-            self._clear(skipped)
-        if window > self._oldest:
-            self._concealer.forget()
-            self._oldest = window
-        return dropped
+        if window <= self._oldest:
+            return 0
+        self._concealer.forget()
+        self._oldest = window
+        return self._windows.forget_before(window)
 
     def write(self, start: int, pcm: np.ndarray) -> int:
         """Put `pcm` at sample `start`; returns how many samples of it fall in a closed window."""
-        num_windows, num_samples = self._pcm_H_N.shape
-        end = start + len(pcm)
-        assert end <= (self._oldest + num_windows) * num_samples
-        at = min(end, max(start, self._oldest * num_samples))
-        dropped = at - start
-        while at < end:
-            window, offset = divmod(at, num_samples)
-            stop = min(end, (window + 1) * num_samples)
-            row, columns = window % num_windows, slice(offset, offset + stop - at)
-            self._pcm_H_N[row, columns] = pcm[at - start : stop - start]
-            self._have_H_N[row, columns] = True
-            at = stop
-        return dropped
+        return self._windows.write(start, pcm.data)
+
+    def drain(self, ring: Ring) -> int:
+        """Write the pieces in a ring, at most MAX_QUEUED; returns as `write`."""
+        return self._windows.drain(ring, MAX_QUEUED)
 
     def take(self, window: int, out_N: np.ndarray) -> int:
         """Copy the oldest open window out and close it; returns how many samples are missing."""
         assert window == self._oldest
-        row = window % len(self._pcm_H_N)
-        out_N[:] = self._pcm_H_N[row]
-        missing = out_N.size - int(np.count_nonzero(self._have_H_N[row]))
+        missing = self._windows.take(out_N.data, self._have_N.data)
         if missing > 0:
-            self._concealer.fill(out_N, self._have_H_N[row])
+            self._concealer.fill(out_N, self._have_N)
         else:
             self._concealer.pass_by(out_N)
-        self._clear(window)
         self._oldest += 1
         return missing
-
-    def _clear(self, window: int) -> None:
-        row = window % len(self._pcm_H_N)
-        self._pcm_H_N[row] = 0.0
-        self._have_H_N[row] = False
 
 
 class FrameWindows:
@@ -214,14 +192,15 @@ class Inbox:
         self.line: Line | None = None  # to a background model; set before the first `take`
 
     def put_audio(self, start: int, pcm: np.ndarray) -> bool:
-        return _put(self._audio, _AUDIO.pack(start) + pcm.tobytes())
+        return _put(self._audio, _AUDIO.pack(start), np.ascontiguousarray(pcm).data)
 
     def put_frame(self, stamp: int, frame_H_W_3: np.ndarray) -> bool:
         height, width, _ = frame_H_W_3.shape
-        return _put(self._video, _FRAME.pack(stamp, height, width) + frame_H_W_3.tobytes())
+        head = _FRAME.pack(stamp, height, width)
+        return _put(self._video, head, np.ascontiguousarray(frame_H_W_3).data)
 
     def put_text(self, ids: Sequence[int]) -> bool:
-        return _put(self._text, np.asarray(ids, np.int32).tobytes())
+        return _put(self._text, np.asarray(ids, np.int32).data)
 
     def take(self, window: int, pcm_N: np.ndarray, shed: int = 0) -> Window:
         """Everything of `window`, its samples in `pcm_N`; all windows up to it are closed.
@@ -230,7 +209,7 @@ class Inbox:
         `max_text_tokens` ids are taken, and the rest stays in order. shed: 0 nothing, 1 the
         window's frames, 2 text waits too.
         """
-        dropped = self._samples.forget_before(window) + self._sort_audio()
+        dropped = self._samples.forget_before(window) + self._samples.drain(self._audio)
         num_shed = self._frames.forget_before(window) + self._sort_frames()
         if shed >= SHED_VIDEO:
             num_shed += self._frames.forget_before(window + 1)
@@ -241,19 +220,8 @@ class Inbox:
 
     def pass_by(self, window: int) -> tuple[int, int]:
         """Close all windows up to `window` unheard; (samples dropped, frames shed). Text waits."""
-        dropped = self._sort_audio() + self._samples.forget_before(window + 1)
+        dropped = self._samples.drain(self._audio) + self._samples.forget_before(window + 1)
         return dropped, self._sort_frames() + self._frames.forget_before(window + 1)
-
-    def _sort_audio(self) -> int:
-        dropped = 0
-        for _ in range(MAX_QUEUED):
-            message = self._audio.pop()
-            if message is None:
-                break
-            (start,) = _AUDIO.unpack_from(message)
-            pcm = np.frombuffer(message, np.float32, offset=_AUDIO.size)
-            dropped += self._samples.write(start, pcm)
-        return dropped
 
     def _sort_frames(self) -> int:
         shed = 0
@@ -299,17 +267,18 @@ class Outbox:
     """
 
     def __init__(self, spec: MailboxSpec) -> None:
-        num_bytes = _OUTPUT.size + 4 * (spec.max_output_tokens + spec.max_output_samples)
-        self._ring = Ring(spec.output_queue_ticks * (num_bytes + _SLACK))
-        self._message = memoryview(bytearray(num_bytes))
+        self._limits = spec.max_output_tokens, spec.max_output_samples
+        self._ring = Ring(spec.output_queue_ticks * (_OUTPUT.size + 4 * sum(self._limits) + _SLACK))
 
     def put(self, window: int, epoch: int, token_K: np.ndarray, pcm: np.ndarray) -> bool:
-        """Whether there was room. Copies both arrays."""
-        message, at_pcm = self._message, _OUTPUT.size + 4 * len(token_K)
-        _OUTPUT.pack_into(message, 0, window, epoch, len(token_K), len(pcm))
-        np.frombuffer(message, np.int32, len(token_K), _OUTPUT.size)[:] = token_K
-        np.frombuffer(message, np.float32, len(pcm), at_pcm)[:] = pcm
-        return self._ring.push(message[: at_pcm + 4 * len(pcm)])
+        """Whether there was room. Copies both arrays. ValueError for more than a tick says."""
+        tokens, samples = sizes = len(token_K), len(pcm)
+        if tokens > self._limits[0] or samples > self._limits[1]:
+            raise ValueError(f"output: {sizes} tokens and samples, a tick has {self._limits}")
+        head = _OUTPUT.pack(window, epoch, tokens, samples)
+        token_K = np.ascontiguousarray(token_K, np.int32)
+        pcm = np.ascontiguousarray(pcm, np.float32)
+        return self._ring.push(head, token_K.data, pcm.data)
 
     def get(self) -> Output | None:
         message = self._ring.pop()
@@ -321,5 +290,5 @@ class Outbox:
         return Output(window, epoch, token_K, pcm)
 
 
-def _put(ring: Ring, message: bytes) -> bool:
-    return len(ring) < MAX_QUEUED and ring.push(message)
+def _put(ring: Ring, *message: bytes | memoryview) -> bool:
+    return len(ring) < MAX_QUEUED and ring.push(*message)

@@ -1,13 +1,16 @@
 // The tick thread's parts under the sanitizers, without Python. Exits with 0, or prints what
 // failed.
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
+#include "tick/audio_windows.h"
 #include "tick/clock.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
@@ -65,6 +68,64 @@ void stress_ring(size_t capacity, uint32_t num_messages) {
   producer.join();
   expect(!ring.front_size() && ring.size() == 0, "ring: empty at the end");
   expect(ring.dropped() == refused, "ring: every refusal counted");
+}
+
+void push_in_parts() {
+  tml::Ring ring(16);
+  const tml::Ring::Part parts[] = {{"ab", 2}, {nullptr, 0}, {"cde", 3}};
+  expect(ring.push(parts, 3) && ring.push("xy", 2) && !ring.push(parts, 3), "parts: fit or not");
+  char bytes[5];
+  expect(ring.front_size() == 5 && ring.size() == 2, "parts: one message");
+  ring.pop(bytes, 5);
+  expect(std::string(bytes, 5) == "abcde", "parts: end to end");
+}
+
+// Against a line of samples on which nothing is ever closed: sample i of it is there, or 0.
+void fuzz_audio_windows() {
+  constexpr int64_t kWindows = 3, kSamples = 5, kLine = 400;
+  std::minstd_rand rng(5);
+  tml::AudioWindows windows(kWindows, kSamples);
+  tml::Ring ring(1 << 12);
+  std::vector<float> line(kLine, 0.0f), pcm(kSamples);
+  std::vector<uint8_t> have(kSamples);
+  float next = 1.0f;
+  for (int64_t oldest = 0; oldest < kLine / kSamples - kWindows; ++oldest) {
+    const int64_t first = oldest * kSamples;
+    int64_t late = 0;
+    for (int piece = rng() % 6; piece > 0; --piece) {
+      const int64_t start = first - 4 + static_cast<int64_t>(rng() % (kWindows * kSamples));
+      std::vector<float> samples(rng() % (first + kWindows * kSamples - start + 1));
+      for (int64_t i = 0; i < static_cast<int64_t>(samples.size()); ++i) {
+        samples[i] = next++;
+        if (start + i < first) {
+          ++late;
+        } else {
+          line[start + i] = samples[i];
+        }
+      }
+      const tml::Ring::Part parts[] = {{&start, sizeof(start)},
+                                       {samples.data(), samples.size() * sizeof(float)}};
+      expect(ring.push(parts, 2), "windows: room in the ring");
+    }
+    expect(windows.drain(ring, 2) + windows.drain(ring, 100) == late, "windows: what is late");
+    const auto end = line.begin() + first + kSamples;
+    const auto written = std::count_if(end - kSamples, end, [](float x) { return x != 0; });
+    if (rng() % 4 == 0) {
+      expect(windows.forget_before(oldest + 1) == written, "windows: what is dropped");
+      continue;
+    }
+    expect(windows.take(pcm.data(), have.data()) == kSamples - written, "windows: what is missing");
+    expect(std::equal(pcm.begin(), pcm.end(), end - kSamples), "windows: the samples");
+    for (int64_t i = 0; i < kSamples; ++i) expect(have[i] == (pcm[i] != 0), "windows: have");
+  }
+  const float beyond[2] = {};
+  const int64_t end = (windows.forget_before(1000), (1000 + kWindows) * kSamples);
+  expect(windows.write(end - 1, beyond, 1) == 0, "windows: the last sample");
+  expect_throws<tml::Error>([&] { windows.write(end - 1, beyond, 2); }, "windows: beyond the last");
+  expect_throws<tml::Error>([&] { windows.write(INT64_MAX, beyond, 1); }, "windows: far beyond");
+  expect(windows.write(INT64_MIN, beyond, 2) == 2, "windows: long ago");
+  ring.push("abc", 3);
+  expect_throws<tml::Error>([&] { windows.drain(ring, 1); }, "windows: not a piece");
 }
 
 void fuzz_schedule() {
@@ -189,6 +250,8 @@ int main() {
   stress_ring(16, 20'000);
   stress_ring(64, 20'000);
   stress_ring(4096, 1000);
+  push_in_parts();
+  fuzz_audio_windows();
   fuzz_schedule();
   run_thread();
   fail_thread();
