@@ -200,19 +200,12 @@ class Runtime:
             ids = checked_prompt(prompt, self._tokenizer, vocab, anchor)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
                 self._release()
-            period_ns = self._spec.window_ns
-            open_tick = -(-self.media_ns() // period_ns)
+            open_tick = -(-self.media_ns() // self._spec.window_ns)
             seat = Seat(self._spec, sampling, open_tick, prompt=ids, priority=priority)
             seat.inbox.line = self._handoff.open(seat, handoff_policy, ids)
             self._slots.claim(seat, self._admission)
             self._num_opened += 1
-        return Session(
-            seat,
-            self,
-            layout=self._layout,
-            vocab=self._model.config.vocab,
-            tokenizer=self._tokenizer,
-        )
+        return Session(seat, self, layout=self._layout, vocab=vocab, tokenizer=self._tokenizer)
 
     def start(self) -> None:
         """Begin real time, once. Runs the model on silence first, so that no tick is the first."""
@@ -351,8 +344,9 @@ class Runtime:
     def _admit(self, tick: int) -> list[Seat]:
         self._release()
         seats = self._slots.due(tick)
-        for seat in (seat for seat in seats if not seat.admitted):
-            self._upkeep.begin(seat)
+        for seat in seats:
+            if not seat.admitted:
+                self._upkeep.begin(seat)
         for seat in self._slots.seats():  # the paused too: the cache will not remember for long
             self._upkeep.take_back(seat, tick)
         return [seat for seat in seats if not seat.over]
@@ -366,22 +360,16 @@ class Runtime:
     def _think(self, inputs: TickInput) -> TickOutput:
         out = self._model.tick(self._state, inputs)
         self._metrics.lap("model")
-        for stage, ns in out.stage_ns.items():
-            self._metrics.set_stage(f"model.{stage}", ns)
-        self._metrics.set_tokens(out.tokens)
-        self._metrics.add("shed_frames", out.shed_frames)
-        if out.gpu_ns is not None and out.bucket is not None:
-            self._metrics.set_gpu(*out.gpu_ns)
-            self._metrics.set_bucket(out.bucket.rows, out.bucket.tokens)
-        self._metrics.set_kv_pages(out.kv_pages, out.kv_dropped)
+        self._metrics.set_output(out)
         return out
 
     def _publish(self, tick: int, seats: list[Seat], out: TickOutput) -> None:
         """A fault ends its session; everybody else's output goes out, if there is room for it."""
-        token_S_K = out.token_S_K.cpu().numpy()
-        mel_S_K_B = out.mel_S_K_B.cpu()
-        fault_S = (out.fault_S.cpu() | ~mel_S_K_B.isfinite().all(2).all(1)).tolist()
+        token_S_K, mel_S_K_B = out.token_S_K.cpu().numpy(), out.mel_S_K_B.cpu()
+        mel = mel_S_K_B.numpy()
+        fault_S = (out.fault_S.cpu().numpy() | ~np.isfinite(mel).all((1, 2))).tolist()
         pcm_S = self._voices.speak([seat.slot for seat in seats], mel_S_K_B)
+        num_lost = num_faults = 0
         for row, (seat, pcm) in enumerate(zip(seats, pcm_S, strict=True)):
             try:
                 if row in out.refused:
@@ -390,13 +378,13 @@ class Runtime:
                     raise FloatingPointError("the model's numbers were not finite")
                 if isinstance(pcm, Exception):
                     raise pcm
-                position = self._state.length(seat.slot)
-                seat.remember(token_S_K[row], mel_S_K_B[row].numpy(), position)
-                published = seat.publish(tick, token_S_K[row], pcm)
-                self._metrics.add("lost_outputs", not published)
+                seat.remember(token_S_K[row], mel[row], self._state.length(seat.slot))
+                num_lost += not seat.publish(tick, token_S_K[row], pcm)
             except Exception as error:  # a plugged-in vocoder may raise anything
                 seat.fail(tick, error)
-                self._metrics.add("faults", 1)
+                num_faults += 1
+        self._metrics.add("lost_outputs", num_lost)
+        self._metrics.add("faults", num_faults)
         self._metrics.lap("publish")
 
     def _now_ns(self) -> int:

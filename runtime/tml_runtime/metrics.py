@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ._tick import now_ns
 from .clock import garbage_collections
 from .misses import Reason, parts_ns, skipped_behind, why_missed, why_slept
 from .nvtx import Ranges
+
+if TYPE_CHECKING:
+    from .model import TickOutput
 
 MAX_STAGES = 24
 CLASS_NAMES = ("anchor", "text", "audio", "video", "reply")
@@ -178,6 +182,17 @@ class Metrics:
             assert column < MAX_STAGES, f"more than {MAX_STAGES} stages: {self.stages}"
         self._record["stage_ns"][column] = ns
 
+    def set_output(self, out: TickOutput) -> None:
+        """What the model says of its step."""
+        for stage, ns in out.stage_ns.items():
+            self.set_stage(f"model.{stage}", ns)
+        self.set_tokens(out.tokens)
+        self.add("shed_frames", out.shed_frames)
+        if out.gpu_ns is not None and out.bucket is not None:
+            self.set_gpu(*out.gpu_ns)
+            self.set_bucket(out.bucket.rows, out.bucket.tokens)
+        self.set_kv_pages(out.kv_pages, out.kv_dropped)
+
     def set_gpu(self, start_ns: int, end_ns: int) -> None:
         """When the GPU began and ended the tick's work, on the clock of `_tick.now_ns`."""
         self._record["gpu_start_ns"] = self._placed(start_ns)
@@ -200,8 +215,9 @@ class Metrics:
 
     def add(self, name: str, amount: int) -> None:
         """Add to one of COUNTS."""
-        self._record[name] += amount
-        self._totals[name] += amount
+        if amount:
+            self._record[name] += amount
+            self._totals[name] += amount
 
     def close(self, *, done_ns: int, deadline_ns: int, throttle: int = 0) -> str | None:
         """Returns what went wrong: "fault", "miss" (also of ticks skipped before), or None."""

@@ -212,15 +212,18 @@ class Batch:
 
     def fill(self, seats: list[Seat], tick: int, metrics: Metrics, shed: int = 0) -> TickInput:
         """Row s is `seats[s]`: its window of `tick`, which is closed from here on."""
+        dropped_samples = shed_frames = 0
         for row, seat in enumerate(seats):
             window, missing = seat.take(tick, self._pcm_S_N[row], shed)
-            self._slot_S[row] = seat.slot
             self._missing_S[row] = missing
             self._frames[row] = window.pairs
             self._text[row] = window.text
-            metrics.add("missing", missing)
-            metrics.add("dropped_samples", window.dropped_samples)
-            metrics.add("shed_frames", window.shed_frames)
+            dropped_samples += window.dropped_samples
+            shed_frames += window.shed_frames
+        self._slot_S[: len(seats)] = [seat.slot for seat in seats]
+        metrics.add("missing", int(self._missing_S[: len(seats)].sum()))
+        metrics.add("dropped_samples", dropped_samples)
+        metrics.add("shed_frames", shed_frames)
         metrics.add("rows", len(seats))
         return self._input(len(seats))
 
