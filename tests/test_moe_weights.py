@@ -7,9 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tml_kernels.moe_weights import (
     LAYOUTS,
@@ -19,7 +16,7 @@ from tml_kernels.moe_weights import (
     prepare_moe_weights,
 )
 from tml_kernels.quant import FORMATS, dequantize
-from tml_kernels.testing import randn, relative_l2
+from tml_kernels.testing import LiveBytes, randn, relative_l2
 
 E, F, D = 3, 34, 200
 PACKED = [name for name, fmt in FORMATS.items() if fmt.packed]
@@ -200,27 +197,6 @@ def test_fp8_stored_k_first() -> None:
     given = {**given, **turned, "scales": scales, "layout": "up_gate_kn"}
     for actual, part in zip(parts(prepare_moe_weights(**given)), parts(expected), strict=True):
         assert torch.equal(actual, part)
-
-
-class LiveBytes(TorchDispatchMode):
-    """The most bytes of storages at once that operations made, beside those known before."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self._known = {t.untyped_storage()._cdata for t in known}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self._known:
-                    self._live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._live = {key: live for key, live in self._live.items() if not live[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._live.values()))
-        return out
 
 
 def scale_bytes(weights: MoEWeights) -> int:

@@ -8,3 +8,4 @@ from .inputs import randn as randn
 from .launches import LAUNCHES as LAUNCHES
 from .launches import count_launches as count_launches
 from .launches import log_ops as log_ops
+from .memory import LiveBytes as LiveBytes
