@@ -15,16 +15,18 @@ Pack a checkpoint once, into a folder that a model is loaded from without packin
     model = InteractionModel.load("OUT", device="cuda")
 
 CHECKPOINT is a safetensors file, or a folder with one or with an index of shards, in the published
-layout with bf16, fp16 or fp32 values. At most one layer is in memory at a time, in plain form and
-packed. Run it again with the same arguments to go on after an interruption, or to check every file:
-those with the right checksum are kept, others are made again.
+layout: bf16, fp16 or fp32 values, routed experts in nvfp4 too. These keep their bits with --experts
+nvfp4; anything else is made of their exact values. At most one layer is in memory at a time, packed
+(and a few of its experts in plain form). Run it again with the same arguments to go on after an
+interruption, or to check every file: those with the right checksum are kept, others are made again.
 """
 _EXAMPLES = """\
 examples:
   tml-runtime convert weights/ out/ --preset inkling-small --experts int4 --rest fp8
   tml-runtime convert weights/ out/ --preset inkling-small --experts mxfp4 --device cuda
-  tml-runtime convert none out/ --preset slice --experts int4 --seed 7
-                                             random weights, for benchmarks
+  tml-runtime convert weights/ out/ --preset inkling-small --experts int4 --search
+  tml-runtime convert out/ --preset slice --experts int4 --random-weights 7
+                                             no checkpoint, for benchmarks
   tml-runtime serve --checkpoint out/ --preset inkling-small
 """
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -41,7 +43,9 @@ def add_convert(commands: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", help='what to read, or "none"')
+    convert.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="what to read, if anything"
+    )
     convert.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     convert.add_argument("--preset", required=True, help="its shape: tiny, slice or inkling-small")
     convert.add_argument(
@@ -56,17 +60,23 @@ def add_convert(commands: Any) -> None:
         help="of the other large matrices: fp8, fp8_channel, int4 or int4_f16 (default: --dtype)",
     )
     convert.add_argument(
+        "--search",
+        action="store_true",
+        help="int4 scales with the least error in each group: packing takes longer, the packed "
+        "form is the same",
+    )
+    convert.add_argument(
         "--dtype",
         choices=_DTYPES,
         default="bf16",
         help="of everything else and of activations (default: %(default)s)",
     )
     convert.add_argument(
-        "--seed",
+        "--random-weights",
         type=int,
-        default=0,
-        metavar="N",
-        help="of what CHECKPOINT lacks: everything where it is none (default: %(default)s)",
+        metavar="SEED",
+        help="of what CHECKPOINT lacks (default: 0); needed where there is none, and everything is "
+        "random",
     )
     convert.add_argument(
         "--device", default="cpu", help="where layers are packed: cpu or cuda (default: cpu)"
@@ -84,19 +94,22 @@ def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     dtype = getattr(torch, _DTYPES[args.dtype])
     try:
         config = ModelConfig.preset(args.preset)
-        Packing(args.experts, args.rest).check(dtype)
+        Packing(args.experts, args.rest, args.search).check(dtype)
         device = torch.device(args.device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device} is not cpu or cuda")
+        if args.checkpoint is None and args.random_weights is None:
+            raise ValueError(f"{args.out} alone: give CHECKPOINT too, or --random-weights SEED")
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a device
         print(f"error: {error}; see `tml-runtime convert --help`", file=sys.stderr)
         return 2
-    checkpoint = None if args.checkpoint == "none" else Path(args.checkpoint)
+    checkpoint = None if args.checkpoint is None else Path(args.checkpoint)
     try:
         with _progress() as report:
             manifest = convert_checkpoint(
-                checkpoint, args.out, config, experts=args.experts, rest=args.rest, dtype=dtype,
-                seed=args.seed, device=device, progress=report,
+                checkpoint, args.out, config, experts=args.experts, rest=args.rest,
+                search=args.search, dtype=dtype, seed=args.random_weights or 0, device=device,
+                progress=report,
             )  # fmt: skip
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,9 +24,10 @@ from tml_kernels.testing import assert_bitwise, assert_matches
 from tml_runtime.model import CheckpointError, InteractionModel, ModelConfig
 from tml_runtime.model import convert as convert_module
 from tml_runtime.model import load as load_module
+from tml_runtime.model.checkpoint import SINGLE
 from tml_runtime.model.convert import convert_checkpoint
 from tml_runtime.model.converted import ENDS, MANIFEST, layer_file, tensors_of
-from tml_runtime.model.load import SINGLE, save_weights
+from tml_runtime.model.load import save_weights
 from tml_runtime.model.weights import FLOW_PREFIX, LayerWeights, ModelWeights
 
 CONFIG = small_config()
@@ -234,11 +235,11 @@ def test_one_part_is_there_at_a_time(
         return sum(ref() is not None for ref in parts)
 
     def spy(function: Any, argument: int) -> Any:
-        def packed(*args: Any) -> Any:
+        def packed(*args: Any, **options: Any) -> Any:
             plain: LayerWeights | ModelWeights = args[argument]
             parts.append(weakref.ref(_large(plain)))
             before = alive()
-            result = function(*args)
+            result = function(*args, **options)
             parts.append(weakref.ref(_large(result)))
             most.append((before, alive()))
             return result
@@ -269,11 +270,11 @@ def damaged(checkpoint: Path, folder: Path, name: str) -> Iterator[tuple[str, st
     elif name == "header":
         edit_header(file, lambda header: header[W2].update(shape=[3, 1, 2]))
         yield W2, r"F32 \(3, 1, 2\) takes 24 bytes"
-    elif name == "nvfp4":
+    elif name == "integers":
         tensors = load_file(file)
-        tensors[W2] = tensors[W2].to(torch.uint8)
+        tensors[W2] = tensors[W2].to(torch.int32)
         save_file(tensors, file)
-        yield W2, "dtype U8 is not one of F32, BF16, F16"
+        yield W2, "dtype I32 is not one of F32, BF16, F16"
     else:
         tensors = load_file(file)
         tensors[W2][2, 3, 1] = float(name)
@@ -281,7 +282,7 @@ def damaged(checkpoint: Path, folder: Path, name: str) -> Iterator[tuple[str, st
         yield W2, "holds NaN or Inf as torch.float32"
 
 
-@pytest.mark.parametrize("name", ["truncated", "header", "nvfp4"])
+@pytest.mark.parametrize("name", ["truncated", "header", "integers"])
 def test_a_wrong_shard_is_named_before_anything_is_written(
     name: str, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -21,10 +21,11 @@ from tml_runtime import cli
 from tml_runtime.errors import InputTypeError
 from tml_runtime.model import CheckpointError, InteractionModel, ModelConfig, TurnLayout
 from tml_runtime.model import convert as convert_module
+from tml_runtime.model.checkpoint import SINGLE
 from tml_runtime.model.config import from_data
 from tml_runtime.model.convert import convert_checkpoint
 from tml_runtime.model.converted import ENDS, MANIFEST, ConvertedModel, layer_file, tensors_of
-from tml_runtime.model.load import SINGLE, random_weights, save_weights
+from tml_runtime.model.load import random_weights, save_weights
 from tml_runtime.model.packing import Packing
 from tml_runtime.parallel import share
 from tml_runtime.random_model import load_model
@@ -84,7 +85,7 @@ def test_nothing_is_left_mapped_that_a_change_of_the_file_would_change(folder: P
 def test_the_manifest_says_what_is_there(made: Path) -> None:
     data = json.loads((made / MANIFEST).read_text())
     assert data["format"] == "tml-converted/1"
-    assert data["packing"] == {"experts": "int4", "rest": "fp8"}
+    assert data["packing"] == {"experts": "int4", "rest": "fp8", "search": False}
     assert data["report"]["source"] == "no checkpoint" and len(data["report"]["random"]) == 90
     assert list(data["files"]) == NAMES
     for name, facts in data["files"].items():
@@ -126,6 +127,31 @@ def test_arguments_that_agree_are_welcome_and_others_are_refused(made: Path) -> 
         with pytest.raises(CheckpointError, match=reason) as caught:
             InteractionModel.load(made, **arguments)
         assert caught.value.file == made / MANIFEST
+
+
+def test_a_folder_of_before_there_was_search_is_opened(folder: Path) -> None:
+    expected = InteractionModel.load(folder)
+    edit_manifest(folder, lambda data: data["packing"].pop("search"))
+    model = InteractionModel.load(folder, **PACKED)
+    for name, tensor in tensors_of(expected.weights).items():
+        assert_bitwise(tensors_of(model.weights)[name], tensor)
+    with pytest.raises(CheckpointError, match="search is False, and True was asked for"):
+        InteractionModel.load(folder, **PACKED, search=True)
+
+
+def test_a_search_is_said_in_the_manifest_and_goes_on_as_such(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"experts": "int4", "rest": "int4_f16", "dtype": torch.float32}
+    convert_checkpoint(None, tmp_path / "out", CONFIG, **names, search=True)
+    model = InteractionModel.load(tmp_path / "out")
+    plain = InteractionModel.random(CONFIG)
+    searched = plain.packed(experts="int4", rest="int4_f16", search=True)
+    unsearched = tensors_of(plain.packed(experts="int4", rest="int4_f16").weights)
+    for name, tensor in tensors_of(searched.weights).items():
+        assert_bitwise(tensors_of(model.weights)[name], tensor)
+        if name.endswith(".error_E"):  # routed, shared, attention, dense and unembedding
+            assert (tensor < unsearched[name]).all(), name
+    with pytest.raises(CheckpointError, match="was made with search True, not False"):
+        convert_checkpoint(None, tmp_path / "out", CONFIG, **names)
 
 
 def test_a_published_checkpoint_still_needs_a_configuration(tmp_path: Path) -> None:
@@ -243,34 +269,52 @@ def test_the_command_writes_what_the_service_loads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    arguments = ["convert", "none", str(out), "--preset", "tiny", "--experts", "int4"]
+    arguments = ["convert", str(out), "--preset", "tiny", "--experts", "int4", "--search"]
+    arguments += ["--random-weights", "7"]
     assert cli.main(arguments) == 0
     said = capsys.readouterr()
     assert said.err.splitlines()[0] == f"1 of 5: {ENDS} written"
     assert len(said.err.splitlines()) == 5
-    assert "113 random from seed 0" in said.out and "5 files" in said.out
+    assert "113 random from seed 7" in said.out and "5 files" in said.out
     model = load_model(out, "tiny", device="cpu")
-    assert model.dtype == torch.bfloat16
+    expected = InteractionModel.random(
+        model.config, seed=7, dtype=torch.bfloat16, experts="int4", search=True
+    )
+    for name, tensor in tensors_of(expected.weights).items():
+        assert_bitwise(tensors_of(model.weights)[name], tensor)
     monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, a terminal
     assert cli.main(arguments) == 0
     assert "layer-003.safetensors" in capsys.readouterr().err
 
 
+DRAWN = ["out", "--random-weights", "0"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["none", "out", "--preset", "huge"], 2, "model 'huge' is not one of"),
-        (["none", "out", "--preset", "tiny", "--experts", "int3"], 2, "experts: 'int3' is not"),
-        (["none", "out", "--preset", "tiny", "--rest", "mxfp4"], 2, "rest: 'mxfp4' is not"),
+        ([*DRAWN, "--preset", "huge"], 2, "model 'huge' is not one of"),
+        ([*DRAWN, "--preset", "tiny", "--experts", "int3"], 2, "experts: 'int3' is not"),
+        ([*DRAWN, "--preset", "tiny", "--rest", "mxfp4"], 2, "rest: 'mxfp4' is not"),
         (
-            ["none", "out", "--preset", "tiny", "--rest", "fp8", "--dtype", "fp16"],
+            [*DRAWN, "--preset", "tiny", "--rest", "fp8", "--dtype", "fp16"],
             2,
             "dtype: torch.float16 rows are not multiplied with packed weights",
         ),
-        (["none", "out", "--preset", "tiny", "--device", "tpu"], 2, ""),
-        (["none", "out", "--preset", "tiny", "--device", "meta"], 2, "--device meta is not cpu"),
+        (
+            [*DRAWN, "--preset", "tiny", "--experts", "fp8", "--search"],
+            2,
+            "search: int4 and int4_f16 scales are searched for, and neither",
+        ),
+        ([*DRAWN, "--preset", "tiny", "--device", "tpu"], 2, ""),
+        ([*DRAWN, "--preset", "tiny", "--device", "meta"], 2, "--device meta is not cpu"),
+        (["out", "--preset", "tiny"], 2, "out alone: give CHECKPOINT too, or --random-weights"),
         (["nowhere", "out", "--preset", "tiny"], 1, "nowhere: cannot be read"),
-        (["none", ".", "--preset", "tiny"], 1, ".: is not empty and no converted model"),
+        (
+            [".", "--preset", "tiny", "--random-weights", "0"],
+            1,
+            ".: is not empty and no converted model",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

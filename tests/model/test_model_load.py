@@ -19,7 +19,8 @@ from small_model import BIG, small_config
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.errors import TmlRuntimeError
 from tml_runtime.model import CheckpointError, InteractionModel
-from tml_runtime.model.load import INDEX, SINGLE, save_weights
+from tml_runtime.model.checkpoint import INDEX, SINGLE
+from tml_runtime.model.load import save_weights
 from tml_runtime.model.weights import FLOW_PREFIX, named_tensors
 
 CONFIG = small_config()

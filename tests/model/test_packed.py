@@ -17,7 +17,8 @@ from torch import Tensor
 from tml_kernels.quant import FORMATS, PackedExperts, dequantize
 from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
 from tml_runtime.model import InteractionModel, ModelConfig, load
-from tml_runtime.model.load import SINGLE, save_weights
+from tml_runtime.model.checkpoint import SINGLE
+from tml_runtime.model.load import save_weights
 from tml_runtime.model.packing import EXPERTS, REST
 from tml_runtime.model.weights import DenseWeights, LayerWeights, ModelWeights
 
@@ -234,10 +235,10 @@ def test_packing_while_filling_has_one_plain_layer_at_a_time(
     plain: list[weakref.ref] = []
     pack_layer = load.pack_layer
 
-    def spy(layer: int, w: LayerWeights, packing: Any) -> LayerWeights:
+    def spy(layer: int, w: LayerWeights, packing: Any, **options: Any) -> LayerWeights:
         plain.append(weakref.ref(w.attention.out_D_I))
         there.append(sum(ref() is not None for ref in plain))
-        return pack_layer(layer, w, packing)
+        return pack_layer(layer, w, packing, **options)
 
     monkeypatch.setattr(load, "pack_layer", spy)
     model = InteractionModel.random(CONFIG, experts="int4", rest="fp8")

@@ -1,8 +1,8 @@
 """The interaction model in plain form: configuration, weights, state, and its streaming step."""
 
+from .checkpoint import CheckpointError as CheckpointError
 from .config import ModelConfig as ModelConfig
 from .layout import TurnLayout as TurnLayout
-from .load import CheckpointError as CheckpointError
 from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput

@@ -1,8 +1,9 @@
 """A checkpoint to a converted folder, part by part: filled, packed, written, let go of.
 
-At most one part (a layer, or the ends) is in memory in plain form, and its packed form beside it;
-the checkpoint's shards are mapped. A part that is written is on the disk, in its place and in the
-manifest before the next one is begun, so a conversion that was stopped goes on where it was.
+At most one part (a layer, or the ends) is in memory, packed, and beside it what of it is still
+plain, which is never more than a few of a layer's routed experts (`filled_layer`); the checkpoint's
+shards are mapped. A part that is written is on the disk, in its place and in the manifest before
+the next one is begun, so a conversion that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tml_kernels._tensor_file import replacing, write_tensor_file
 
+from .checkpoint import CheckpointError
 from .config import ModelConfig
 from .converted import (
     ENDS,
@@ -30,12 +31,11 @@ from .converted import (
     templates,
     tensors_of,
 )
-from .load import CheckpointError, Source, filled_ends, filled_layer
+from .load import Source, filled_ends, filled_layer
 from .packing import Packing
-from .weights import LayerWeights, ModelWeights, Named
+from .weights import LayerWeights, ModelWeights
 
 Progress = Callable[[str, int, int, bool], None]  # file, its number from 1, of how many, made now
-_CHECKED_VALUES = 1 << 26  # looked at in one go for NaN and Inf
 _MARGIN = 1 << 20  # bytes of headers and the manifest, at most
 
 
@@ -46,6 +46,7 @@ def convert_checkpoint(
     *,
     experts: str | None = None,
     rest: str | None = None,
+    search: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -53,8 +54,9 @@ def convert_checkpoint(
 ) -> Manifest:
     """Write the folder that `InteractionModel.load` maps: the model that it would pack itself.
 
-    checkpoint: what `load` takes, with floats in it; None: random weights. seed: of what the
-    checkpoint lacks. device: where parts are packed.
+    checkpoint: what `load` takes; None: random weights. experts, rest, search: as
+    `InteractionModel.packed` takes them. seed: of what the checkpoint lacks. device: where parts
+    are packed.
 
     Call it again with the same arguments to go on: a file with the right checksum is kept, any
     other is made again. Raises CheckpointError, before anything is written, for a checkpoint that
@@ -62,30 +64,24 @@ def convert_checkpoint(
     holds NaN or Inf. OSError where the disk has no room, before the first part if that can be
     known. After any error, files that were done stay, and none is there in half.
     """
-    packing, device, out = Packing(experts, rest), torch.device(device), Path(out)
+    packing, device, out = Packing(experts, rest, search), torch.device(device), Path(out)
     expected = templates(config, dtype, packing)
     if checkpoint is None:
         source = Source.random(config, seed=seed)
     else:
-        source = Source.open(checkpoint, config, seed=seed)
+        source = Source.open(checkpoint, config, seed=seed, finite=True)
     manifest = Manifest(config, dtype, packing, source.report, _shards(source), device.type)
     manifest = _begin(out, manifest, list(expected))
     _check_room(out, expected, manifest)
-
-    def fill(named: Named) -> None:
-        source.fill(named)
-        if not _is_finite(named.view):
-            file = source.files[named.name].path if named.name in source.files else out
-            raise CheckpointError(file, named.name, f"holds NaN or Inf as {named.view.dtype}")
 
     where = {"device": device, "dtype": dtype, "packing": packing}
     for number, name in enumerate(expected, 1):
         kept = _is_kept(out / name, manifest.files.get(name))
         if not kept:
             if name == ENDS:
-                part = filled_ends(config, fill, **where)
+                part = filled_ends(source, **where)
             else:
-                part = filled_layer(config, number - 2, fill, **where)
+                part = filled_layer(source, number - 2, **where)
             manifest.files[name] = _write(out / name, part)
             del part  # before the next one is filled
             manifest.write(out)
@@ -141,12 +137,6 @@ def _write(path: Path, part: ModelWeights | LayerWeights) -> FileFacts:
     with replacing(path) as partial:
         write_tensor_file(partial, tensors)
         return facts_of(partial)
-
-
-def _is_finite(view: Tensor) -> bool:
-    """In slabs of rows, so that it takes little memory beside the tensor."""
-    rows = max(1, _CHECKED_VALUES // max(1, view[0].numel()))
-    return all(bool(part.isfinite().all()) for part in view.split(rows))
 
 
 def _shards(source: Source) -> dict[str, list[int]]:

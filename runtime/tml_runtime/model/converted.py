@@ -20,8 +20,9 @@ from torch import Tensor
 from tml_kernels._tensor_file import DTYPES, TensorFile, replacing
 from tml_kernels.precision import ACTIVATIONS
 
+from .checkpoint import CheckpointError
 from .config import ModelConfig, from_data
-from .load import CheckpointError, WeightReport, assemble, log_report
+from .load import WeightReport, assemble, log_report
 from .packing import Packing, pack_ends, pack_layer
 from .weights import LayerWeights, ModelWeights, empty_ends, empty_layer
 
@@ -92,10 +93,11 @@ class Manifest:
             raise CheckpointError(path, "", reason)
         try:
             files = from_data(dict, data["files"], "files")
+            packing = {"search": False, **data["packing"]}  # older folders do not name it
             manifest = cls(
                 config=from_data(ModelConfig, data["config"], "config"),
                 dtype=DTYPES[data["dtype"]],
-                packing=from_data(Packing, data["packing"], "packing"),
+                packing=from_data(Packing, packing, "packing"),
                 report=from_data(WeightReport, data["report"], "report"),
                 shards=from_data(dict, data["shards"], "shards"),
                 device=from_data(str, data["device"], "device"),
@@ -143,8 +145,8 @@ class ConvertedModel:
         self, config: ModelConfig | None, dtype: torch.dtype | None, packing: Packing
     ) -> None:
         """CheckpointError where the folder holds another model than the one that is asked for.
-        None: whatever it holds."""
-        given = {"dtype": dtype, **asdict(packing)}
+        None, and no search: whatever it holds."""
+        given = {"dtype": dtype, **asdict(packing), "search": packing.search or None}
         asked = {name: value for name, value in given.items() if value is not None}
         if config is not None:
             asked |= {f"config.{name}": value for name, value in vars(config).items()}

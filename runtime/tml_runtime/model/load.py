@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from tml_kernels._tensor_file import TensorFile, TensorFileError, write_tensor_file
+from tml_kernels._tensor_file import TensorFile, write_tensor_file
+from tml_kernels.moe import MoEWeights
+from tml_kernels.quant import PackedExperts
 
-from ..errors import TmlRuntimeError
+from .checkpoint import CheckpointError, open_files
 from .config import ModelConfig
-from .packing import Packing, pack_ends, pack_layer
+from .nvfp4 import Nvfp4Stack, find_stack
+from .packing import Packing, joined, pack_ends, pack_layer, pack_stack
 from .repeat import repeat_experts
 from .weights import (
+    EXPERT_ORDER,
     FLOW_PREFIX,
     LayerWeights,
     ModelWeights,
-    MoeWeights,
     Named,
     empty_ends,
+    empty_experts,
     empty_layer,
     empty_weights,
+    expert_shapes,
     fill_random,
+    is_routed,
     named_layer,
     named_tensors,
+    routed_names,
 )
 
 if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 FLOATS = ("F32", "BF16", "F16")
 IGNORED_PREFIX = "model.mtp."  # multi-token-prediction layers: they draft, the model runs without
 PLAIN = Packing()  # nothing is packed
+_CHECKED_VALUES = 1 << 24  # looked at in one go for NaN and Inf
 
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(TmlRuntimeError, TensorFileError):
-    """A checkpoint that cannot be used: which `file`, which `tensor` ("" for the file), why."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's plain weights come from: files that were found to fit it, or a seed."""
+    """Where a model's plain weights come from: files that were found to fit it, or a seed.
+
+    finite: NaN and Inf are refused.
+    """
 
     config: ModelConfig
     files: dict[str, TensorFile]  # of each tensor by name; one that is not here is random
     report: WeightReport
+    nvfp4: dict[str, Nvfp4Stack] = field(default_factory=dict)  # what a file has in nvfp4, by name
+    finite: bool = False
 
     @classmethod
     def random(cls, config: ModelConfig, *, seed: int) -> Source:
@@ -80,25 +87,44 @@ class Source:
         return cls(config, {}, report)
 
     @classmethod
-    def open(cls, path: str | Path, config: ModelConfig, *, seed: int) -> Source:
+    def open(
+        cls, path: str | Path, config: ModelConfig, *, seed: int, finite: bool = False
+    ) -> Source:
         """Names, shapes and dtypes are checked in full. Raises CheckpointError."""
         path = Path(path)
-        files, wanted = _open(path), _shapes(config)
-        random = _check(path, files, wanted)
+        files, wanted = open_files(path), _shapes(config)
+        found = {n: find_stack(path, files, n, wanted[n]) for n in wanted if is_routed(n)}
+        nvfp4 = {name: stack for name, stack in found.items() if stack is not None}
+        random = _check(path, files, wanted, nvfp4)
+        read = {*wanted, *(part for stack in nvfp4.values() for part in stack.parts)}
         report = WeightReport(
             source=str(path),
             loaded=tuple(name for name in wanted if name not in random),
             random=tuple(random),
-            ignored=tuple(sorted(name for name in files if name not in wanted)),
+            ignored=tuple(sorted(name for name in files if name not in read)),
             seed=seed,
         )
-        return cls(config, files, report)
+        return cls(config, files, report, nvfp4, finite)
 
-    def fill(self, named: Named) -> None:
-        if named.name in self.files:
-            named.view.copy_(self.files[named.name].tensor(named.name))
+    def fill(self, named: Named, begin: int = 0) -> None:
+        """Write a tensor. begin: of a routed stack, the expert that the view begins with.
+
+        Weights in nvfp4 are decoded to float32 and rounded from there to where they go. Raises
+        CheckpointError for what is not finite, where that is refused.
+        """
+        name, view = named
+        if name in self.nvfp4:
+            stack = self.nvfp4[name]
+            name = stack.codes
+            for expert, matrix_R_K in enumerate(view, begin):
+                matrix_R_K.copy_(stack.values(expert, view.device))
+        elif name in self.files:
+            view.copy_(self.files[name].tensor(name)[begin : begin + len(view)])
         else:
-            fill_random(self.config, named, self.report.seed)
+            fill_random(self.config, named, self.report.seed, begin)
+        if self.finite and name in self.files and not _is_finite(view):
+            reason = f"holds NaN or Inf as {view.dtype}"
+            raise CheckpointError(self.files[name].path, name, reason)
 
 
 def random_weights(
@@ -118,8 +144,7 @@ def random_weights(
         )
     source = Source.random(config, seed=seed)
     weights = _fill_weights(
-        config,
-        source.fill,
+        source,
         device=device,
         dtype=dtype,
         packing=packing,
@@ -142,15 +167,17 @@ def load_weights(
     """Read a safetensors file, or a folder with one or with an index of shards.
 
     Names and shapes are checked before memory is taken, and each tensor is copied once, from the
-    mapped file into its place, so the peak is the model itself; where it is packed, that and one
-    layer in plain form. Values are rounded to where they go. The speech head, which the published
-    checkpoints lack, is random unless the file has it; the report and a warning say so. Raises
-    CheckpointError with the file, the tensor and the reason for anything missing, unknown,
-    misshapen, truncated or of a dtype that is not a float.
+    mapped file into its place, so the peak is the model itself; where it is packed, that and what
+    `filled_layer` has in plain form. Values are rounded to where they go. The speech head, which
+    the published checkpoints lack, is random unless the file has it; the report and a warning say
+    so. Routed experts may be in nvfp4 (`nvfp4` says how): packed as nvfp4 they keep their codes and
+    scales, anything else is made of their exact values. Raises CheckpointError with the file, the
+    tensor and the reason for anything missing, unknown, misshapen, truncated or of a dtype that is
+    not a float, and where something is packed, for NaN and Inf.
     """
-    source = Source.open(path, config, seed=seed)
-    fill = source.fill
-    weights = _fill_weights(config, fill, device=device, dtype=dtype, packing=packing, ranks=ranks)
+    packs = packing.experts is not None or packing.rest is not None
+    source = Source.open(path, config, seed=seed, finite=packs)
+    weights = _fill_weights(source, device=device, dtype=dtype, packing=packing, ranks=ranks)
     log_report(source.report)
     return weights, source.report
 
@@ -160,44 +187,80 @@ def log_report(report: WeightReport) -> None:
 
 
 def filled_ends(
-    config: ModelConfig,
-    fill: Callable[[Named], None],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    packing: Packing,
+    source: Source, *, device: torch.device | str, dtype: torch.dtype, packing: Packing
 ) -> ModelWeights:
-    """What is before and after the layers: every tensor written by `fill`, then packed."""
-    ends = empty_ends(config, device=device, dtype=dtype)
-    for named in named_tensors(config, ends):
-        fill(named)
+    """What is before and after the layers: every tensor written by the source, then packed."""
+    ends = empty_ends(source.config, device=device, dtype=dtype)
+    for named in named_tensors(source.config, ends):
+        source.fill(named)
     return pack_ends(ends, packing)
 
 
 def filled_layer(
-    config: ModelConfig,
+    source: Source,
     layer: int,
-    fill: Callable[[Named], None],
     *,
     device: torch.device | str,
     dtype: torch.dtype,
     packing: Packing,
     distinct_experts: int | None = None,
 ) -> LayerWeights:
-    """The same of one layer. Its plain form is let go of at the end."""
-    w = empty_layer(config, layer, device=device, dtype=dtype, num_experts=distinct_experts)
-    for named in named_layer(config, layer, w):
-        fill(named)
-    packed = pack_layer(layer, w, packing)
-    if distinct_experts is None or not isinstance(packed.mlp, MoeWeights):
-        return packed
-    experts = repeat_experts(packed.mlp.experts, config.experts.num_experts)
-    return replace(packed, mlp=replace(packed.mlp, experts=experts))
+    """The same of one layer. Its plain form is let go of at the end; of routed experts that are
+    packed, no more than PIECE are there in plain form, of one of their two matrices."""
+    config, routed = source.config, None
+    if not config.is_dense(layer):
+        count = distinct_experts or config.experts.num_experts
+        routed = filled_experts(
+            source, layer, count, device=device, dtype=dtype, precision=packing.experts,
+            search=packing.search,
+        )  # fmt: skip
+        if distinct_experts is not None:
+            routed = repeat_experts(routed, config.experts.num_experts)
+    w = empty_layer(config, layer, device=device, dtype=dtype, routed=routed)
+    for named in named_layer(config, layer, w, routed=False):
+        source.fill(named)
+    return pack_layer(layer, w, packing, routed=False)
+
+
+def filled_experts(
+    source: Source,
+    layer: int,
+    num_experts: int,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    precision: str | None,
+    search: bool = False,
+) -> MoEWeights:
+    """The first routed experts of a layer: the stack itself where they stay plain, else packed
+    piece by piece."""
+    w13_name, w2_name = routed_names(layer)
+    if precision is None:
+        experts = empty_experts(source.config, num_experts, device=device, dtype=dtype)
+        source.fill(Named(w13_name, experts.w13.data))
+        source.fill(Named(w2_name, experts.w2.data))
+        return experts
+
+    def stack(name: str, shape: tuple[int, int]) -> PackedExperts:
+        ready = source.nvfp4.get(name)
+        if ready is not None and precision == "nvfp4":
+            return joined(num_experts, lambda begin, end: ready.packed(begin, end, device))
+
+        def piece(begin: int, end: int) -> PackedExperts:
+            kept = dtype if ready is None else torch.float32  # holds what is in nvfp4 as it is
+            plain_E_R_K = torch.empty(end - begin, *shape, device=device, dtype=kept)
+            source.fill(Named(name, plain_E_R_K), begin)
+            where = f"{name}, counted from expert {begin}"
+            return pack_stack(where, plain_E_R_K, precision, search=search)
+
+        return joined(num_experts, piece)
+
+    w13_J_D, w2_D_F = expert_shapes(source.config)
+    return MoEWeights(stack(w13_name, w13_J_D), stack(w2_name, w2_D_F), EXPERT_ORDER)
 
 
 def _fill_weights(
-    config: ModelConfig,
-    fill: Callable[[Named], None],
+    source: Source,
     *,
     device: torch.device | str,
     dtype: torch.dtype,
@@ -205,23 +268,22 @@ def _fill_weights(
     ranks: Ranks | None,
     distinct_experts: int | None = None,
 ) -> ModelWeights:
-    """Every tensor written by `fill`. A layer is packed, this rank's share of it copied, and the
-    rest let go of, before the next one is made."""
+    """Every tensor written by the source. A layer is packed, this rank's share of it copied, and
+    the rest let go of, before the next one is made."""
     packing.check(dtype)
-    ends = filled_ends(config, fill, device=device, dtype=dtype, packing=packing)
+    ends = filled_ends(source, device=device, dtype=dtype, packing=packing)
 
     def layer_of(layer: int) -> LayerWeights:
         return filled_layer(
-            config,
+            source,
             layer,
-            fill,
             device=device,
             dtype=dtype,
             packing=packing,
             distinct_experts=distinct_experts,
         )
 
-    return assemble(config, ends, layer_of, ranks)
+    return assemble(source.config, ends, layer_of, ranks)
 
 
 def assemble(
@@ -255,45 +317,23 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {named.name: tuple(named.view.shape) for named in named_tensors(config, weights)}
 
 
-def _open(path: Path) -> dict[str, TensorFile]:
-    """The file that holds each tensor, by name."""
-    if path.is_dir():
-        if (path / INDEX).is_file():
-            return _open_shards(path / INDEX)
-        path = path / SINGLE
-    file = TensorFile(path, CheckpointError)
-    return dict.fromkeys(file.entries, file)
-
-
-def _open_shards(index: Path) -> dict[str, TensorFile]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = {name: index.parent / shard for name, shard in weight_map.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise CheckpointError(index, "", f"not an index of shards: {error!r}") from None
-    opened: dict[Path, TensorFile] = {}
-    for name, shard in shards.items():
-        if shard.parent != index.parent:
-            raise CheckpointError(index, name, f"its shard {shard} is not beside the index")
-        if shard not in opened:
-            opened[shard] = TensorFile(shard, CheckpointError)
-        if name not in opened[shard].entries:
-            raise CheckpointError(shard, name, "missing, though the index says it is here")
-    for shard, file in opened.items():
-        for name in file.entries:
-            if shards.get(name) != shard:
-                raise CheckpointError(
-                    shard, name, f"not in {index.name}, or there for another file"
-                )
-    return {name: opened[shard] for name, shard in shards.items()}
+def _is_finite(view: Tensor) -> bool:
+    """In slabs of rows, so that it takes little memory beside the tensor."""
+    rows = max(1, _CHECKED_VALUES // max(1, view[0].numel()))
+    return all(bool(part.isfinite().all()) for part in view.split(rows))
 
 
 def _check(
-    path: Path, files: dict[str, TensorFile], wanted: dict[str, tuple[int, ...]]
+    path: Path,
+    files: dict[str, TensorFile],
+    wanted: dict[str, tuple[int, ...]],
+    nvfp4: dict[str, Nvfp4Stack],
 ) -> list[str]:
     """Names to fill at random, once the files are known to fit the model."""
     random: list[str] = []
     for name, shape in wanted.items():
+        if name in nvfp4:
+            continue
         if name not in files:
             if not name.startswith(FLOW_PREFIX):
                 raise CheckpointError(path, name, f"missing; expected shape {shape}")
@@ -308,7 +348,10 @@ def _check(
     num_flow = sum(name.startswith(FLOW_PREFIX) for name in wanted)
     if 0 < len(random) < num_flow:
         raise CheckpointError(path, random[0], "missing, while other parts of the head are there")
+    known = set(wanted)
+    for stack in nvfp4.values():
+        known.update(stack.parts, stack.unread)
     for name, file in files.items():
-        if name not in wanted and not name.startswith(IGNORED_PREFIX):
+        if name not in known and not name.startswith(IGNORED_PREFIX):
             raise CheckpointError(file.path, name, "unknown to this model's configuration")
     return random

@@ -72,20 +72,22 @@ class InteractionModel:
         dtype: torch.dtype = torch.float32,
         experts: str | None = None,
         rest: str | None = None,
+        search: bool = False,
         ranks: Ranks | None = None,
         distinct_experts: int | None = None,
     ) -> InteractionModel:
         """Random weights, the same ones for a seed. They say nothing sensible, at full speed.
 
-        experts, rest: what `packed` takes. The model is bitwise the one that it would make, but the
-        plain form of only one layer at a time is ever there. ranks: that share the model, each of
-        which calls this with the same arguments (docs/parallel.md); the others' shares, too, are
-        here one layer at a time only. distinct_experts: how many of a layer's routed experts are
-        drawn and packed; the others are these with their rows moved, in bytes of their own, so that
-        a model as large as a GPU is there in seconds and is as much work. Raises RanksDiffer, and
+        experts, rest, search: what `packed` takes. The model is bitwise the one that it would make,
+        but of what is packed only one layer at a time, and of its routed experts a few, are ever
+        there in plain form. ranks: that share the model, each of which calls this with the same
+        arguments (docs/parallel.md); the others' shares, too, are here one layer at a time only.
+        distinct_experts: how many of a layer's routed experts are drawn and packed, the first of
+        them; the others are these with their rows moved, in bytes of their own, so that a model as
+        large as a GPU is there in seconds and is as much work. Raises RanksDiffer, and
         InputValueError for sizes that the ranks cannot share.
         """
-        packing = Packing(experts, rest)
+        packing = Packing(experts, rest, search)
         _check_dtype(dtype)
         if ranks is not None:
             ranks.check_config(config, seed=seed, dtype=dtype, packing=packing)
@@ -111,6 +113,7 @@ class InteractionModel:
         dtype: torch.dtype | None = None,
         experts: str | None = None,
         rest: str | None = None,
+        search: bool = False,
         ranks: Ranks | None = None,
         verify: bool = False,
     ) -> InteractionModel:
@@ -118,13 +121,13 @@ class InteractionModel:
         folder that `convert_checkpoint` wrote.
 
         `report.random` names what the checkpoint lacks and `seed` made up. dtype: by default
-        float32. experts, rest, ranks: as in `random`. Raises CheckpointError.
+        float32. experts, rest, search, ranks: as in `random`. Raises CheckpointError.
 
         A converted folder needs none of the arguments but `device` and `ranks`, and is refused
         where another one is given and it holds something else. Sizes, names, dtypes and shapes are
         always checked; verify: checksums too, which reads every byte once more.
         """
-        packing = Packing(experts, rest)
+        packing = Packing(experts, rest, search)
         converted = ConvertedModel.open(path)
         if converted is not None:
             converted.check(config, dtype, packing)
@@ -148,22 +151,28 @@ class InteractionModel:
             weights, report = converted.weights(device, ranks), converted.manifest.report
         return cls(config, weights, report, ranks)
 
-    def packed(self, *, experts: str | None = None, rest: str | None = None) -> InteractionModel:
+    def packed(
+        self, *, experts: str | None = None, rest: str | None = None, search: bool = False
+    ) -> InteractionModel:
         """The same model with matrices rounded to fewer bits; this one stays as it is.
 
         experts: of the routed experts: fp8, fp8_channel, int4, int4_f16, mxfp4 or nvfp4. rest: of
         shared experts, attention projections, dense layers and the unembedding: fp8, fp8_channel,
-        int4 or int4_f16. None: as they are. Router gates, norms, convolutions, relative positions,
-        embeddings, front ends and the speech head are never rounded: both models share them.
+        int4 or int4_f16. None: as they are. search: int4 scales take, of a few for each group of
+        columns, the one with the least error; packing takes longer, the packed form is the same.
+        Router gates, norms, convolutions, relative positions, embeddings, front ends and the speech
+        head are never rounded: both models share them.
 
         Takes the memory of the packed matrices beside this model's; `random` and `load` pack while
-        they fill, which never takes more than the packed model and the plain form of one layer.
+        they fill, which never takes more than the packed model and, of one layer in plain form, a
+        few routed experts and the rest.
         `forward` multiplies by the packed matrices' exact values. On a CPU, and in float32, every
         call decodes what it reads: that saves memory and no time. Raises ValueError for any other
-        name, for a float16 model, and for what is packed or shared with other ranks already.
+        name, for a search where nothing is int4, for a float16 model, and for what is packed or
+        shared with other ranks already.
         """
         self._check_whole("packed")
-        weights = pack_weights(self.weights, Packing(experts, rest))
+        weights = pack_weights(self.weights, Packing(experts, rest, search))
         return InteractionModel(self.config, weights, self.report)
 
     def new_state(

@@ -29,9 +29,11 @@ from tml_kernels.quant import PackedExperts
 from .config import ModelConfig
 
 CONV_WIDTH = 4
+EXPERT_ORDER = "interleaved"  # of gate and up rows, in the checkpoint and here
 FLOW_INNER = 4  # width of a flow block's MLP, in head widths
 FLOW_PREFIX = "model.flow."  # ours: the public checkpoint has no speech head
 
+_ROUTED = "experts."  # before the names of a layer's routed experts
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 Make = Callable[..., Tensor]
@@ -138,9 +140,9 @@ def empty_layer(
     *,
     device: torch.device | str,
     dtype: torch.dtype,
-    num_experts: int | None = None,
+    routed: MoEWeights | None = None,
 ) -> LayerWeights:
-    """num_experts: routed ones that are there, by default all that the router chooses from."""
+    """routed: the layer's routed experts, made already; the shared ones are put beside them."""
     make, make_f32 = _makers(device, dtype)
     width, heads, experts = config.width, config.heads(layer), config.experts
     attention = AttentionWeights(
@@ -159,17 +161,14 @@ def empty_layer(
             scale_1=make_f32(1),
         )
     else:
+        if routed is None:
+            routed = empty_experts(config, experts.num_experts, device=device, dtype=dtype)
+        shared = empty_experts(config, experts.num_shared, device=device, dtype=dtype)
         mlp = MoeWeights(
             gate_A_D=make(experts.num_experts + experts.num_shared, width),
             bias_E=make_f32(experts.num_experts),
             scale_1=make_f32(1),
-            experts=_empty_experts(
-                num_experts or experts.num_experts,
-                width,
-                experts.width,
-                make,
-                shared=_empty_experts(experts.num_shared, width, experts.width, make),
-            ),
+            experts=replace(routed, shared=shared),
         )
     return LayerWeights(
         attn_norm_D=make_f32(width),
@@ -181,18 +180,23 @@ def empty_layer(
     )
 
 
-def _empty_experts(
-    num_experts: int, width: int, expert_width: int, make: Make, shared: MoEWeights | None = None
+def empty_experts(
+    config: ModelConfig, num_experts: int, *, device: torch.device | str, dtype: torch.dtype
 ) -> MoEWeights:
     """Plain ones: the tensors themselves, so that loading fills them in place."""
-    w13_E_J_D = make(num_experts, 2 * expert_width, width)
+    w13_J_D, w2_D_F = expert_shapes(config)
     return prepare_moe_weights(
-        w13_E_J_D,
-        make(num_experts, width, expert_width),
-        layout="interleaved",
-        precision=_PLAIN[w13_E_J_D.dtype],
-        shared=shared,
+        torch.empty(num_experts, *w13_J_D, device=device, dtype=dtype),
+        torch.empty(num_experts, *w2_D_F, device=device, dtype=dtype),
+        layout=EXPERT_ORDER,
+        precision=_PLAIN[dtype],
     )
+
+
+def expert_shapes(config: ModelConfig) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of w13 and w2, [J, D] and [D, F]."""
+    width, expert_width = config.width, config.experts.width
+    return (2 * expert_width, width), (width, expert_width)
 
 
 def _empty_flow(config: ModelConfig, make: Make) -> FlowWeights:
@@ -242,14 +246,31 @@ def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[Named]
         yield Named(FLOW_PREFIX + _without_axes(field), tensor)
 
 
-def named_layer(config: ModelConfig, layer: int, w: LayerWeights) -> Iterator[Named]:
-    prefix = f"model.llm.layers.{layer}."
+def named_layer(
+    config: ModelConfig, layer: int, w: LayerWeights, *, routed: bool = True
+) -> Iterator[Named]:
+    """routed: the routed experts too, which may be packed where it is False."""
+    prefix = _layer_prefix(layer)
     yield Named(prefix + "attn_norm.weight", w.attn_norm_D)
     yield from _named_attention(config, layer, w.attention, prefix + "attn.")
     yield Named(prefix + "attn_sconv.weight", w.attn_conv_D_4[:, None])
     yield Named(prefix + "mlp_norm.weight", w.mlp_norm_D)
-    yield from _named_mlp(w.mlp, prefix + "mlp.")
+    yield from _named_mlp(w.mlp, prefix + "mlp.", routed)
     yield Named(prefix + "mlp_sconv.weight", w.mlp_conv_D_4[:, None])
+
+
+def routed_names(layer: int) -> tuple[str, str]:
+    """Of a layer's w13 and w2."""
+    prefix = f"{_layer_prefix(layer)}mlp.{_ROUTED}"
+    return f"{prefix}w13_weight", f"{prefix}w2_weight"
+
+
+def is_routed(name: str) -> bool:
+    return f".mlp.{_ROUTED}" in name
+
+
+def _layer_prefix(layer: int) -> str:
+    return f"model.llm.layers.{layer}."
 
 
 def _named_plain(name: str, weight: Matrix) -> Named:
@@ -286,7 +307,7 @@ def _named_attention(
     yield Named(prefix + "rel_logits_proj.proj", w.rel_table_B_X)
 
 
-def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
+def _named_mlp(w: DenseWeights | MoeWeights, prefix: str, routed: bool) -> Iterator[Named]:
     if isinstance(w, DenseWeights):
         yield _named_plain(prefix + "w13_dn.weight", w.w13_J_D)
         yield _named_plain(prefix + "w2_md.weight", w.w2_D_F)
@@ -297,8 +318,9 @@ def _named_mlp(w: DenseWeights | MoeWeights, prefix: str) -> Iterator[Named]:
     yield Named(prefix + "gate.global_scale", w.scale_1)
     experts, shared = w.experts, w.experts.shared
     assert shared is not None
-    yield _named_plain(prefix + "experts.w13_weight", experts.w13)
-    yield _named_plain(prefix + "experts.w2_weight", experts.w2)
+    if routed:
+        yield _named_plain(f"{prefix}{_ROUTED}w13_weight", experts.w13)
+        yield _named_plain(f"{prefix}{_ROUTED}w2_weight", experts.w2)
     yield _named_plain(prefix + "shared_experts.shared_w13_weight", shared.w13)
     yield _named_plain(prefix + "shared_experts.shared_w2_weight", shared.w2)
 
@@ -308,8 +330,11 @@ def _without_axes(field: str) -> str:
     return "_".join(part for part in field.split("_") if part.islower())
 
 
-def fill_random(config: ModelConfig, named: Named, seed: int) -> None:
+def fill_random(config: ModelConfig, named: Named, seed: int, begin: int = 0) -> None:
     """Overwrite a tensor with random values: the same for a name, seed, shape and kind of device.
+
+    Every routed expert is drawn by itself, so that some of a layer's are what they are among all.
+    begin: the number of the first of them in the view.
 
     Matrices keep the scale of what they are given, so hidden states stay near one and sampling
     meets a spread of logits. Residual branches are shortened as the depth grows. Router biases are
@@ -317,11 +342,19 @@ def fill_random(config: ModelConfig, named: Named, seed: int) -> None:
     a score's range, 32 tokens of `inkling-small` took 78 of 256 instead of 136.
     """
     name, view = named
-    generator = torch.Generator(view.device)
-    # One hash for both: torch's CPU generator takes 32 bits of a seed and drops the others.
-    generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     mean, std = _random_scale(config, name, view)
-    view.normal_(mean, std, generator=generator)
+    generator = torch.Generator(view.device)
+
+    def draw(part: Tensor, what: str) -> None:
+        # One hash for both: torch's CPU generator takes 32 bits of a seed and drops the others.
+        generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
+        part.normal_(mean, std, generator=generator)
+
+    if not is_routed(name):
+        draw(view, name)
+        return
+    for expert, matrix_R_K in enumerate(view, begin):
+        draw(matrix_R_K, f"{name} {expert}")
 
 
 def _random_scale(config: ModelConfig, name: str, view: Tensor) -> tuple[float, float]:

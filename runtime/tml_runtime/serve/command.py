@@ -155,7 +155,7 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     require("aiohttp", "serve sessions", extra="serve")
     require("PIL", "serve sessions", extra="serve")
     from .. import prometheus
-    from ..model.load import CheckpointError
+    from ..model.checkpoint import CheckpointError
     from .server import run_service
 
     token = args.token if args.token is not None else _env.serve_token()
