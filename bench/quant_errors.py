@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tml_kernels.moe import prepare_moe_weights
 from tml_kernels.quant import PackedExperts, dequantize, pack_matrix
 from tml_kernels.testing import relative_l2
 from tml_runtime.model import InteractionModel, ModelConfig
@@ -128,25 +127,9 @@ def make_model(config: ModelConfig, statistic: str, seed: int) -> InteractionMod
 
 
 def packed_weights(weights: ModelWeights, plan: Plan) -> ModelWeights:
-    if plan.experts is None or not plan.experts.endswith(SEARCH):
-        return pack_weights(weights, Packing(plan.experts, plan.rest))
-    packed = pack_weights(weights, Packing(None, plan.rest))
-    precision, layers = plan.experts.removesuffix(SEARCH), []
-    for w in packed.layers:
-        if isinstance(w.mlp, MoeWeights):
-            experts = w.mlp.experts
-            searched = prepare_moe_weights(
-                experts.w13.data,
-                experts.w2.data,
-                layout=experts.order,
-                precision=precision,
-                shared=experts.shared,
-                inplace=False,
-                search=True,
-            )
-            w = replace(w, mlp=replace(w.mlp, experts=searched))
-        layers.append(w)
-    return replace(packed, layers=tuple(layers))
+    """A search is over the scales of every int4 matrix of the plan."""
+    experts = plan.experts and plan.experts.removesuffix(SEARCH)
+    return pack_weights(weights, Packing(experts, plan.rest, search=experts != plan.experts))
 
 
 @dataclass(frozen=True)
