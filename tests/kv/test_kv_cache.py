@@ -103,6 +103,25 @@ def test_an_idle_session_makes_room_by_going_to_host_memory() -> None:
     cache.check_invariants()
 
 
+def test_a_tick_of_some_takes_the_place_of_theirs_alone() -> None:
+    cache = make_cache(num_snapshots=3)
+    one, other = (cache.open(BUDGETS) for _ in range(2))
+    for _ in range(3):
+        append(cache, one, [(AUDIO, 1)])
+        append(cache, other, [(AUDIO, 1)])
+        cache.commit_all([one, other])
+        cache.tick()
+    for ago in (1, 0):
+        append(cache, one, [(AUDIO, 1)])
+        cache.commit(one)
+        cache.tick([one], ago=ago)
+    with pytest.raises(NoSnapshot) as refused:
+        cache.rewind(one, 2)
+    assert refused.value.kept == [0, 1, 4, 5]
+    assert cache.rewind(other, 1) == 1 and cache.rewind(one, 4) == 4
+    cache.check_invariants()
+
+
 def test_priority_decides_who_goes() -> None:
     group = CacheGroup(**{**vars(GROUPS[0]), "pages": 5})
     cache = RollingKVCache([group], max_sessions=2, page_dtype=torch.float32)

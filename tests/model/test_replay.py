@@ -11,6 +11,7 @@ from small_model import small_config
 from torch import Tensor
 
 from tml_kernels.kv_cache import NoSnapshot
+from tml_kernels.kv_cache.slot_state import NUM_SNAPSHOTS
 from tml_kernels.testing import assert_bitwise, assert_matches
 from tml_runtime.model import InteractionModel, ModelState, PastTick, TickInput, TickOutput
 
@@ -129,6 +130,25 @@ def test_a_replay_disturbs_no_other_session() -> None:
     ours, theirs = MODEL.tick(state, heard(5, slot=1)), MODEL.tick(alone, heard(5, slot=1))
     assert_bitwise(ours.token_S_K, theirs.token_S_K)
     assert_bitwise(ours.mel_S_K_B, theirs.mel_S_K_B)
+
+
+def test_replays_and_prompts_take_no_tick_from_what_others_can_go_back_to() -> None:
+    state = MODEL.new_state(2)
+    ticks, ends, others = [], [0], [0]
+    for seed in range(4):
+        MODEL.tick(state, heard(seed, slot=1))
+        others.append(state.length(1))
+        tick = heard(seed)
+        ticks.append(past(tick, MODEL.tick(state, tick)))
+        ends.append(state.length(0))
+    for _ in range(5):  # 20 ticks, with the prompts more than twice as many as are remembered
+        assert MODEL.replay(state, 0, 0, ticks) == ends[1:]
+    for _ in range(NUM_SNAPSHOTS):
+        MODEL.read(state, 0, [5, 6, 7])
+    for slot, known in enumerate((ends, others)):  # the replayed one to each of its own too
+        for end in reversed(known[:-1]):
+            assert state.cache.rewind(state.session(slot), end) == end
+    state.cache.check_invariants()
 
 
 def test_what_cannot_be_rewound_changes_nothing() -> None:

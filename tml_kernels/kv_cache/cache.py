@@ -235,11 +235,19 @@ class RollingKVCache:
         self._table.roll_back(session)
         self._state.restore(session.slot, self.length(session))
 
-    def tick(self) -> int:
-        """End a tick of all sessions; returns its number, from 1."""
+    def tick(self, only: Sequence[Session] | None = None, *, ago: int = 0) -> int:
+        """End a tick of all sessions; returns its number, from 1.
+
+        only: the sessions that had this one, between ticks of all: it counts for them as the last
+        of those, or as one `ago` ticks before, and what others can be rewound to stays.
+        """
         self._tick += 1
         self._table.tick(self._tick)
-        self._state.snapshot(self._table.lengths())
+        if only is None:
+            self._state.snapshot(self._table.lengths())
+        else:
+            for session in only:
+                self._state.remember(session.slot, self.length(session), ago)
         while self._retired and self._retired[0][0].query():
             self._retired.popleft()
         return self._tick

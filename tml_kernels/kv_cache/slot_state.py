@@ -92,9 +92,10 @@ class SlotState:
         """Position of the slot's mark, -1 where there is none."""
         return self._position[self._mark][slot]
 
-    def remember(self, slot: int, length: int) -> None:
-        """Remember one slot as it is, as if a tick had ended here."""
-        self._remember((self._next - 1) % self._mark, slot, length)
+    def remember(self, slot: int, length: int, ago: int = 0) -> None:
+        """Remember one slot as it is, as if the last tick had ended here, or one `ago` before."""
+        if ago < self._mark:
+            self._remember((self._next - 1 - ago) % self._mark, slot, length)
 
     def _remember(self, index: int, slot: int, length: int) -> None:
         for kept, x in zip(self._past[index], self._moving.values(), strict=True):

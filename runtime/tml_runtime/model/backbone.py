@@ -69,14 +69,17 @@ class Backbone:
         start_S1: Tensor,
         slot_S: Tensor,
         page_class: PageClass = PageClass.TEXT,
+        *,
+        between_ticks: bool = False,
     ) -> Tensor:
         """Final-norm hidden states [T, D] of new tokens, which the sessions' state then holds.
 
         x: embedded tokens of all rows back to back. start int32 [S + 1], slot int32 [S], distinct
         slots, -1 idle. Outputs of idle and padding tokens are zero. Blocks longer than
-        `state.max_append` are taken in several passes, each a tick of the cache. Raises TypeError
-        or ValueError for bad input before anything is changed; the check reads start and slot on
-        the host. Raises CacheError where there is no room, and keeps the passes before.
+        `state.max_append` are taken in several passes, each a tick of the cache; between_ticks:
+        one of these sessions alone, see `RollingKVCache.tick`. Raises TypeError or ValueError for
+        bad input before anything is changed; the check reads start and slot on the host. Raises
+        CacheError where there is no room, and keeps the passes before.
         """
         check_ragged(self.config, state, x_T_D, start_S1, slot_S)
         start, slots = start_S1.tolist(), slot_S.tolist()
@@ -86,11 +89,16 @@ class Backbone:
             pieces = [range(a, b)[begin : begin + state.max_append] for a, b in pairwise(start)]
             index_T = torch.tensor([t for piece in pieces for t in piece], device=x_T_D.device)
             runs: list[list[Run]] = [[(page_class, len(piece))] for piece in pieces]
-            out_T_D[index_T] = self._append_piece(state, x_T_D[index_T], slots, runs)
+            out_T_D[index_T] = self._append_piece(state, x_T_D[index_T], slots, runs, between_ticks)
         return out_T_D
 
     def _append_piece(
-        self, state: ModelState, x_T_D: Tensor, slots: list[int], runs: list[list[Run]]
+        self,
+        state: ModelState,
+        x_T_D: Tensor,
+        slots: list[int],
+        runs: list[list[Run]],
+        between_ticks: bool,
     ) -> Tensor:
         begun: list[int] = []
         try:
@@ -102,7 +110,10 @@ class Backbone:
         except BaseException:
             state.roll_back(begun)
             raise
-        state.commit(begun)
+        if between_ticks:
+            state.commit_between(begun)
+        else:
+            state.commit(begun)
         return h_T_D
 
     def run(self, state: ModelState, x_T_D: Tensor, step: Pass) -> Tensor:

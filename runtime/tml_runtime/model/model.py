@@ -224,9 +224,13 @@ class InteractionModel:
         start_S1: Tensor,
         slot_S: Tensor,
         page_class: PageClass = PageClass.TEXT,
+        *,
+        between_ticks: bool = False,
     ) -> Tensor:
         """Final-norm hidden states [T, D] of new tokens of any sessions; see `Backbone.append`."""
-        return self.backbone.append(state, x_T_D, start_S1, slot_S, page_class)
+        return self.backbone.append(
+            state, x_T_D, start_S1, slot_S, page_class, between_ticks=between_ticks
+        )
 
     def logits(self, h_T_D: Tensor) -> Tensor:
         """float32 [T, V] of final-norm hidden states; columns that are no token are -inf."""
@@ -267,8 +271,8 @@ class InteractionModel:
         state.bring_back(slot)
         state.cache.rewind(state.session(slot), position)
         ends = []
-        for tick in past:
-            replay_tick(self.backbone, self.frontend, state, slot, tick)
+        for ago, tick in zip(reversed(range(len(past))), past, strict=True):
+            replay_tick(self.backbone, self.frontend, state, slot, tick, ago)
             ends.append(state.length(slot))
         return ends
 
@@ -286,7 +290,7 @@ class InteractionModel:
         x_T_D = self.embed_text(ids)
         start_S1 = torch.tensor([0, len(ids)], dtype=torch.int32, device=self.device)
         slot_S = torch.tensor([slot], dtype=torch.int32, device=self.device)
-        self.append(state, x_T_D, start_S1, slot_S, page_class)
+        self.append(state, x_T_D, start_S1, slot_S, page_class, between_ticks=True)
 
     def _check_whole(self, verb: str) -> None:
         if self.ranks is not None:

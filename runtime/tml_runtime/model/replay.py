@@ -32,12 +32,18 @@ class PastTick(NamedTuple):
 
 
 def replay_tick(
-    backbone: Backbone, frontend: Frontend, state: ModelState, slot: int, past: PastTick
+    backbone: Backbone,
+    frontend: Frontend,
+    state: ModelState,
+    slot: int,
+    past: PastTick,
+    ago: int = 0,
 ) -> None:
     """The slot hears `past` and says exactly what it says: one pass over the layers, nothing drawn.
 
     Its state is then that of a tick in which the model had said so itself, up to the rounding of
-    sums. Raises CacheError where there is no room; the session is then as it was.
+    sums. ago: it was so many ticks before the last one. Raises CacheError where there is no room;
+    the session is then as it was.
     """
     config, device = backbone.config, state.device
     tick = TickInput(
@@ -64,4 +70,4 @@ def replay_tick(
     except BaseException:
         state.roll_back([slot])
         raise
-    state.commit([slot])
+    state.commit_between([slot], ago)

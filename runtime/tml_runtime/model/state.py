@@ -272,6 +272,13 @@ class ModelState:
         self.cache.commit_all([self.session(slot) for slot in slots])
         self.cache.tick()
 
+    def commit_between(self, slots: Iterable[int], ago: int = 0) -> None:
+        """End the transactions of what slots did between ticks, or in one `ago` ticks before the
+        last, which takes none of the others' snapshots."""
+        sessions = [self.session(slot) for slot in slots]
+        self.cache.commit_all(sessions)
+        self.cache.tick(sessions, ago=ago)
+
     def roll_back(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self.cache.roll_back(self.session(slot))
