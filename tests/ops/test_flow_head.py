@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,8 +19,14 @@ from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
 
 SMALL = Case(5, 32, 16, 2, 8, num_steps=3)
 PER_ROW = ("cond_S_D", "seed_S", "counter_S")
-# 34 rows evaluated in three tiles, 208 features in seven; the interpreter takes a second per case.
+# 34 rows evaluated in three tiles, 208 features in several; the interpreter takes seconds per case.
 TILES = Case(17, 72, 52, 1, 20, num_steps=2, guidance=1.5)
+# Every product but the input's has its columns in several parts, and the norm's rows several tiles.
+PARTS = Case(2, 520, 260, 1, 40, num_steps=1, guidance=1.5, inner=2)
+TICK = [  # inkling-small, as a tick runs it; 33 rows are three tiles
+    Case(s, 4096, 1024, 6, 80, guidance=guidance, dtype=torch.bfloat16)
+    for s, guidance in ((1, 1.0), (8, 1.0), (33, 1.0), (33, 1.5))
+]
 
 
 def run_kernel(inputs: dict) -> Tensor:
@@ -53,8 +60,59 @@ def test_kernel(case: Case, device: str) -> None:
     assert_matches(run_kernel(inputs), flow_head_ref(**inputs))
 
 
+@pytest.fixture
+def bfloat16_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's product of bfloat16 tiles is one of their bits as integers."""
+    from triton.language import float32
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, self.cast_impl(a, float32), self.cast_impl(b, float32), *rest)
+
+    plain = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize(
+    "case", [replace(PARTS, dtype=torch.bfloat16), replace(SMALL, dtype=torch.float16)], ids=str
+)
+@pytest.mark.usefixtures("bfloat16_dots")
+def test_kernel_multiplies_narrow_weights_in_float32(case: Case, device: str) -> None:
+    """bfloat16 ones with three parts of each row, whose sum it is; float16 ones as float32."""
+    inputs = case.make_inputs(device)
+    assert_matches(run_kernel(inputs), flow_head_ref(**inputs), limit=2e-6)
+
+
+def test_parts_are_added_in_order_whoever_comes_last(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, interpreter_builder
+
+    inputs = Case(17, 520, 16, 1, 8, num_steps=1, inner=33).make_inputs(device)
+    expected = run_kernel(inputs)
+    assert_matches(expected, flow_head_ref(**inputs))
+    order: list[int] = []
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        if x == 0:
+            order[:] = torch.randperm(interpreter_builder.grid_dim[0]).tolist()
+        InterpreterBuilder.set_grid_idx(interpreter_builder, order[x], y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx)
+    for _ in range(2):
+        assert_bitwise(run_kernel(inputs), expected)
+
+
+def test_kernel_s_norm_does_not_cancel(device: str) -> None:
+    """Means of 100 standard deviations: a mean of squares less a squared mean is 1e-3 off."""
+    inputs = Case(2, 32, 70, 1, 8, num_steps=1).make_inputs(device)
+    weights = inputs["weights"]
+    inputs["weights"] = weights._replace(input_bias_W=weights.input_bias_W + 100)
+    assert_matches(run_kernel(inputs), flow_head_ref(**inputs), limit=2e-5)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*EDGE, TILES, *MODEL], ids=str)
+@pytest.mark.parametrize("case", [*EDGE, TILES, PARTS, *MODEL, *TICK], ids=str)
 def test_gpu(case: Case) -> None:
     check(case, "cuda")
 
@@ -71,7 +129,11 @@ def test_kernel_s_noise_is_philox_s(num_columns: int, device: str) -> None:
     seed = torch.randint(-(2**62), 2**62, (50,))
     counter = torch.randint(-(2**40), 2**40, (50,))
     x = torch.empty(50, num_columns, device=device)
-    noise_kernel[(50,)](seed.to(device), counter.to(device), x, num_columns, BLOCK_I=32)
+    arrived = torch.full((300,), 7, dtype=torch.int32, device=device)
+    noise_kernel[(50,)](
+        seed.to(device), counter.to(device), x, arrived, num_columns, 299, BLOCK_I=32
+    )
+    assert arrived.tolist() == [0] * 299 + [7]
     assert_matches(x, normal(seed, counter, num_columns, FLOW_STREAM, torch.float64), limit=5e-7)
 
 
@@ -149,6 +211,20 @@ def test_row_does_not_depend_on_neighbours(guidance: float, place: str) -> None:
     for s in range(19):
         alone = inputs | {name: inputs[name][s : s + 1].clone() for name in PER_ROW}
         assert_bitwise(flow_head(**alone), together[s : s + 1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_gpu_row_has_its_bits_among_any_number(guidance: float, dtype: torch.dtype) -> None:
+    """At every place of a tile, in launches of one tile and of several."""
+    inputs = Case(70, 4096, 1024, 2, 80, guidance=guidance, dtype=dtype).make_inputs("cuda")
+    together = flow_head(**inputs)
+    assert_bitwise(flow_head(**inputs), together)
+    for first, count in ((0, 1), (5, 1), (21, 16), (33, 17), (6, 64)):
+        rows = slice(first, first + count)
+        some = inputs | {name: inputs[name][rows].clone() for name in PER_ROW}
+        assert_bitwise(flow_head(**some), together[rows])
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])

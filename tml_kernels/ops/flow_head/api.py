@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
-from .configs import Problem
+from .configs import problem_of
 from .reference import FlowWeights, flow_head_ref
 
 
@@ -74,12 +74,13 @@ def flow_head(
     1.0 evaluates the conditioned branch alone. `counter` is how many draws the session made before.
 
     cond: [S, D], float32, bfloat16 or float16; weights: each float32 or cond's dtype; seed,
-    counter: int64. Returns float32 [S, B] (log10 mel), in `out_S_B` when given. float32 throughout,
-    on a GPU by three tf32 products each. Deterministic; row s depends on row s and the weights
-    alone. `work`, one axis of float32, is scratch of the kernels, its contents unspecified: on a
-    GPU at least `flow_work_size`, on a CPU none. Allocates only outputs and scratch that are not
-    given; the first call for a number of steps, width and device also makes the sinusoids, so warm
-    up before capturing a graph. Raises TypeError or ValueError naming the argument.
+    counter: int64. Returns float32 [S, B] (log10 mel), in `out_S_B` when given. float32 throughout:
+    on a GPU, bfloat16 weights are multiplied with three bfloat16 parts of each value, whose sum it
+    is, others by three tf32 products. Deterministic; row s depends on row s and the weights alone.
+    `work`, one axis of float32, is scratch of the kernels, its contents unspecified: on a GPU at
+    least `flow_work_size`, on a CPU none. Allocates only outputs and scratch that are not given;
+    the first call for a number of steps, width and device also makes the sinusoids, so warm up
+    before capturing a graph. Raises TypeError or ValueError naming the argument.
 
     Source: Lipman et al., "Flow matching for generative modeling", 2023; AdaLN of Peebles and Xie,
     "Scalable diffusion models with transformers", 2023; Ho and Salimans, "Classifier-free diffusion
@@ -115,9 +116,7 @@ def flow_work_size(
     num_rows: int, weights: FlowWeights, *, num_steps: int, guidance: float = 1.0
 ) -> int:
     """float32 values of scratch that `flow_head` takes on a GPU."""
-    num_blocks, inner = weights.up_bias_L_U.shape
-    width, guided = weights.null_W.shape[0], guidance != 1.0
-    return Problem(num_rows, width, inner, num_blocks, num_steps, guided).work_size()
+    return problem_of(num_rows, weights, num_steps, guidance).work_size()
 
 
 def _scratch(

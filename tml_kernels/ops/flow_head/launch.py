@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,9 +18,18 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
-from .configs import MODULATION, PRODUCT, Config, Problem, aligned_size
+from .configs import (
+    MODULATION,
+    NORM_PRODUCT,
+    PRODUCT,
+    VELOCITY,
+    Config,
+    Problem,
+    aligned_size,
+    problem_of,
+)
 from .kernel import (
-    modulation_kernel,
+    condition_kernel,
     noise_kernel,
     norm_product_kernel,
     product_kernel,
@@ -34,42 +44,26 @@ def _wave(num_steps: int, width: int, device: torch.device) -> Tensor:
     return time_wave(num_steps, width, torch.device("cpu")).float().to(device)
 
 
-def _grid(num_rows: int, num_features: int, config: Config) -> tuple:
-    blocks = triton.cdiv(num_rows, config.block_r) * triton.cdiv(num_features, config.block_f)
-    return (blocks,)
+def _constexprs(config: Config, num_columns: int) -> dict[str, Any]:
+    return {
+        "SPLITS": config.splits(num_columns),
+        "SPLIT_K": config.split_k,
+        "BLOCK_F": config.block_f,
+        "BLOCK_R": config.block_r,
+        "BLOCK_K": config.block_k,
+    }
 
 
-def _options(config: Config) -> dict[str, Any]:
-    return _blocks(config) | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def _stat_constexprs(width: int) -> dict[str, Any]:
+    """Of who reads the statistics that `PRODUCT` leaves of rows of `width` values."""
+    tiles = PRODUCT.tiles(1, width)
+    return {"STAT_F": PRODUCT.block_f, "BLOCK_T": triton.next_power_of_2(tiles)}
 
 
-def _blocks(config: Config) -> dict[str, Any]:
-    return {"BLOCK_F": config.block_f, "BLOCK_R": config.block_r, "BLOCK_K": config.block_k}
-
-
-def _product(
-    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, *, silu: bool = False,
-    gate: Tensor | None = None,
-) -> None:  # fmt: skip
-    """y = x W^T + bias, row r from x of r % len(x); with a gate y += gate * that."""
-    num_rows, num_features = y.shape
-    product_kernel[_grid(num_rows, num_features, PRODUCT)](
-        x, weight, bias, y if gate is None else gate, 0 if gate is None else gate.stride(0), y,
-        num_rows, len(x), num_features, x.shape[1],
-        SILU=silu, GATED=gate is not None, **_options(PRODUCT),
-    )  # fmt: skip
-
-
-def _modulate(
-    time: Tensor, cond: Tensor, null: Tensor, weight: Tensor, bias: Tensor, y: Tensor
-) -> None:
-    """y_N_Q_F of all steps; weight and bias may have their features in several axes."""
-    (num_steps, num_evaluated), width = y.shape[:2], time.shape[1]
-    num_rows, num_features = num_steps * num_evaluated, bias.numel()
-    modulation_kernel[_grid(num_rows, num_features, MODULATION)](
-        time, cond, null, weight, bias, y,
-        num_rows, len(cond), num_evaluated, num_features, width, **_options(MODULATION),
-    )  # fmt: skip
+def _options(config: Config, num_columns: int, weight: Tensor) -> dict[str, Any]:
+    config = config.for_weight(weight.dtype)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _constexprs(config, num_columns) | options
 
 
 def launch_flow_head(
@@ -84,36 +78,87 @@ def launch_flow_head(
 ) -> None:
     """Arguments as of the op; x lives in `out`."""
     w = FlowWeights(*weights)
-    (num_rows, num_bins), width = out.shape, len(w.null_W)
-    num_blocks, inner = w.up_bias_L_U.shape
-    problem = Problem(num_rows, width, inner, num_blocks, num_steps, guidance != 1.0)
-    part = _divide(work, problem)
-    noise_kernel[(num_rows,)](
-        seed, counter, out, num_bins, BLOCK_I=triton.next_power_of_2(triton.cdiv(num_bins, 4))
-    )
-    _product(cond, w.cond_W_D, w.cond_bias_W, part["cond_S_W"])
-    wave, time_in, time = _wave(num_steps, width, out.device), part["time_in_N_W"], part["time_N_W"]
-    _product(wave, w.time_in_W_W, w.time_in_bias_W, time_in, silu=True)
-    _product(time_in, w.time_out_W_W, w.time_out_bias_W, time)
-    condition = (time, part["cond_S_W"], w.null_W)
-    mod, final = part["mod_N_Q_L_3_W"], part["final_N_Q_2_W"]
-    _modulate(*condition, w.mod_L_3_W_W, w.mod_bias_L_3_W, mod)
-    _modulate(*condition, w.final_mod_2_W_W, w.final_mod_bias_2_W, final)
-
-    h, y = part["h_Q_W"], part["inner_Q_U"]
+    problem = problem_of(len(out), w, num_steps, guidance)
+    run = _Launcher(w, problem, _divide(work, problem))
+    num_bins = problem.num_bins
+    arrived = run.exchange[0]
+    noise_kernel[(len(out),)](
+        seed, counter, out, arrived, num_bins, len(arrived),
+        BLOCK_I=triton.next_power_of_2(triton.cdiv(num_bins, 4)),
+    )  # fmt: skip
+    run.modulate(cond, _wave(num_steps, problem.width, out.device))
     for n in range(num_steps):
-        _product(out, w.input_W_B, w.input_bias_W, h)
-        for i in range(num_blocks):
-            norm_product_kernel[_grid(len(h), inner, PRODUCT)](
-                h, mod[n, :, i], mod.stride(1), w.up_L_U_W[i], w.up_bias_L_U[i], y,
-                len(h), inner, width, **_options(PRODUCT),
+        run.step(n, guidance, out)
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    w: FlowWeights
+    problem: Problem
+    part: dict[str, Tensor]
+
+    @property
+    def exchange(self) -> tuple[Tensor, Tensor]:
+        """Counters of arrivals, and room for the parts of tiles; of one launch after another."""
+        return self.part["counter_A"].view(torch.int32), self.part["part"]
+
+    @property
+    def inner(self) -> Tensor:
+        """Of a block's MLP: float32, or the three parts that bfloat16 weights meet."""
+        p, buffer = self.problem, self.part["inner_3_Q_U"].view(-1)
+        if self.w.down_L_W_U.dtype == torch.bfloat16:
+            return buffer.view(torch.bfloat16)[: 3 * p.evaluated * p.inner].view(3, -1, p.inner)
+        return buffer[: p.evaluated * p.inner].view(-1, p.inner)
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, config: Config = PRODUCT, *,
+        silu: bool = False, gate: Tensor | None = None, stat: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """y = x W^T + bias, with a gate y += gate * that. x: [X, K], of which rows from X on take
+        the first ones; or [3, X, K], its parts."""
+        config = config.for_weight(weight.dtype)
+        num_rows, num_features, (num_x, num_columns) = len(y), bias.numel(), x.shape[-2:]
+        product_kernel[(config.programs(num_rows, num_features, num_columns),)](
+            x, weight, bias, gate, 0 if gate is None else gate.stride(0), *self.exchange, y, stat,
+            num_rows, num_x, num_features, num_columns,
+            SILU=silu, X_PARTS=3 if x.ndim == 3 else 1, **_options(config, num_columns, weight),
+        )  # fmt: skip
+
+    def modulate(self, cond: Tensor, wave: Tensor) -> None:
+        """mod and final of all steps, from the time of each and the condition of each row."""
+        w, p, part = self.w, self.problem, self.part
+        self.product(wave, w.time_in_W_W, w.time_in_bias_W, part["time_in_N_W"], silu=True)
+        self.product(part["time_in_N_W"], w.time_out_W_W, w.time_out_bias_W, part["time_N_W"])
+        sizes = (p.num_rows, p.width, p.model_width)
+        condition_kernel[(PRODUCT.programs(*sizes),)](
+            cond, w.cond_W_D, w.cond_bias_W, part["time_N_W"], w.null_W, *self.exchange,
+            part["act_N_Q_W"], p.num_rows, p.evaluated, p.num_steps, p.width, p.model_width,
+            GUIDED=p.guided, **_options(PRODUCT, p.model_width, w.cond_W_D),
+        )  # fmt: skip
+        act, mod, final = (
+            part[name].flatten(0, 1) for name in ("act_N_Q_W", "mod_N_Q_L_3_W", "final_N_Q_2_W")
+        )
+        self.product(act, w.mod_L_3_W_W, w.mod_bias_L_3_W, mod, MODULATION)
+        self.product(act, w.final_mod_2_W_W, w.final_mod_bias_2_W, final)
+
+    def step(self, n: int, guidance: float, x: Tensor) -> None:
+        """x += v / N of step n."""
+        w, p, part = self.w, self.problem, self.part
+        h, stat, y = part["h_Q_W"], part["stat_Q_2_T"], self.inner
+        mod, final = part["mod_N_Q_L_3_W"][n], part["final_N_Q_2_W"][n]
+        self.product(x, w.input_W_B, w.input_bias_W, h, stat=stat)
+        for i in range(p.num_blocks):
+            norm_product_kernel[(NORM_PRODUCT.programs(len(h), p.inner, p.width),)](
+                h, stat, mod[:, i], mod.stride(0), w.up_L_U_W[i], w.up_bias_L_U[i], *self.exchange,
+                y, p.evaluated, p.inner, p.width,
+                **_stat_constexprs(p.width), **_options(NORM_PRODUCT, p.width, w.up_L_U_W),
             )  # fmt: skip
-            gate = mod[n, :, i, 2]
-            _product(y, w.down_L_W_U[i], w.down_bias_L_W[i], h, gate=gate)
-        velocity_kernel[_grid(num_rows, num_bins, PRODUCT)](
-            h, final[n], final.stride(1), w.output_B_W, w.output_bias_B, out,
-            num_rows, num_bins, width, guidance, float(num_steps),
-            GUIDED=problem.guided, **_options(PRODUCT),
+            gate = mod[:, i, 2]
+            self.product(y, w.down_L_W_U[i], w.down_bias_L_W[i], h, gate=gate, stat=stat)
+        velocity_kernel[(VELOCITY.programs(p.num_rows, p.num_bins, p.width),)](
+            h, stat, final, final.stride(0), w.output_B_W, w.output_bias_B, *self.exchange, x,
+            p.num_rows, p.num_bins, p.width, guidance, float(p.num_steps), BRANCHES=p.branches,
+            **_stat_constexprs(p.width), **_options(VELOCITY, p.width, w.output_B_W),
         )  # fmt: skip
 
 
@@ -125,47 +170,61 @@ def _divide(work: Tensor, problem: Problem) -> dict[str, Tensor]:
     return parts
 
 
-ROW = {"h_ptr": "*fp32", "mod_ptr": "*fp32", "stride_mod_r": "i32"}
+ROW = {"h_ptr": "*fp32", "stat_ptr": "*fp32", "mod_ptr": "*fp32", "stride_mod_r": "i32"}
 LINEAR = {"weight_ptr": "*bf16", "bias_ptr": "*bf16"}
+EXCHANGE = {"counter_ptr": "*i32", "part_ptr": "*fp32"}
 SIZES = {"F": "i32", "K": "i32"}
+WEIGHTS = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 def aot_specs() -> list[AotSpec]:
-    """As the tick uses them: bf16 weights, everything else float32."""
+    """As the tick uses them: bf16 weights, everything else float32; and float32 weights."""
 
-    def spec(kernel, signature: dict[str, str], config: Config = PRODUCT, label="", **flags):
+    def spec(kernel, signature: dict[str, str], config: Config, columns: int, label="", **flags):
         pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+        config = config.for_weight(WEIGHTS[signature["weight_ptr"]])
         sizes = [name for name in ("F", "K", "stride_mod_r", "stride_gate_r") if name in signature]
         return AotSpec(
             kernel=kernel,
             config=config,
             signature=signature,
-            constexprs=_blocks(config) | flags,
+            constexprs=_constexprs(config, columns) | flags,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             aligned=(*pointers, *sizes),
             label=label,
         )
 
-    product = {
-        "x_ptr": "*fp32", **LINEAR, "gate_ptr": "*fp32", "stride_gate_r": "i32",
-        "y_ptr": "*fp32", "R": "i32", "X": "i32", **SIZES,
-    }  # fmt: skip
-    modulation = {
-        "time_ptr": "*fp32", "cond_ptr": "*fp32", "null_ptr": "*bf16", **LINEAR,
-        "y_ptr": "*fp32", "R": "i32", "S": "i32", "Q": "i32", **SIZES,
-    }  # fmt: skip
-    velocity = ROW | LINEAR | {"x_ptr": "*fp32", "S": "i32"} | SIZES
+    width, inner, stats = 1024, 4096, _stat_constexprs(1024)
+    plain = {"x_ptr": "*fp32", **LINEAR, "stride_gate_r": "i32", **EXCHANGE, "y_ptr": "*fp32"}
+    plain |= {"R": "i32", "X": "i32", **SIZES}
+    condition = {"x_ptr": "*bf16", **LINEAR, "time_ptr": "*fp32", "null_ptr": "*bf16", **EXCHANGE}
+    condition |= {"act_ptr": "*fp32", "S": "i32", "Q": "i32", "N": "i32", **SIZES}
+    norm = ROW | LINEAR | EXCHANGE | {"y_ptr": "*bf16", "R": "i32"} | SIZES
+    velocity = ROW | LINEAR | EXCHANGE | {"x_ptr": "*fp32", "S": "i32"} | SIZES
     velocity |= {"guidance": "fp32", "num_steps": "fp32"}
-    noise = {"seed_ptr": "*i64", "counter_ptr": "*i64", "x_ptr": "*fp32", "B": "i32"}
+    noise = {"seed_ptr": "*i64", "counter_ptr": "*i64", "x_ptr": "*fp32", "arrived_ptr": "*i32"}
+    noise |= {"B": "i32", "A": "i32"}
+    wide = {"weight_ptr": "*fp32", "bias_ptr": "*fp32"}
+    silu, one = {"SILU": True, "X_PARTS": 1}, {"SILU": False, "X_PARTS": 1}
+    alone: dict[str, Any] = {"gate_ptr": None, "stat_ptr": None}
+    first = plain | {"stat_ptr": "*fp32"}
+    gated = first | {"gate_ptr": "*fp32"}
+    parts, three = gated | {"x_ptr": "*bf16"}, {"SILU": False, "X_PARTS": 3}
+    norm_wide = norm | wide | {"y_ptr": "*fp32"}
     return [
         AotSpec(noise_kernel, PRODUCT, noise, {"BLOCK_I": 32}, label="B80"),
-        spec(modulation_kernel, modulation, MODULATION),
-        spec(norm_product_kernel, ROW | LINEAR | {"y_ptr": "*fp32", "R": "i32"} | SIZES),
-        spec(product_kernel, product | {"x_ptr": "*bf16"}, label="cond", SILU=False, GATED=False),
-        spec(product_kernel, product, label="plain", SILU=False, GATED=False),
-        spec(product_kernel, product, label="silu", SILU=True, GATED=False),
-        spec(product_kernel, product, label="gated", SILU=False, GATED=True),
-        spec(velocity_kernel, velocity, label="one", GUIDED=False),
-        spec(velocity_kernel, velocity, label="guided", GUIDED=True),
+        spec(condition_kernel, condition, PRODUCT, 4096, "one", GUIDED=False),
+        spec(condition_kernel, condition, PRODUCT, 4096, "guided", GUIDED=True),
+        spec(norm_product_kernel, norm_wide, NORM_PRODUCT, width, "float32", **stats),
+        spec(norm_product_kernel, norm, NORM_PRODUCT, width, "up", **stats),
+        spec(product_kernel, plain, PRODUCT, width, "time-in", **silu, **alone),
+        spec(product_kernel, plain, PRODUCT, width, "time-out", **one, **alone),
+        spec(product_kernel, first, PRODUCT, 80, "input", **one, gate_ptr=None),
+        spec(product_kernel, plain, MODULATION, width, "modulation", **one, **alone),
+        spec(product_kernel, plain | wide, MODULATION, width, "modulation,float32", **one, **alone),
+        spec(product_kernel, gated | wide, PRODUCT, inner, "down,float32", **one),
+        spec(product_kernel, parts, PRODUCT, inner, "down", **three),
+        spec(velocity_kernel, velocity, VELOCITY, width, "one", BRANCHES=1, **stats),
+        spec(velocity_kernel, velocity, VELOCITY, width, "guided", BRANCHES=2, **stats),
     ]

@@ -27,10 +27,11 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from ..._routing import GROUP_T, SPLIT_D, round_up, scratch_sizes
+from ..._triton.arrival import is_last
 from .configs import SCHEDULE, SHIPPED, Config, Problem, choose_config, max_registers
 from .group import route_group
 from .reference import Rule
-from .scheduling import build_schedule, count_group, is_last
+from .scheduling import build_schedule, count_group
 from .scoring import expert_tile, store_partial, store_squares
 
 # Neither their values nor their alignment make another kernel: bits do not depend on where a
