@@ -57,6 +57,16 @@ def test_quick_cases_are_every_precision_at_few_sizes() -> None:
     assert found == [(p, t) for p in precisions for t in (1, 8, 64, 256)]
 
 
+def test_a_tick_has_cases_of_its_own() -> None:
+    """The model's mix, for the steps and the first pass of 8 and 32 sessions."""
+    found = [case for case in bench_expert_mlp.TIMED if case.late_norm]
+    sizes = [(case.skew, case.num_tokens) for case in found]
+    assert sizes == [(skew, t) for skew in ("uniform", "zipf") for t in (8, 32, 40, 160)]
+    assert {(c.precision, c.shared_precision, c.num_shared, c.order) for c in found} == {
+        ("int4", "fp8", 2, "interleaved")
+    }
+
+
 def test_weights_are_drawn_once_for_cases_that_share_them() -> None:
     few, many = (replace(timed("int4", t), **SMALL) for t in (1, 64))
     weights = few.make_inputs("cpu")["weights"]

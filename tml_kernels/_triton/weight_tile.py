@@ -71,6 +71,21 @@ def _load_rows(ptrs, row_m, R, EVEN_M: tl.constexpr):
 
 
 @triton.jit
+def _load_words(ptr, row_m, R, EVEN_M: tl.constexpr):
+    """A 32-bit word of every row [M]; zeros past the last row. In two loads, of rows 8 apart, which
+    a thread has both of in the product's layout: what is no longer than a program has threads is
+    loaded in the layout that it is needed in, without a detour through shared memory."""
+    BLOCKS: tl.constexpr = row_m.shape[0] // 16
+    low_b_8, high_b_8 = tl.split(tl.permute(tl.reshape(row_m, [BLOCKS, 2, 8]), [0, 2, 1]))
+    if EVEN_M:
+        low_b_8, high_b_8 = tl.load(ptr + low_b_8), tl.load(ptr + high_b_8)
+    else:
+        low_b_8 = tl.load(ptr + low_b_8, mask=low_b_8 < R, other=0)
+        high_b_8 = tl.load(ptr + high_b_8, mask=high_b_8 < R, other=0)
+    return tl.reshape(tl.permute(tl.join(low_b_8, high_b_8), [0, 2, 1]), [16 * BLOCKS])
+
+
+@triton.jit
 def _plain(
     x_ptr, x_row_n, mask_n, w_ptr, row_m, first, last, R, W,
     EVEN_M: tl.constexpr, EVEN_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -105,8 +120,14 @@ def _int4(
     w_ptrs = w_ptr + row_m[:, None] * Q + offs_q[None, :]
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc_m_n = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(first // (8 * Q), tl.cdiv(last, 8 * Q)):
-        scale_m = _load_rows(scale_ptr + step * R + row_m, row_m, R, EVEN_M)
+    begin_step, end_step = first // (8 * Q), tl.cdiv(last, 8 * Q)
+    # A step ahead: Triton pipelines only what the product reads, and a program would wait for its
+    # scales, from memory, in every step.
+    next_scale_m = _load_words(scale_ptr + begin_step * R, row_m, R, EVEN_M)
+    for step in range(begin_step, end_step):
+        scale_m = next_scale_m
+        next_step = tl.minimum(step + 1, end_step - 1)
+        next_scale_m = _load_words(scale_ptr + next_step * R, row_m, R, EVEN_M)
         zero_m = scale_m
         if zero_ptr is not None:
             zero_m = _load_rows(zero_ptr + step * R + row_m, row_m, R, EVEN_M)

@@ -154,7 +154,10 @@ PACKED = [
         (5, "nvfp4", 1, "nvfp4", "gate_up"),
         (5, "int4", 1, "fp32", "gate_up"),
     )
-] + [Case(5, 288, 136, 5, 2, 2, precision="int4", shared_precision="fp8", late_norm=True)]
+] + [
+    Case(5, 288, 136, 5, 2, 2, precision="int4", shared_precision="fp8", late_norm=True, bias=bias)
+    for bias in (False, True)
+]
 MODEL = [
     Case(23, 128, 128, 8, 2, num_shared=2),  # tiny
     Case(2, 4096, 256, 6, 6, num_shared=2),  # inkling-small: its widths, few experts, narrow ones
@@ -171,5 +174,11 @@ BENCH = [
         Case(t, 4096, 2048, 256, 6, 2, dtype=torch.bfloat16, precision=p, shared_precision=s)
         for p, s in (("bf16", "bf16"), ("fp8", "fp8"), ("int4", "fp8"), ("nvfp4", "fp8"))
         for t in (1, 8, 32, 256)
+    ),
+    # A tick of 8 and of 32 sessions: one token each, and five in its first pass.
+    *(
+        Case(t, 4096, 2048, 256, 6, 2, skew, torch.bfloat16, "int4", "fp8", late_norm=True)
+        for skew in ("uniform", "zipf")
+        for t in (8, 32, 40, 160)
     ),
 ]

@@ -38,6 +38,7 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # registers a thread may take; None: as many as the compiler likes
 
     def why_not(self, p: Problem) -> str | None:
         """The one statement of what is legal; used by the chooser, the tuner and the tests."""
@@ -54,10 +55,11 @@ STEP = {
     "nvfp4": 256,
 }  # fmt: skip
 
-# The depth of the pipeline. bf16 and fp8 need 24 KB of weights in flight on an SM. What counts for
-# 4 bits, whose steps wait for arithmetic, is how many programs fit. On an H200, 8 to 32 tokens:
-# int4 takes in 2 stages 0.71, in 3 0.78 of the time of 4; mxfp4 in 3 0.85 of that of 5.
-_STAGES = {"plain": 4, "fp8": 4, "fp8_channel": 4, "int4": 2, "int4_f16": 2, "mxfp4": 3, "nvfp4": 7}
+# The depth of the pipeline. bf16 and fp8 need 24 KB of weights in flight on an SM. Steps of 4 bits
+# are long: what counts is how many programs fit, and then that a step's weights come during the one
+# before. int4 in 3 stages takes 57 of an SM's 228 KB, so that four programs fit to the byte.
+_STAGES = {"plain": 4, "fp8": 4, "fp8_channel": 4, "int4": 3, "int4_f16": 2, "mxfp4": 3, "nvfp4": 7}
+FOUR_PROGRAMS = 128  # registers of a thread: as many as let four programs of 4 warps fit
 
 
 @chooser
@@ -72,7 +74,8 @@ def choose_config(p: Problem) -> Config:
     if p.alone and p.format in ("int4", "int4_f16"):
         # A program or two on an SM, and each waits for its own steps: more warps shorten those.
         num_warps, stages = 8, 3
-    return Config(BLOCK_M, p.block_n, num_warps, stages)
+    four = p.format in ("int4", "int4_f16") and p.block_n == 16 and not p.alone
+    return Config(BLOCK_M, p.block_n, num_warps, stages, FOUR_PROGRAMS if four else None)
 
 
 def kind_of(experts: PackedExperts) -> str:

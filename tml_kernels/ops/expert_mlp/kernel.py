@@ -13,14 +13,14 @@ the slots in their order. The first launch clears the counters, so a workspace m
 # slots of a token, A = T * K assignments, B blocks, F expert width, J = 2 F gate and up rows;
 # M weight rows of a tile, N tokens of a block.
 
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .products import either_tile, expert_tile
+from .products import bias_of, either_bias, either_tile, expert_tile
 
 
 @triton.jit
@@ -36,26 +36,42 @@ def _local_expert(id, E, map_ptr, mask):
 
 @triton.jit
 def _find_block(
-    block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
-    shared_blocks, blocks_per_shared, SCHEDULED: tl.constexpr, BLOCK_N: tl.constexpr,
+    block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E, shared_blocks,
+    blocks_per_shared, SCHEDULED: tl.constexpr,
 ):  # fmt: skip
-    """(expert, begin, end): whose weights, -1 for no work, and which of its list of tokens. Shared
-    blocks come first. All tables are read at once: past the last block they hold anything."""
+    """Whose weights a block takes, -1 for no work. Shared blocks come first. Past the last block
+    the table holds anything."""
     is_shared = block < shared_blocks
     routed = tl.maximum(block - shared_blocks, 0)
     if SCHEDULED:
         num_blocks = tl.load(num_blocks_ptr)
         id = tl.load(block_expert_ptr + routed, mask=~is_shared, other=-1)
-        begin = tl.load(begin_ptr + routed, mask=~is_shared, other=0)
-        end = tl.load(begin_ptr + routed + 1, mask=~is_shared, other=0)
         id = tl.where(routed < num_blocks, id, -1)
     else:
         id = tl.load(expert_ptr + routed, mask=~is_shared, other=-1)
-        begin, end = routed, routed + 1
     expert = _local_expert(id, E, map_ptr, ~is_shared)
-    expert = tl.where(is_shared, block // blocks_per_shared, expert)
+    return tl.where(is_shared, block // blocks_per_shared, expert)
+
+
+@triton.jit
+def _bounds_of(
+    block, begin_ptr, T, shared_blocks, blocks_per_shared,
+    SCHEDULED: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN: tl.constexpr = False,
+):  # fmt: skip
+    """(begin, end): which of its list of tokens; anything past the last block. AGAIN: the same for
+    the code after the product. All that follows from these would otherwise be kept in registers
+    through its loop, in a copy for each layout: 50 of a thread's. The cache modifier is the
+    default; that it is said makes this another load to the compiler."""
+    is_shared = block < shared_blocks
+    routed = tl.maximum(block - shared_blocks, 0)
+    if SCHEDULED:
+        cache: tl.constexpr = ".ca" if AGAIN else ""
+        begin = tl.load(begin_ptr + routed, mask=~is_shared, other=0, cache_modifier=cache)
+        end = tl.load(begin_ptr + routed + 1, mask=~is_shared, other=0, cache_modifier=cache)
+    else:
+        begin, end = routed, routed + 1
     begin = tl.where(is_shared, block % blocks_per_shared * BLOCK_N, begin)
-    return expert, begin, tl.where(is_shared, T, end)
+    return begin, tl.where(is_shared, T, end)
 
 
 @triton.jit
@@ -128,7 +144,7 @@ def _prepare(
 
 
 @triton.jit
-def _rows_of(f_m, up_m, F, ORDER: tl.constexpr):
+def _rows_of(f_m, up_m, F, ORDER: tl.constexpr, EVEN_M: tl.constexpr):
     """Rows of w13 with gate (up_m = 0) or up (1) of hidden column f; 2 F where there is none."""
     if ORDER == "gate_up":
         row_m = f_m + up_m * F
@@ -137,7 +153,8 @@ def _rows_of(f_m, up_m, F, ORDER: tl.constexpr):
     else:
         tl.static_assert(ORDER == "interleaved", "unknown order")
         row_m = 2 * f_m + up_m
-    return tl.where(f_m < F, row_m, 2 * F)
+    # Where every column is there, a thread's rows are a constant apart: one address for all.
+    return row_m if EVEN_M else tl.where(f_m < F, row_m, 2 * F)
 
 
 # What changes from step to step: a kernel must not depend on whether it is 1 or a multiple of 16.
@@ -175,37 +192,43 @@ def gate_up_kernel(
     is_shared = routed < 0
     block = tl.where(is_shared, program // shared_tiles, shared_blocks + routed // tiles)
     tile = tl.where(is_shared, program % shared_tiles, routed % tiles)
-    expert, begin, end = _find_block(
-        block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
-        shared_blocks, blocks_per_shared, SCHEDULED, BLOCK_N,
-    )  # fmt: skip
+    begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
+                            SCHEDULED, BLOCK_N)  # fmt: skip
+    expert = _find_block(block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E,
+                         shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
     if expert >= 0:
         slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
                                    K, S, SCHEDULED, BLOCK_N)  # fmt: skip
         x_row_n = (slot_n // S).to(tl.int64) * D
-        inv_rms_n = None
-        if inv_rms_ptr is not None:
-            inv_rms_n = tl.load(inv_rms_ptr + slot_n // S, mask=mask_n, other=0.0)
         offs_m = tl.arange(0, BLOCK_M)
         f_m = tile * HALF + offs_m % HALF
         if Z > 0 and not ALIKE and is_shared:
-            row_m = _rows_of(f_m, offs_m // HALF, SHARED_F, SHARED_ORDER)
+            row_m = _rows_of(f_m, offs_m // HALF, SHARED_F, SHARED_ORDER, EVEN_M)
             acc_m_n = expert_tile(
-                x_ptr, x_row_n, mask_n, inv_rms_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
-                shared_outer_ptr, shared_bias_ptr, expert, row_m, 2 * SHARED_F, D,
+                x_ptr, x_row_n, mask_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
+                shared_outer_ptr, expert, row_m, 2 * SHARED_F, D,
                 SHARED_FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            h_f_n = _gated(acc_m_n, ACTIVATION)
+            bias_m = bias_of(shared_bias_ptr, expert, row_m, 2 * SHARED_F)
         else:
-            row_m = _rows_of(f_m, offs_m // HALF, F, ORDER)
+            row_m = _rows_of(f_m, offs_m // HALF, F, ORDER, EVEN_M)
             acc_m_n = either_tile(
-                is_shared, x_ptr, x_row_n, mask_n, inv_rms_n,
-                w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,
-                shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
+                is_shared, x_ptr, x_row_n, mask_n, w_ptr, scale_ptr, zero_ptr, outer_ptr,
+                shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr,
                 expert, row_m, 2 * F, D, ALIKE,
                 FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            h_f_n = _gated(acc_m_n, ACTIVATION)
+            bias_m = either_bias(is_shared, bias_ptr, shared_bias_ptr, expert, row_m, 2 * F, ALIKE)
+        begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
+                                SCHEDULED, BLOCK_N, AGAIN=True)  # fmt: skip
+        slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
+                                   K, S, SCHEDULED, BLOCK_N)  # fmt: skip
+        if inv_rms_ptr is not None:
+            inv_rms_n = tl.load(inv_rms_ptr + slot_n // S, mask=mask_n, other=0.0)
+            acc_m_n *= inv_rms_n[None, :]
+        if bias_ptr is not None or shared_bias_ptr is not None:
+            acc_m_n += bias_m[:, None]
+        h_f_n = _gated(acc_m_n, ACTIVATION)
         offs_f = tile * HALF + tl.arange(0, HALF)
         width = tl.where(is_shared, SHARED_F, F)
         h_ptrs = h_ptr + slot_n.to(tl.int64)[:, None] * H + offs_f[None, :]
@@ -234,31 +257,37 @@ def down_kernel(
     block = program // tiles
     tile = program % tiles
     is_shared = block < shared_blocks
-    expert, begin, end = _find_block(
-        block, expert_ptr, map_ptr, num_blocks_ptr, begin_ptr, block_expert_ptr, T, E,
-        shared_blocks, blocks_per_shared, SCHEDULED, BLOCK_N,
-    )  # fmt: skip
+    begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
+                            SCHEDULED, BLOCK_N)  # fmt: skip
+    expert = _find_block(block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E,
+                         shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
     if expert >= 0:
         slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
                                    K, S, SCHEDULED, BLOCK_N)  # fmt: skip
-        t_n = slot_n // S
         h_row_n = slot_n.to(tl.int64) * H
         row_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         if Z > 0 and not ALIKE and is_shared:
             acc_m_n = expert_tile(
-                h_ptr, h_row_n, mask_n, None, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
-                shared_outer_ptr, shared_bias_ptr, expert, row_m, D, SHARED_F,
+                h_ptr, h_row_n, mask_n, shared_w_ptr, shared_scale_ptr, shared_zero_ptr,
+                shared_outer_ptr, expert, row_m, D, SHARED_F,
                 SHARED_FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            bias_m = bias_of(shared_bias_ptr, expert, row_m, D)
         else:
             acc_m_n = either_tile(
-                is_shared, h_ptr, h_row_n, mask_n, None,
-                w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,
-                shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
+                is_shared, h_ptr, h_row_n, mask_n, w_ptr, scale_ptr, zero_ptr, outer_ptr,
+                shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr,
                 expert, row_m, D, F, ALIKE,
                 FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-        k_n = slot_n % S
+            bias_m = either_bias(is_shared, bias_ptr, shared_bias_ptr, expert, row_m, D, ALIKE)
+        if bias_ptr is not None or shared_bias_ptr is not None:
+            acc_m_n += bias_m[:, None]
+        begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
+                                SCHEDULED, BLOCK_N, AGAIN=True)  # fmt: skip
+        slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
+                                   K, S, SCHEDULED, BLOCK_N)  # fmt: skip
+        t_n, k_n = slot_n // S, slot_n % S
         weight_n = tl.load(weight_ptr + t_n * K + k_n, mask=mask_n & (k_n < K), other=0.0)
         if Z > 0:
             given_n = mask_n & (k_n >= K)
@@ -284,14 +313,12 @@ def _combine(
     if tl.max(last_n.to(tl.int32), axis=0) > 0:
         y_n_m = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for slot in range(K + Z):
-            written_n = last_n
+            mask_n_m = last_n[:, None] & (row_m < D)[None, :]
             if slot < K:
-                id_n = tl.load(expert_ptr + t_n * K + slot, mask=last_n, other=-1)
-                written_n = _local_expert(id_n, E, map_ptr, last_n) >= 0
+                id_n = tl.load(expert_ptr + t_n * K + slot, mask=mask_n, other=-1)
+                mask_n_m &= (_local_expert(id_n, E, map_ptr, mask_n) >= 0)[:, None]
             offs_n = (t_n * (K + Z) + slot).to(tl.int64) * D
-            y_n_m += tl.load(
-                part_ptr + offs_n[:, None] + row_m[None, :],
-                mask=written_n[:, None] & (row_m < D)[None, :], other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
+            part_ptrs = part_ptr + offs_n[:, None] + row_m[None, :]
+            y_n_m += tl.load(part_ptrs, mask=mask_n_m, other=0.0, cache_modifier=".cg")
         out_ptrs = out_ptr + t_n.to(tl.int64)[:, None] * D + row_m[None, :]
         tl.store(out_ptrs, y_n_m, mask=last_n[:, None] & (row_m < D)[None, :])

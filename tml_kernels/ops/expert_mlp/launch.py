@@ -140,12 +140,13 @@ def _config(routed: PackedExperts, shared: PackedExperts, block_n: int, alone: b
     return choose_config(Problem(kind_of(routed), kind_of(shared), block_n, alone))
 
 
-def _tile(config: Config) -> dict[str, int]:
+def _tile(config: Config) -> dict[str, int | None]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": config.maxnreg,
     }
 
 

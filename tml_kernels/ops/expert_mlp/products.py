@@ -14,15 +14,14 @@ from ..._triton.weight_tile import accumulate
 @triton.jit
 def expert_tile(
     x_ptr, x_row_n, mask_n,                           # in   [., W]  tokens, by their first element
-    x_scale_n,                                        # in   [N]  a factor of each, or None
-    w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,  # in   [E, R, W] in its format; [E]; [E, R]
+    w_ptr, scale_ptr, zero_ptr, outer_ptr,            # in   [E, R, W] in its format; [E]
     expert,
     row_m,                                            # in   weight rows of the tile
     R, W,
     FORMAT: tl.constexpr, QUANTIZE_X: tl.constexpr, EVEN_M: tl.constexpr, EVEN_W: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """w[expert] (x scale) + bias of a tile, [M, N] in float32."""
+    """w[expert] x of a tile, [M, N] in float32."""
     expert = expert.to(tl.int64)
     if FORMAT == "plain":
         w_ptr += expert * R * W
@@ -53,19 +52,23 @@ def expert_tile(
         acc_m_n *= scale_m[:, None]
     if outer_ptr is not None:
         acc_m_n *= tl.load(outer_ptr + expert)
-    if x_scale_n is not None:
-        acc_m_n *= x_scale_n[None, :]
-    if bias_ptr is not None:
-        bias_m = tl.load(bias_ptr + expert * R + row_m, mask=row_m < R, other=0.0)
-        acc_m_n += bias_m[:, None]
     return acc_m_n
 
 
 @triton.jit
+def bias_of(bias_ptr, expert, row_m, R):
+    """[M] of a tile; zeros where the experts have none."""
+    if bias_ptr is None:
+        return tl.zeros([row_m.shape[0]], tl.float32)
+    else:
+        return tl.load(bias_ptr + expert.to(tl.int64) * R + row_m, mask=row_m < R, other=0.0)
+
+
+@triton.jit
 def either_tile(
-    is_shared, x_ptr, x_row_n, mask_n, x_scale_n,
-    w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr,
-    shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr, shared_bias_ptr,
+    is_shared, x_ptr, x_row_n, mask_n,
+    w_ptr, scale_ptr, zero_ptr, outer_ptr,
+    shared_w_ptr, shared_scale_ptr, shared_zero_ptr, shared_outer_ptr,
     expert, row_m, R, W,
     ALIKE: tl.constexpr, FORMAT: tl.constexpr, QUANTIZE_X: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -80,8 +83,14 @@ def either_tile(
             zero_ptr = tl.where(is_shared, shared_zero_ptr, zero_ptr)
         if outer_ptr is not None:
             outer_ptr = tl.where(is_shared, shared_outer_ptr, outer_ptr)
-        if bias_ptr is not None:
-            bias_ptr = tl.where(is_shared, shared_bias_ptr, bias_ptr)
-    return expert_tile(x_ptr, x_row_n, mask_n, x_scale_n,
-                       w_ptr, scale_ptr, zero_ptr, outer_ptr, bias_ptr, expert, row_m, R, W,
+    return expert_tile(x_ptr, x_row_n, mask_n, w_ptr, scale_ptr, zero_ptr, outer_ptr,
+                       expert, row_m, R, W,
                        FORMAT, QUANTIZE_X, EVEN_M, EVEN_W, BLOCK_M, BLOCK_N)  # fmt: skip
+
+
+@triton.jit
+def either_bias(is_shared, bias_ptr, shared_bias_ptr, expert, row_m, R, ALIKE: tl.constexpr):
+    """`bias_of` of the routed experts; with ALIKE, of the shared ones where `is_shared`."""
+    if ALIKE and bias_ptr is not None:
+        bias_ptr = tl.where(is_shared, shared_bias_ptr, bias_ptr)
+    return bias_of(bias_ptr, expert, row_m, R)

@@ -123,6 +123,7 @@ def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
         num_stages=config.num_stages,
         aligned=tuple(name for name in aligned if name not in given),
         label=f"{shape.label},block_n={block_n}",
+        maxnreg=config.maxnreg,
         min_arch=89 if shape.quantize_x else 80,
         mma="QGMMA" if shape.quantize_x else "HGMMA",
         weights_per_step=tuple(config.block_m * STEP[format] for format in shape.loops),
