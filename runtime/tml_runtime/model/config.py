@@ -128,7 +128,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, *, layout: TurnLayout | None = None) -> ModelConfig:
-        """tiny, slice or inkling-small, with the given turn layout (default: ms200)."""
+        """tiny, cue, slice or inkling-small, with the given turn layout (default: ms200)."""
         if name not in _PRESETS:
             raise ValueError(f"model {name!r} is not one of {', '.join(_PRESETS)}")
         return _PRESETS[name] if layout is None else replace(_PRESETS[name], layout=layout)
@@ -237,6 +237,24 @@ _PRESETS = {
         vocab=Vocabulary(
             size=320, num_valid=260, silence=256, missing=257, delegate=258, yield_turn=259
         ),
+        logits_divisor=1.0,
+        patch=replace(PATCH_40, widths=(16, 32, 64)),
+        flow=FlowSpec(width=128, depth=2, num_steps=4),
+        tau_floor=128_000,
+    ),
+    # Small enough to train on a CPU; `tml_runtime.demo.cue` has its words, trainer and weights.
+    "cue": ModelConfig(
+        name="cue",
+        width=128,
+        num_layers=4,
+        local_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=32, extent=128, window=128),
+        global_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=32, extent=256),
+        global_layers=(1, 3),
+        d_rel=16,
+        dense_layers=(0,),
+        dense_width=256,
+        experts=ExpertSpec(num_experts=8, top_k=2, num_shared=1, width=128, route_scale=2.5),
+        vocab=Vocabulary(size=64, num_valid=41, silence=0, missing=1, delegate=2, yield_turn=3),
         logits_divisor=1.0,
         patch=replace(PATCH_40, widths=(16, 32, 64)),
         flow=FlowSpec(width=128, depth=2, num_steps=4),

@@ -1,0 +1,99 @@
+"""Muon for the matrices of the layers, Adam for everything else, on tensors by name.
+
+Source of Muon: K. Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MUON_LR, MOMENTUM = 0.02, 0.95
+ADAM_LR, BETAS, EPS = 3e-3, (0.9, 0.98), 1e-8
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ROUNDS = 4  # bring singular values near enough to one
+WARM_UP = 40  # steps
+DECAY = 0.4  # the last part of all steps, in which the rate falls to zero
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of weights by its path, such as layers.0.attention.qkvr_J_D."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif is_dataclass(value):
+        for spec in fields(value):
+            yield from leaves(getattr(value, spec.name), _join(name, spec.name))
+    elif isinstance(value, tuple):
+        keys = getattr(value, "_fields", range(len(value)))
+        for key, item in zip(keys, value, strict=True):
+            yield from leaves(item, _join(name, str(key)))
+
+
+def is_matrix(name: str, tensor: Tensor) -> bool:
+    """Of a layer: projections and experts, which Muon moves."""
+    small = ("conv", "rel_table", "gate_A_D", "norm")
+    return name.startswith("layers.") and tensor.ndim > 1 and not any(s in name for s in small)
+
+
+@dataclass
+class Optimiser:
+    """state: by name of a weight and of what is kept of it; `weights` are moved in place."""
+
+    weights: Mapping[str, Tensor]
+    state: dict[str, Tensor]
+
+    @classmethod
+    def new(cls, weights: Mapping[str, Tensor]) -> Optimiser:
+        state = {}
+        for name, tensor in weights.items():
+            state[f"{name}.mean"] = torch.zeros_like(tensor)
+            if not is_matrix(name, tensor):
+                state[f"{name}.square"] = torch.zeros_like(tensor)
+        return cls(weights, state)
+
+    @torch.no_grad()
+    def step(self, step: int, num_steps: int) -> None:
+        """step counts from 0. Takes the gradients of all weights that have one, and clears them."""
+        rate = schedule(step, num_steps)
+        for name, tensor in self.weights.items():
+            if tensor.grad is None:
+                continue
+            mean, square = self.state[f"{name}.mean"], self.state.get(f"{name}.square")
+            if square is None:
+                mean.lerp_(tensor.grad, 1 - MOMENTUM)
+                move = orthogonal(tensor.grad.lerp(mean, MOMENTUM))
+                scale = max(1.0, tensor.shape[-2] / tensor.shape[-1]) ** 0.5
+                tensor.add_(move, alpha=-MUON_LR * rate * scale)
+            else:
+                mean.lerp_(tensor.grad, 1 - BETAS[0])
+                square.lerp_(tensor.grad.square(), 1 - BETAS[1])
+                bias = math.sqrt(1 - BETAS[1] ** (step + 1)) / (1 - BETAS[0] ** (step + 1))
+                tensor.addcdiv_(mean, square.sqrt().add_(EPS), value=-ADAM_LR * rate * bias)
+            tensor.grad = None
+
+
+def schedule(step: int, num_steps: int) -> float:
+    """1 at most: up at the beginning, down to zero at the end."""
+    down = (num_steps - step) / max(1.0, DECAY * num_steps)
+    return min(1.0, (step + 1) / WARM_UP, down)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """The nearest matrix, or stack of matrices, with singular values of about one."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / (x.flatten(-2).norm(dim=-1)[..., None, None] + 1e-7)
+    for _ in range(ROUNDS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key

@@ -1,0 +1,83 @@
+"""Real speech and footage for episodes: excerpts of recordings, drawn from a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+FRAME = 1600  # samples of 100 ms, in which loudness is looked at
+TRIES = 8
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Recordings at 16 kHz by name. No two excerpts are alike: pitch, loudness and tone differ."""
+
+    recordings: Mapping[str, np.ndarray]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each recording's samples, by which a model tells what it was trained on."""
+        return {name: digest(pcm) for name, pcm in self.recordings.items()}
+
+    def excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """float32 [count], from anywhere in a recording, which begins anew at its end."""
+        return self._excerpt(rng, count) * rng.uniform(0.03, 0.12)
+
+    def dense(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """An excerpt whose softest 100 ms are the loudest of several tries."""
+        tries = [self._excerpt(rng, count) for _ in range(TRIES)]
+        best = max(tries, key=lambda pcm: _softest(pcm))
+        fade = np.clip(np.minimum(np.arange(count), np.arange(count)[::-1]) / 160, 0, 1)
+        return (best * fade * rng.uniform(0.06, 0.15)).astype(np.float32)
+
+    def _excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Of unit power, as far as the recording's loudness is even."""
+        pcm = self.recordings[sorted(self.recordings)[rng.integers(len(self.recordings))]]
+        pace = rng.uniform(0.85, 1.18)
+        at = rng.integers(len(pcm)) + pace * np.arange(count)
+        first = int(at[0])
+        raw = np.take(pcm, np.arange(first, int(at[-1]) + 2), mode="wrap")
+        drawn = np.interp(at - first, np.arange(len(raw)), raw)
+        tilt = rng.uniform(-0.4, 0.6)  # of the spectrum, towards low or high
+        drawn[1:] = drawn[1:] - tilt * drawn[:-1]
+        loud = np.sqrt(np.mean(np.square(pcm, dtype=np.float64))) * (1 - min(tilt, 0.5))
+        return (drawn / max(loud, 1e-6)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Clips at two frames a tick, uint8 [n, side, side, 3], by name; there may be none."""
+
+    clips: Mapping[str, np.ndarray]
+    side: int
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        return {name: digest(frames) for name, frames in self.clips.items()}
+
+    def excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """uint8 [count, side, side, 3] to be drawn on: a clip, or a still picture with noise."""
+        if self.clips and rng.random() < 0.5:
+            clip = self.clips[sorted(self.clips)[rng.integers(len(self.clips))]]
+            frames = np.take(clip, rng.integers(len(clip)) + np.arange(count), axis=0, mode="wrap")
+            return (frames * rng.uniform(0.4, 0.9)).astype(np.uint8)
+        corners = rng.uniform(10, 150, (2, 2, 3))
+        ramp = np.linspace(0, 1, self.side)
+        rows = corners[0][None] * (1 - ramp[:, None, None]) + corners[1][None] * ramp[:, None, None]
+        still = rows[:, :1] * (1 - ramp[None, :, None]) + rows[:, 1:] * ramp[None, :, None]
+        noise = rng.normal(0, rng.uniform(0, 8), (count, self.side, self.side, 1))
+        return np.clip(still[None] + noise, 0, 255).astype(np.uint8)
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _softest(pcm: np.ndarray) -> float:
+    whole = pcm[: len(pcm) // FRAME * FRAME]
+    frames = whole.reshape(-1, FRAME) if len(whole) else pcm[None]
+    return float(np.sqrt(np.square(frames).mean(axis=1).min()))

@@ -1,0 +1,185 @@
+"""`python -m tml_runtime.demo.train`: makes the weights of the `cue` model, and measures them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from .._optional import MissingExtraError, require
+from ..errors import TmlRuntimeError
+from ..model import InteractionModel
+from .cue.evaluate import EVALUATION, check_held_out, evaluate
+from .cue.recordings import held_out_media, training_media
+from .cue.report import (
+    read_report,
+    target_rows,
+    training_report,
+    weights_digest,
+    write_report,
+)
+from .cue.trainer import Loss, Trainer
+from .cue.words import CONFIG
+from .media import MediaError
+
+TIMED_STEPS = 20  # by which --minutes becomes a number of steps
+SAVE_EVERY_S = 60.0
+NEWEST = 100  # losses of a task that the report is the mean of
+
+_TEXT = """\
+Train the cue model on a CPU: it listens, watches and reads in ticks of 200 ms, and answers cues in
+the tick in which an answer is due. Writes model.safetensors, report.json and report.md, and
+training.safetensors, by which a run that was stopped goes on: give the same arguments again.
+"""
+_EXAMPLES = """\
+examples:
+  python -m tml_runtime.demo.train --out out/cue              25 minutes on two cores
+  python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
+
+--minutes sets the number of steps once, at the start, from the time of the first ones; --steps
+gives it. The same seed, steps and --threads give the same weights on the same machine.
+"""
+
+
+class Bar(Protocol):
+    def __call__(self, done: int, total: int, text: str) -> None: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C (and can go on)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.minutes <= 0 or args.threads < 1 or (args.steps is not None and args.steps < 1):
+        parser.error("--minutes, --steps and --threads are positive")
+    if not 0 <= args.seed < EVALUATION or args.episodes < 1 or args.long_episodes < 0:
+        parser.error("--seed and --long-episodes are not negative, --episodes is positive")
+    torch.set_num_threads(args.threads)
+    try:
+        if args.evaluate:
+            measure(args.out, args.episodes, args.long_episodes)
+        else:
+            train(args.out, seed=args.seed, minutes=args.minutes, num_steps=args.steps)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved step", file=sys.stderr)
+        return 130
+    except (TmlRuntimeError, MediaError, MissingExtraError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> None:
+    """Raises TrainingError, MediaError, MissingExtraError, OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(seed, *training_media())
+    if trainer.resume(out):
+        print(f"goes on after step {trainer.step} of {trainer.num_steps}")
+    begin = saved = time.monotonic()
+    if num_steps is not None:
+        trainer.num_steps = num_steps
+    newest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NEWEST))
+    with _bar("training") as show:
+        while trainer.num_steps == 0 or trainer.step < trainer.num_steps:
+            loss = trainer.run_step()
+            for task, value in loss.tasks.items():
+                newest[task].append(value)
+            now = time.monotonic()
+            if trainer.num_steps == 0 and trainer.step == TIMED_STEPS:
+                each_s = (now - begin) / TIMED_STEPS
+                trainer.num_steps = max(TIMED_STEPS, round(60 * minutes / each_s))
+            show(trainer.step, trainer.num_steps, _loss_text(loss))
+            if now - saved > SAVE_EVERY_S and trainer.num_steps > 0:
+                trainer.save(out)
+                saved = now
+    trainer.save(out)
+    trainer.save_weights(out)
+    means = {task: float(np.mean(values)) for task, values in newest.items()}
+    write_report(out, training_report(trainer, means, time.monotonic() - begin))
+    print(f"wrote {out}: step {trainer.step}; now measure it: --out {out} --evaluate")
+
+
+def measure(out: Path, episodes: int, long_episodes: int) -> None:
+    """Adds figures to a folder's report. Raises NotHeldOut, ReportError, CheckpointError,
+    MediaError, MissingExtraError."""
+    report = read_report(out)
+    speech, footage = held_out_media()
+    check_held_out(report["trained_on"], speech, footage)
+    model = InteractionModel.load(out, config=CONFIG)
+    with _bar("measuring") as show:
+        report["figures"] = evaluate(
+            model,
+            speech,
+            footage,
+            episodes=episodes,
+            long_episodes=long_episodes,
+            done=show,
+        )
+    report["weights_sha256"] = weights_digest(out)
+    report["measured_with"] = {**speech.hashes, **footage.hashes}
+    write_report(out, report)
+    for what, value, target, reached in target_rows(report["figures"]):
+        print(f"{'ok     ' if reached else 'MISSED '} {what}: {value:g} (target {target:g})")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tml_runtime.demo.train",
+        description=_TEXT,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
+    add("--minutes", type=float, default=25.0, help="how long to train (default: %(default)g)")
+    add("--steps", type=int, help="how many steps instead")
+    add("--seed", type=int, default=0, help="of weights and episodes (default: %(default)s)")
+    add("--threads", type=int, default=2, help="torch's (default: %(default)s)")
+    add("--evaluate", action="store_true", help="train nothing: measure what is in DIR")
+    add("--episodes", type=int, default=32, help="of each task (default: %(default)s)")
+    add("--long-episodes", type=int, default=8, help="of a minute (default: %(default)s)")
+    return parser
+
+
+def _loss_text(loss: Loss) -> str:
+    return f"tokens {loss.tokens:.4f}, speech {loss.speech:.3f}"
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Bar]:
+    """A bar on a terminal, else a line now and then; both on stderr."""
+    console = require("rich.console", "show progress").Console(stderr=True)
+    if not console.is_terminal:
+        yield _Lines(what)
+        return
+    with require("rich.progress", "show progress").Progress(console=console) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total or None, description=f"{what}: {text}")
+
+        yield show
+
+
+class _Lines:
+    EVERY_S = 10.0
+
+    def __init__(self, what: str) -> None:
+        self._what, self._shown = what, 0.0
+
+    def __call__(self, done: int, total: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self._shown > self.EVERY_S or done == total:
+            self._shown = now
+            print(f"{self._what}: {done} of {total or '?'}: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

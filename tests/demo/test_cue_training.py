@@ -1,0 +1,150 @@
+"""Training: it lowers the loss, goes on where it was stopped, and refuses what is not its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cue_media import made_footage, made_speech
+
+from tml_kernels.testing import assert_bitwise
+from tml_runtime.demo import train as command
+from tml_runtime.demo.cue import trainer as training
+from tml_runtime.demo.cue.optimiser import Optimiser, orthogonal, schedule
+from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
+from tml_runtime.demo.cue.tasks import TASKS, make_episode
+from tml_runtime.demo.cue.trainer import STATE, WEIGHTS, Trainer, TrainingError
+from tml_runtime.demo.cue.words import CONFIG
+from tml_runtime.model import InteractionModel
+
+MEDIA = made_speech(), made_footage()
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One short episode a step, of two tasks in turn."""
+
+    def draw(seed: int, step: int, *media: object) -> list:
+        task = ("speak", "every")[step % 2]
+        return [make_episode(task, 24, np.random.SeedSequence([seed, step]), *media)]  # type: ignore
+
+    monkeypatch.setattr(training, "draw_episodes", draw)
+    monkeypatch.setattr(command, "training_media", lambda: MEDIA)
+
+
+def test_twenty_steps_lower_the_loss_and_a_run_that_goes_on_ends_bitwise_the_same(
+    tmp_path: Path,
+) -> None:
+    whole = Trainer(0, *MEDIA)
+    whole.num_steps = 20
+    losses = [whole.run_step().total for _ in range(11)]
+    whole.save(tmp_path)
+    losses += [whole.run_step().total for _ in range(9)]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
+    gone_on = Trainer(0, *MEDIA)
+    assert gone_on.resume(tmp_path)
+    assert (gone_on.step, gone_on.num_steps) == (11, 20)
+    while gone_on.step < gone_on.num_steps:
+        gone_on.run_step()
+    for name, tensor in whole.leaves.items():
+        assert_bitwise(gone_on.leaves[name].detach(), tensor.detach())
+    assert losses[0] != losses[2]  # no episode comes twice
+
+
+def test_a_checkpoint_is_the_model_that_was_trained(tmp_path: Path) -> None:
+    trainer = Trainer(5, *MEDIA)
+    trainer.save_weights(tmp_path)
+    model = InteractionModel.load(tmp_path, config=CONFIG)
+    assert model.report.random == ()
+    for (_, loaded), own in zip(
+        training.leaves(model.weights), trainer.leaves.values(), strict=True
+    ):
+        assert_bitwise(loaded, own.detach())
+    assert (tmp_path / WEIGHTS).stat().st_size < 12e6
+
+
+def test_the_state_of_another_run_is_refused_and_stays(tmp_path: Path) -> None:
+    assert not Trainer(0, *MEDIA).resume(tmp_path)
+    Trainer(0, *MEDIA).save(tmp_path)
+    before = (tmp_path / STATE).read_bytes()
+    with pytest.raises(TrainingError, match="of a run with seed=0, not 1"):
+        Trainer(1, *MEDIA).resume(tmp_path)
+    with pytest.raises(TrainingError, match="of a run with speech="):
+        Trainer(0, made_speech(9), MEDIA[1]).resume(tmp_path)
+    assert (tmp_path / STATE).read_bytes() == before
+    for damaged in (b"", before[:1000], b"x" * 5000):
+        (tmp_path / STATE).write_bytes(damaged)
+        with pytest.raises(TrainingError):
+            Trainer(0, *MEDIA).resume(tmp_path)
+
+
+def test_the_command_trains_goes_on_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path), "--threads", "1", "--seed", "3"]
+    run_step, steps = Trainer.run_step, []
+
+    def interrupted(trainer: Trainer) -> training.Loss:
+        steps.append(trainer.step)
+        if len(steps) == 3:
+            trainer.save(tmp_path)
+            raise KeyboardInterrupt
+        return run_step(trainer)
+
+    monkeypatch.setattr(Trainer, "run_step", interrupted)
+    assert command.main([*out, "--steps", "4"]) == 130
+    assert command.main([*out, "--steps", "4"]) == 0
+    assert steps == [0, 1, 2, 2, 3]
+    shown = capsys.readouterr()
+    assert "goes on after step 2 of 4" in shown.out
+    report = read_report(tmp_path)
+    assert (report["seed"], report["steps"], report["torch_threads"]) == (3, 4, 1)
+    assert report["trained_on"] == {**MEDIA[0].hashes, **MEDIA[1].hashes}
+    assert set(report["loss"]) <= set(TASKS)
+    assert "made-0" in (tmp_path / TEXT).read_text()
+    assert command.main([*out[:2], "--threads", "1", "--seed", "4", "--steps", "4"]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--minutes", "0"], ["--steps", "0"], ["--seed", "-1"], ["--episodes", "0"]]
+)
+def test_wrong_arguments(wrong: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as error:
+        command.main(["--out", str(tmp_path), *wrong])
+    assert error.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[]", '{"trained_on": []}'])
+def test_a_model_without_a_report_is_not_measured(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / REPORT).write_text(text)
+    with pytest.raises(ReportError, match="nobody knows what the model was trained on"):
+        read_report(tmp_path)
+
+
+def test_muon_makes_moves_with_even_singular_values() -> None:
+    for shape in [(3, 64, 16), (16, 64), (24, 24)]:
+        values = torch.linalg.svdvals(orthogonal(torch.randn(*shape)))
+        assert values.min() > 0.2 and values.max() < 1.4
+
+
+def test_weights_without_a_gradient_stay() -> None:
+    weights = {"layers.0.x": torch.ones(4, 4), "y": torch.ones(4)}
+    weights["y"].grad = torch.full((4,), 2.0)
+    Optimiser.new(weights).step(0, 10)
+    assert (weights["layers.0.x"] == 1).all()
+    assert (weights["y"] < 1).all() and weights["y"].grad is None
+
+
+def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
+    rates = [schedule(step, 1000) for step in range(1001)]
+    assert rates[0] < 0.05 and set(rates[100:599]) == {1.0}
+    assert rates == sorted(rates[:100]) + rates[100:600] + sorted(rates[600:], reverse=True)
+    assert rates[-1] == 0.0
+    assert json.dumps(rates)
