@@ -203,3 +203,21 @@ def test_a_cue_tone_stands_out_of_speech() -> None:
     due = [tick for tick, word in said(episode) if word == "yes"]
     assert due and min(best_T[due]) > best_T.median() + 0.5
     assert len(signal[0]) == 60 * WINDOW
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_varied_pictures_are_never_taken_for_a_flash(seed: int) -> None:
+    varied = Footage(FOOTAGE.clips, SIDE, varied=True)
+    frames = varied.excerpt(np.random.default_rng(seed), 50)
+    assert frames.shape == (50, SIDE, SIDE, 3) and frames.dtype == np.uint8
+    assert frames.max() <= 230 and frames.min(axis=(1, 2, 3)).max() < 225
+    again = varied.excerpt(np.random.default_rng(seed), 50)
+    np.testing.assert_array_equal(frames, again)
+
+
+def test_at_a_quick_pace_there_is_more_to_answer() -> None:
+    due = [
+        sum(len(said(make("wait_tone", 60, seed, pace=pace))) for seed in range(5))
+        for pace in (1.0, 0.1)
+    ]
+    assert due[1] > 1.5 * due[0]

@@ -153,7 +153,7 @@ def test_the_command_measures_and_refuses_a_model_that_knows_the_recordings(
 ) -> None:
     trainer = Trainer(0, made_speech(0), made_footage(0))
     trainer.save_weights(tmp_path)
-    write_report(tmp_path, training_report(trainer, {"cue": 1.0}, 60.0))
+    write_report(tmp_path, training_report(trainer, {"cue": 1.0}))
     asked = ["--out", str(tmp_path), "--evaluate", "--episodes", "1", "--long-episodes", "0"]
     asked += ["--threads", "1"]
 

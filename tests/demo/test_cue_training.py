@@ -13,6 +13,7 @@ from cue_media import made_footage, made_speech
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo import train as command
 from tml_runtime.demo.cue import trainer as training
+from tml_runtime.demo.cue.lessons import LESSONS, lesson_at
 from tml_runtime.demo.cue.optimiser import Optimiser, orthogonal, schedule
 from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
@@ -148,3 +149,17 @@ def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
     assert rates == sorted(rates[:100]) + rates[100:600] + sorted(rates[600:], reverse=True)
     assert rates[-1] == 0.0
     assert json.dumps(rates)
+
+
+def test_lessons_go_on_from_one_to_the_next() -> None:
+    firsts = [lesson.first_step for lesson in LESSONS]
+    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    rng = np.random.default_rng(0)
+    for lesson in LESSONS:
+        assert lesson_at(lesson.first_step) is lesson
+        assert set(lesson.draw_tasks(5, rng)) <= set(TASKS)
+        assert set(lesson.draw_paces(5, rng)) <= set(lesson.paces)
+        share, reach = lesson.draw_garble(rng)
+        assert 0 <= share <= 1 and reach >= 1
+    assert lesson_at(firsts[1] - 1) is LESSONS[0] and lesson_at(10**6) is LESSONS[-1]
+    assert len(set(LESSONS[0].draw_tasks(len(TASKS), rng))) == len(TASKS)

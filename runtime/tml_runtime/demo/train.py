@@ -102,7 +102,7 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> Non
     trainer.save(out)
     trainer.save_weights(out)
     means = {task: float(np.mean(values)) for task, values in newest.items()}
-    write_report(out, training_report(trainer, means, time.monotonic() - begin))
+    write_report(out, training_report(trainer, means))
     print(f"wrote {out}: step {trainer.step}; now measure it: --out {out} --evaluate")
 
 
@@ -144,7 +144,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="torch's (default: %(default)s)")
     add("--evaluate", action="store_true", help="train nothing: measure what is in DIR")
     add("--episodes", type=int, default=32, help="of each task (default: %(default)s)")
-    add("--long-episodes", type=int, default=8, help="of a minute (default: %(default)s)")
+    add(
+        "--long-episodes",
+        type=int,
+        default=8,
+        help="of a minute, in which it counts (default: %(default)s)",
+    )
     return parser
 
 

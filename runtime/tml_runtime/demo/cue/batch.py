@@ -58,11 +58,12 @@ def make_batch(
     episodes: Sequence[Episode],
     rng: np.random.Generator,
     *,
-    garble: float = 0.0,
+    garble: tuple[float, int] = (0.0, 1),
     keep_ticks: Sequence[int | None] = (),
 ) -> Batch:
-    """garble: the share of speech levels fed back that are one off, since the speech head's output
-    is not exact. keep_ticks: of sound and pictures, in global layers, by episode; None: all."""
+    """garble: the share of speech levels fed back that are off, and by how much at most, since the
+    speech head's output is not exact. keep_ticks: of sound and pictures, in global layers, by
+    episode; None: all."""
     layout, tokens = CONFIG.layout, [_tokens(episode) for episode in episodes]
     num_tokens = max(len(kind_T) for kind_T, _ in tokens)
     kind_N_T = np.full((len(episodes), num_tokens), NOTHING)
@@ -75,8 +76,8 @@ def make_batch(
     firsts = np.cumsum([0, *(layout.num_steps * len(e) for e in episodes)])[:-1]
     token_M, spoken_M_B = said_M.roll(1), levels_M_B.roll(1, 0)
     token_M[firsts], spoken_M_B[firsts] = SILENCE, 0  # as in a state that was reset
-    if garble > 0:
-        off = torch.from_numpy(rng.choice([-1, 0, 1], spoken_M_B.shape, p=_shares(garble)))
+    if garble[0] > 0:
+        off = torch.from_numpy(_offsets(rng, *garble, tuple(spoken_M_B.shape)))
         spoken_M_B = (spoken_M_B + off).clamp(0, layout.dmel.num_levels - 1).to(torch.uint8)
     ids = np.concatenate([_ids(e, t) for e in episodes for t in range(len(e))] or [[]])
     return Batch(
@@ -157,5 +158,13 @@ def _dropped(
     return dropped
 
 
-def _shares(garble: float) -> list[float]:
-    return [garble / 2, 1 - garble, garble / 2]
+def _offsets(
+    rng: np.random.Generator, share: float, reach: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """0 but for a share of them, which are up to `reach` to either side: each half as often as the
+    one before it."""
+    offsets = np.arange(-reach, reach + 1)
+    shares = np.where(offsets == 0, 0.0, 0.5 ** np.abs(offsets))
+    shares *= share / shares.sum()
+    shares[reach] = 1 - share
+    return rng.choice(offsets, shape, p=shares)

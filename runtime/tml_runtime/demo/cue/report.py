@@ -39,15 +39,15 @@ class ReportError(TmlRuntimeError):
     """A report that is missing or cannot be read; says what to do."""
 
 
-def training_report(trainer: Trainer, loss: Mapping[str, float], seconds: float) -> dict[str, Any]:
-    """loss: of tokens by task, a mean over the newest steps. seconds: that this run trained."""
+def training_report(trainer: Trainer, loss: Mapping[str, float]) -> dict[str, Any]:
+    """loss: of tokens by task, a mean over the newest steps."""
     weights = named_tensors(CONFIG, trainer.weights)
     return {
         "schema": "tml-cue-report",
         "version": 1,
         "seed": trainer.seed,
         "steps": trainer.step,
-        "train_seconds": round(seconds, 1),
+        "cpu_seconds": round(trainer.cpu_seconds, 1),
         "torch_threads": torch.get_num_threads(),
         "parameters": sum(named.view.numel() for named in weights),
         "loss": {task: round(value, 5) for task, value in sorted(loss.items())},
@@ -93,13 +93,12 @@ def target_rows(figures: Mapping[str, Any]) -> list[tuple[str, float, float, boo
 
 
 def _lines(report: Mapping[str, Any]) -> list[str]:
-    minutes = report["train_seconds"] / 60
     lines = [
         "# Training report of the cue model",
         "",
         f"{report['parameters']:,} parameters, {report['steps']} steps, seed {report['seed']}, "
-        f"{minutes:.1f} minutes on {report['torch_threads']} thread(s). Written by",
-        "`python -m tml_runtime.demo.train`.",
+        f"{report['cpu_seconds']:.0f} CPU seconds on",
+        f"{report['torch_threads']} thread(s). Written by `python -m tml_runtime.demo.train`.",
         "",
         "| task | loss of first-step tokens, last steps |",
         "| --- | --- |",

@@ -54,6 +54,7 @@ class Footage:
 
     clips: Mapping[str, np.ndarray]
     side: int
+    varied: bool = False  # clips mirrored, recoloured, faster and slower, and other moving patterns
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -61,6 +62,8 @@ class Footage:
 
     def excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """uint8 [count, side, side, 3] to be drawn on: a clip, or a still picture with noise."""
+        if self.varied and rng.random() < 0.7:
+            return self._clip_changed(rng, count) if rng.random() < 0.5 else self._pan(rng, count)
         if self.clips and rng.random() < 0.5:
             clip = self.clips[sorted(self.clips)[rng.integers(len(self.clips))]]
             frames = np.take(clip, rng.integers(len(clip)) + np.arange(count), axis=0, mode="wrap")
@@ -71,6 +74,33 @@ class Footage:
         still = rows[:, :1] * (1 - ramp[None, :, None]) + rows[:, 1:] * ramp[None, :, None]
         noise = rng.normal(0, rng.uniform(0, 8), (count, self.side, self.side, 1))
         return np.clip(still[None] + noise, 0, 255).astype(np.uint8)
+
+    def _clip_changed(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        clip = self.clips[sorted(self.clips)[rng.integers(len(self.clips))]]
+        pace = rng.uniform(-2.5, 2.5)
+        index = (rng.integers(len(clip)) + pace * np.arange(count)).astype(int)
+        frames = np.take(clip, index, axis=0, mode="wrap")[..., rng.permutation(3)]
+        frames = np.rot90(frames, int(rng.integers(4)), axes=(1, 2))
+        frames = np.roll(frames, tuple(rng.integers(self.side, size=2)), axis=(1, 2))
+        gain, lift = rng.uniform(0.2, 1.0, 3), rng.uniform(-40, 60)
+        return np.clip(frames * gain + lift, 0, 230).astype(np.uint8)
+
+    def _pan(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """A camera that moves over coloured fields."""
+        cells = int(rng.integers(2, 12))
+        field = rng.uniform(0, 230, (cells, cells, 3)) * rng.uniform(0.3, 1.0)
+        size = -(-2 * self.side // cells)
+        fields = np.kron(field, np.ones((size, size, 1)))
+        way = (
+            rng.integers(2 * self.side, size=2) + rng.uniform(-4, 4, 2) * np.arange(count)[:, None]
+        )
+        span = np.arange(self.side)
+        frames = [
+            fields.take(span + y, axis=0, mode="wrap").take(span + x, axis=1, mode="wrap")
+            for y, x in way.astype(int)
+        ]
+        noise = rng.normal(0, rng.uniform(0, 8), (count, self.side, self.side, 1))
+        return np.clip(np.stack(frames) + noise, 0, 230).astype(np.uint8)
 
 
 def digest(array: np.ndarray) -> str:

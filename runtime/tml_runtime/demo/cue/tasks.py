@@ -27,16 +27,18 @@ def make_episode(
     *,
     lose: float | None = None,
     sections: int = 1,
+    pace: float = 1.0,
 ) -> Episode:
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
-    lose: the share of quiet ticks that are lost, by default none in most episodes. Raises KeyError
-    for a task that is not in TASKS, ValueError for fewer than 24 ticks a section.
+    lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
+    events lie closer together. Raises KeyError for a task that is not in TASKS, ValueError for
+    fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")
     rng = np.random.default_rng(seed)
-    stage = Stage(num_ticks, rng, speech, footage)
+    stage = Stage(num_ticks, rng, speech, footage, pace)
     names = [str(rng.choice([n for n in TASKS if _follows(n, name)])) for _ in range(sections - 1)]
     names.append(name)
     ends = np.linspace(0, num_ticks, sections + 1).astype(int)
@@ -51,7 +53,7 @@ def make_episode(
 
 
 def wait_tone(stage: Stage, begin: int, end: int) -> None:
-    """ "wait tone 3": three ticks after each cue tone, "now"."""
+    """Reads "wait tone 3": three ticks after each cue tone, "now"."""
     _wait(stage, begin, end, "tone", lambda tick: stage.tone(tick, CUE_HZ))
 
 
@@ -60,7 +62,7 @@ def wait_flash(stage: Stage, begin: int, end: int) -> None:
 
 
 def count_tone(stage: Stage, begin: int, end: int) -> None:
-    """ "count tone": how many there were, after each."""
+    """Reads "count tone": says how many there were, after each."""
     _count(stage, begin, end, "tone", lambda tick: stage.tone(tick, CUE_HZ))
 
 
@@ -90,8 +92,8 @@ def count_motion(stage: Stage, begin: int, end: int) -> None:
 
 
 def speak(stage: Stage, begin: int, end: int) -> None:
-    """ "speak": the scale, a word a tick, until somebody talks for more than a tick: then it yields
-    the floor. A word or a noise of a tick's length is no reason to."""
+    """Reads "speak": says the scale, a word a tick, until somebody talks for more than a tick: then
+    it yields the floor. A word or a noise of a tick's length is no reason to."""
     rng, tick = stage.rng, begin
     while tick < end - 4:
         stage.read(tick, "speak")
@@ -111,10 +113,10 @@ def speak(stage: Stage, begin: int, end: int) -> None:
 
 
 def cue(stage: Stage, begin: int, end: int) -> None:
-    """ "cue": "yes" with each cue tone, while somebody talks."""
+    """Reads "cue": says "yes" with each cue tone, while somebody talks."""
     stage.read(begin, "cue")
     stage.talk(begin, end)
-    for tick in _spread(stage.rng, begin + 1, end, 3, 16):
+    for tick in _spread(stage, begin + 1, end, 3, 16):
         if stage.rng.random() < 0.7:
             stage.tone(tick, CUE_HZ)
             stage.say(tick, YES)
@@ -123,7 +125,7 @@ def cue(stage: Stage, begin: int, end: int) -> None:
 
 
 def every(stage: Stage, begin: int, end: int) -> None:
-    """ "every 4": "tick" every four ticks, until "stop"."""
+    """Reads "every 4": says "tick" every four ticks, until "stop"."""
     period = int(stage.rng.integers(2, MAX_DELAY + 1))
     stage.read(begin, "every", period)
     stop = end if stage.rng.random() < 0.3 else int(stage.rng.integers(begin + 8, end))
@@ -135,10 +137,10 @@ def every(stage: Stage, begin: int, end: int) -> None:
 
 
 def ask(stage: Stage, begin: int, end: int) -> None:
-    """ "ask": it delegates at each tone of ASK_HZ, and says the number that comes as a result."""
+    """Reads "ask": delegates at each tone of ASK_HZ, and says the number that comes as a result."""
     rng = stage.rng
     stage.read(begin, "ask")
-    for tick in _spread(rng, begin + 1, end - 1, 8, 14):
+    for tick in _spread(stage, begin + 1, end - 1, 8, 14):
         if rng.random() < 0.25:
             stage.tone(tick, CUE_HZ if rng.random() < 0.5 else None)
             continue
@@ -168,7 +170,7 @@ def _follows(before: str, last: str) -> bool:
 def _wait(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int], None]) -> None:
     delay = int(stage.rng.integers(1, MAX_DELAY + 1))
     stage.read(begin, "wait", what, delay)
-    for tick in _spread(stage.rng, begin + 1, end - delay, 2, 12):
+    for tick in _spread(stage, begin + 1, end - delay, 2, 12):
         if stage.rng.random() < 0.65:
             happen(tick)
             stage.say(tick + delay, NOW)
@@ -182,7 +184,7 @@ def _count(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int]
     stage.read(begin, "count", what)
     done, wanted = 0, int(stage.rng.integers(1, MAX_COUNT + 1))
     longest = max(3, int(1.8 * (end - begin) / (wanted + 1)))
-    for tick in _spread(stage.rng, begin + 1, end, 2, longest):
+    for tick in _spread(stage, begin + 1, end, 2, longest):
         if done < wanted and stage.rng.random() < 0.8:
             done += 1
             happen(tick)
@@ -207,19 +209,20 @@ def _sounds(stage: Stage, begin: int, end: int) -> None:
     if stage.rng.random() < 0.5:
         stage.talk(begin, end)
     elif stage.rng.random() < 0.5:
-        for tick in _spread(stage.rng, begin + 1, end, 4, 12):
+        for tick in _spread(stage, begin + 1, end, 4, 12):
             stage.tone(tick, CUE_HZ if stage.rng.random() < 0.5 else None)
 
 
 def _backchannels(stage: Stage, begin: int, end: int) -> None:
-    for tick in _spread(stage.rng, begin, end, 3, 9):
+    for tick in _spread(stage, begin, end, 3, 9):
         seconds = stage.rng.uniform(0.1, 0.19)
         stage.speak_up(tick, seconds, stage.rng.uniform(0.0, 0.195 - seconds))
         stage.events.append(Event("backchannel", tick))
 
 
-def _spread(rng: np.random.Generator, begin: int, end: int, least: int, most: int) -> Iterator[int]:
-    """Ticks in begin..end-1, `least` to `most` apart."""
+def _spread(stage: Stage, begin: int, end: int, least: int, most: int) -> Iterator[int]:
+    """Ticks in begin..end-1, `least` to `most` apart, or closer where the stage's pace is quick."""
+    rng, most = stage.rng, least + max(1, round((most - least) * stage.pace))
     tick = begin + int(rng.integers(most))
     while tick < end:
         yield tick

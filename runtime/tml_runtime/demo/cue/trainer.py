@@ -9,7 +9,8 @@ machine with the same number of threads.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ from ...model.load import random_weights, save_weights
 from ...model.weights import ModelWeights, MoeWeights
 from . import forward
 from .batch import SILENCE, Batch, make_batch
+from .lessons import lesson_at
 from .optimiser import Optimiser, leaves
 from .speech import Footage, Speech
 from .stage import Episode
-from .tasks import TASKS, make_episode
+from .tasks import make_episode
 from .words import CONFIG, SILENT_LEVEL
 
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
-GARBLE = 0.03  # of speech levels fed back, see make_batch
 SPEECH_WEIGHT = 0.1  # of the speech head's loss beside that of tokens
 LATER_WEIGHT = 0.1  # of a tick's later steps, whose token is always silence
 WORD_WEIGHT = 3.0  # of a word that is due
@@ -59,6 +60,7 @@ class Trainer:
     def __init__(self, seed: int, speech: Speech, footage: Footage) -> None:
         self.seed, self.speech, self.footage = seed, speech, footage
         self.step, self.num_steps = 0, 0
+        self.cpu_seconds = 0.0  # of all steps so far
         self.weights = new_weights(seed)
         self.leaves = dict(leaves(self.weights))
         for tensor in self.leaves.values():
@@ -67,16 +69,20 @@ class Trainer:
 
     def run_step(self) -> Loss:
         """One step towards `num_steps`."""
+        begin = time.process_time()
         rng = np.random.default_rng([self.seed, 1, self.step])
         episodes = draw_episodes(self.seed, self.step, self.speech, self.footage)
         keep = [None if rng.random() < 0.5 else int(rng.integers(16, 64)) for _ in episodes]
-        batch = make_batch(episodes, rng, garble=GARBLE, keep_ticks=keep)
+        batch = make_batch(
+            episodes, rng, garble=lesson_at(self.step).draw_garble(rng), keep_ticks=keep
+        )
         loads: list[Tensor] = []
         total, loss = batch_loss(self.weights, batch, episodes, rng, loads)
         total.backward()
         self.optimiser.step(self.step, self.num_steps)
         self._balance(loads)
         self.step += 1
+        self.cpu_seconds += time.process_time() - begin
         return loss
 
     def save(self, folder: Path) -> None:
@@ -84,6 +90,7 @@ class Trainer:
         about = {
             "step": self.step,
             "num_steps": self.num_steps,
+            "cpu_seconds": self.cpu_seconds,
             "seed": self.seed,
             "speech": self.speech.hashes,
             "footage": self.footage.hashes,
@@ -122,6 +129,7 @@ class Trainer:
         for name, tensor in state.items():
             tensor.copy_(file.tensor(name))
         self.step, self.num_steps = about["step"], about["num_steps"]
+        self.cpu_seconds = about["cpu_seconds"]
         return True
 
     @torch.no_grad()
@@ -148,7 +156,8 @@ def new_weights(seed: int) -> ModelWeights:
 
 def draw_episodes(seed: int, step: int, speech: Speech, footage: Footage) -> list[Episode]:
     """About 150 ticks of mixed tasks: mostly five short episodes, now and then one long one."""
-    rng = np.random.default_rng([seed, 2, step])
+    rng, lesson = np.random.default_rng([seed, 2, step]), lesson_at(step)
+    footage = replace(footage, varied=lesson.varied)
     shape = rng.random()
     if shape < 0.5:
         lengths, sections = [int(rng.integers(26, 35))] * 5, 1
@@ -158,7 +167,8 @@ def draw_episodes(seed: int, step: int, speech: Speech, footage: Footage) -> lis
         lengths, sections = [int(rng.integers(64, 81))] * 2, int(rng.integers(1, 3))
     else:
         lengths, sections = [int(rng.integers(120, 181))], int(rng.integers(1, 4))
-    names = [str(name) for name in rng.permutation(list(TASKS))]
+    names = lesson.draw_tasks(len(lengths), rng)
+    paces = lesson.draw_paces(len(lengths), rng)
     return [
         make_episode(
             names[n],
@@ -167,6 +177,7 @@ def draw_episodes(seed: int, step: int, speech: Speech, footage: Footage) -> lis
             speech,
             footage,
             sections=sections,
+            pace=paces[n],
         )
         for n, num_ticks in enumerate(lengths)
     ]
