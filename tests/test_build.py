@@ -184,5 +184,7 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         assert f"{module}.pyi" in names
     for package in ("tml_kernels", "tml_runtime"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= set(names)
+    checkpoint = "tml_runtime/demo/cue/checkpoint"
+    assert {f"{checkpoint}/model.safetensors", f"{checkpoint}/report.json"} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tml_kernels", "tml_runtime"}

@@ -24,7 +24,9 @@ Play recordings to an interaction model as if they were a live microphone and ca
 sound at a time, and two video frames per tick. Shows the ticks as they run and writes four files:
 report.json, trace.json (for Perfetto), timeline.png and speech.wav (what session 0 spoke).
 
-The weights are random: the demo shows the loop, not a conversation.
+The weights are random: the demo shows the loop, not a conversation. Those of --preset cue are
+trained: it reads instructions such as "count motion", answers cues that it hears and sees, and
+yields when it is interrupted.
 """
 _DEMO_EXAMPLES = """\
 examples:
@@ -32,6 +34,7 @@ examples:
   tml-runtime demo --audio talk.wav --video none  your own recording, nothing to see
   tml-runtime demo --sessions 3 --seconds 20      three people at once, for 20 s
   tml-runtime demo --fast --seed 7                no waiting; same seed, same bytes
+  tml-runtime demo --preset cue                   a small trained model, with cues to react to
   tml-runtime demo --keep 30 --keep-video 5       30 s of sound and replies in memory, 5 s of video
   tml-runtime demo --seconds 600 --draw-memory session.png
                                                   what such a session holds after ten minutes
@@ -103,7 +106,8 @@ def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
     demo.add_argument(
         "--preset",
         default="tiny",
-        help="model: tiny (any CPU), slice or inkling-small (default: %(default)s)",
+        help="model: tiny or the trained cue (any CPU), slice or inkling-small "
+        "(default: %(default)s)",
     )
     demo.add_argument(
         "--seconds",

@@ -60,9 +60,8 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(named.view.nbytes for named in named_tensors(config, weights))
 
 
-def _choose(preset: str, device: str) -> tuple[ModelConfig, str, torch.dtype]:
-    if preset not in PRESETS:
-        raise ModelChoiceError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+def device_for(device: str) -> str:
+    """cpu or cuda, of one of DEVICES. Raises ModelChoiceError."""
     if device not in DEVICES:
         raise ModelChoiceError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     if device == "auto":
@@ -71,6 +70,13 @@ def _choose(preset: str, device: str) -> tuple[ModelConfig, str, torch.dtype]:
         raise ModelChoiceError(
             "device 'cuda': torch sees no GPU here; `tml-runtime info` says more"
         )
+    return device
+
+
+def _choose(preset: str, device: str) -> tuple[ModelConfig, str, torch.dtype]:
+    if preset not in PRESETS:
+        raise ModelChoiceError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    device = device_for(device)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return ModelConfig.preset(preset), device, dtype
 

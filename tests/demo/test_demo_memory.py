@@ -16,7 +16,7 @@ from tml_runtime import cli
 from tml_runtime.demo import live
 from tml_runtime.demo.memory import LANES, LOCAL, PROMPT, simulate_memory
 from tml_runtime.demo.memory_plot import draw_memory
-from tml_runtime.demo.prepare import PRESETS, TIMED, Options, make_budget
+from tml_runtime.demo.prepare import MODELS, TIMED, Options, make_budget
 from tml_runtime.demo.report import kv_report
 from tml_runtime.demo.run import run_demo
 from tml_runtime.demo.timeline import CLASSES
@@ -65,7 +65,7 @@ def test_pages_come_and_go_within_the_budget(rolled: tuple[dict, Path]) -> None:
 
 def test_what_is_kept_lies_within_what_the_report_says() -> None:
     """Of every preset and of odd seconds, after every tick of a session that rolls."""
-    for preset in PRESETS:
+    for preset in MODELS:
         for seconds in np.arange(40.0, 43.2, 0.2):
             options = Options(preset=preset, keep=4.5, keep_video=1.3, seconds=float(seconds))
             memory, config = simulate_memory(options), ModelConfig.preset(preset)

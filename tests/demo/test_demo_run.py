@@ -283,7 +283,7 @@ def test_ctrl_c_in_real_time_writes_the_report(talk: Path, film: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"preset": "huge"}, "preset 'huge' is not one of tiny, slice, inkling-small"),
+        ({"preset": "huge"}, "preset 'huge' is not one of tiny, slice, inkling-small, cue"),
         ({"seconds": 0.0}, "seconds=0 is not in"),
         ({"seconds": -1.0}, "seconds=-1 is not in"),
         ({"seconds": float("nan")}, "seconds=nan is not in"),

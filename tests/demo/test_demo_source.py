@@ -22,6 +22,7 @@ class FakeSession:
     def __init__(self) -> None:
         self.audio: list[tuple[float, np.ndarray]] = []
         self.video: list[tuple[float, int]] = []
+        self.texts: list[str] = []
         self.error: Exception | None = None
         self.media_time = 0.0
 
@@ -32,6 +33,9 @@ class FakeSession:
 
     def push_video(self, frame: np.ndarray, t: float) -> None:
         self.video.append((t, int(frame[0, 0, 0])))
+
+    def push_text(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def make(fps: float | None = 10.0, start_s: float = 0.0) -> tuple[LiveSource, FakeSession]:
@@ -54,6 +58,29 @@ def test_all_that_is_due_is_handed_in_once_and_in_order(steps_ms: list[int]) -> 
     heard = np.concatenate([pcm for _, pcm in session.audio])
     np.testing.assert_array_equal(heard, np.arange(6400, dtype=np.float32) / 16_000)
     assert session.video == [(0.0, 0), (0.1, 1), (0.2, 2), (0.3, 3)]  # not the one at 0.4
+
+
+@pytest.mark.parametrize(
+    ("start_s", "read"),
+    [
+        (0.0, [(0.1, "a"), (0.5, "b"), (1.1, "a"), (1.5, "b")]),
+        (0.25, [(0.25, "b"), (0.85, "a"), (1.25, "b")]),
+    ],
+)
+def test_texts_are_typed_when_they_are_due_and_again_in_the_next_turn(
+    start_s: float, read: list[tuple[float, str]]
+) -> None:
+    session = FakeSession()
+    media = Media(np.zeros(16_000, np.float32), None, ((0.1, "a"), (0.5, "b")))
+    source = LiveSource(media, session, start_s=start_s)  # type: ignore[arg-type]
+    for t, text in read:
+        source.deliver(round(t * 1e9))
+        before = list(session.texts)
+        source.deliver(round(t * 1e9) + 1)
+        assert session.texts == [*before, text]
+    assert [event.stamp_ns for event in source.events if event.kind == "text"] == [
+        round(t * 1e9) for t, _ in read
+    ]
 
 
 def test_sound_is_due_when_it_has_been_heard_and_a_frame_when_it_is_taken() -> None:

@@ -14,12 +14,18 @@ from .. import budget
 from ..budget import TIMED
 from ..loop import Runtime
 from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
-from ..random_model import DEVICES, PRESETS, ModelChoiceError, random_model, vocoder_for
+from ..random_model import DEVICES, PRESETS, ModelChoiceError, device_for, random_model, vocoder_for
 from . import media as media_files
+from .cue.recordings import FRAMES_PER_S, TRAINED_ON
+from .cue.shipped import load_shipped, make_scene
+from .cue.stage import SIDE
+from .cue.words import WordTokenizer
 from .decode import SAMPLE_RATE, has_audio, load_audio, load_video
 from .media import Say
 from .source import Media
 
+CUE = "cue"  # the one whose weights are trained, and ship
+MODELS = (*PRESETS, CUE)
 NONE = "none"
 MAX_SECONDS = 3600.0  # all speech is kept until it is written: 64 KB a second and session
 MAX_SESSIONS = 256
@@ -49,8 +55,8 @@ class Options:
     out: Path = Path("out/demo")
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise DemoError(f"preset {self.preset!r} is not one of {', '.join(PRESETS)}")
+        if self.preset not in MODELS:
+            raise DemoError(f"preset {self.preset!r} is not one of {', '.join(MODELS)}")
         if self.device not in DEVICES:
             raise DemoError(f"device {self.device!r} is not one of {', '.join(DEVICES)}")
         if not (math.isfinite(self.seconds) and 0 < self.seconds <= MAX_SECONDS):
@@ -75,10 +81,14 @@ class Loaded:
     media: Media
     start_s: float  # where session 0 begins
     about: dict[str, Any]  # for the report
+    temperature: float = 1.0  # at which sessions draw
 
 
 def make_model(options: Options) -> InteractionModel:
-    """A model with random weights on the chosen device; refuses one that does not fit."""
+    """The trained `cue`, or a model with random weights, on the chosen device; refuses one that
+    does not fit."""
+    if options.preset == CUE:
+        return load_shipped(device_for(options.device))
     try:
         return random_model(options.preset, device=options.device, seed=options.seed)
     except ModelChoiceError as error:
@@ -100,6 +110,7 @@ def make_runtime(options: Options, model: InteractionModel) -> Runtime:
     """A runtime with a slot per session; untrained speech is brought to the level of speech."""
     return Runtime(
         model,
+        tokenizer=WordTokenizer() if options.preset == CUE else None,
         num_slots=options.sessions,
         seed=options.seed,
         realtime=options.realtime,
@@ -111,8 +122,11 @@ def make_runtime(options: Options, model: InteractionModel) -> Runtime:
 def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
     """Decode what the sessions hear and see. Raises MediaError for a file that cannot be used.
 
-    Without --audio, a film given with --video brings its own sound, if it has any.
+    Without --audio, a film given with --video brings its own sound, if it has any. The trained
+    model gets a scene with cues and instructions, unless there is a file for one of the two.
     """
+    if options.preset == CUE and options.audio is None and options.video is None:
+        return _load_scene(options, say)
     video, video_about = None, None
     if options.video != NONE:
         path = media_files.video_path(say=say) if options.video is None else Path(options.video)
@@ -126,6 +140,19 @@ def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
         pcm = load_audio(path, seconds=start_s + max(options.seconds, 1.0))
         audio_about = {**_about(path), "sample_rate": SAMPLE_RATE}
     return Loaded(Media(pcm, video), start_s, {"audio": audio_about, "video": video_about})
+
+
+def _load_scene(options: Options, say: Say) -> Loaded:
+    about = [_about(media_files.media_path(name, say=say)) for name in TRAINED_ON]
+    return Loaded(
+        make_scene(options.seconds, options.seed, say),
+        0.0,
+        {
+            "audio": {**about[0], "sample_rate": SAMPLE_RATE},
+            "video": {**about[1], "frames_per_s": FRAMES_PER_S, "height": SIDE, "width": SIDE},
+        },
+        temperature=0.0,
+    )
 
 
 def _audio_path(options: Options, say: Say) -> tuple[Path, float]:
@@ -146,5 +173,6 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _frame_size(preset: str) -> tuple[int, int]:
-    """(height, width): 4 tokens a frame pair for the tiny model, 48 for the wide ones."""
-    return (80, 80) if preset == "tiny" else (240, 320)
+    """(height, width): 4 tokens a frame pair for the tiny model, 1 for the trained one, 48 for the
+    wide ones."""
+    return {"tiny": (80, 80), CUE: (SIDE, SIDE)}.get(preset, (240, 320))

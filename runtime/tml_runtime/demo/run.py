@@ -109,7 +109,7 @@ def play_fast(
 
 
 def _open_client(runtime: Runtime, loaded: Loaded, number: int) -> Client:
-    session = runtime.open_session()
+    session = runtime.open_session(temperature=loaded.temperature)
     start_s = loaded.start_s + SESSION_STEP_S * number
     return Client(session, LiveSource(loaded.media, session, start_s=start_s))
 

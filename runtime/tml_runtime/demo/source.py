@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -25,24 +26,32 @@ MAX_EVENTS = 200_000  # the newest are kept, for the trace
 
 @dataclass(frozen=True)
 class Media:
-    """What all sessions hear and see, each from its own place; both are played in a loop.
+    """What all sessions hear, see and read, each from its own place; all is played in a loop.
 
     pcm: float32 [n] at 16 kHz, silence if there is nothing to hear. clip: None if nothing to see.
+    texts: seconds into the sound, ascending, and what is typed then.
     """
 
     pcm: np.ndarray
     clip: Clip | None
+    texts: tuple[tuple[float, str], ...] = ()
 
     def heard(self, start_s: float, seconds: float) -> np.ndarray:
         """The sound a session that begins at `start_s` hears in its first `seconds`."""
         return self._loop(round(start_s * SAMPLE_RATE), round(seconds * SAMPLE_RATE))
+
+    def typed(self, start_s: float) -> Iterator[tuple[int, str]]:
+        """(ns, text) in the order in which a session that begins at `start_s` reads them."""
+        loop_s = len(self.pcm) / SAMPLE_RATE
+        turns = ((turn * loop_s + t - start_s, text) for turn in count() for t, text in self.texts)
+        return ((round(t * 1e9), text) for t, text in turns if t >= 0)
 
     def _loop(self, start: int, count: int) -> np.ndarray:
         return self.pcm.take(np.arange(start, start + count), mode="wrap")
 
 
 class InputEvent(NamedTuple):
-    kind: str  # "audio" or "video"
+    kind: str  # "audio", "video" or "text"
     stamp_ns: int  # media time
     pushed_ns: int  # when it was handed in, on now_ns' clock
 
@@ -60,6 +69,8 @@ class LiveSource:
         self._start = round(start_s * SAMPLE_RATE)
         self._num_pieces = self._num_frames = 0
         self.start_s = start_s
+        self._typed = media.typed(start_s) if media.texts else iter(())
+        self._next_text = next(self._typed, None)
         self.refused = 0
         self.late = 0
         self.level = 0.0  # RMS of the newest piece
@@ -94,14 +105,23 @@ class LiveSource:
             self._num_frames += 1
             self._push("video", clip.frames[index % len(clip.frames)], stamp_ns)
 
+        while self.ended is None and self._next_text and self._next_text[0] < until_ns:
+            stamp_ns, text = self._next_text
+            self._next_text = next(self._typed, None)
+            self._push("text", text, stamp_ns)
+
     def _frame_ns(self) -> int:
         assert self._media.clip is not None
         return round(self._num_frames * 1e9 / self._media.clip.fps)
 
-    def _push(self, kind: str, data: np.ndarray, stamp_ns: int) -> None:
-        push = self._session.push_audio if kind == "audio" else self._session.push_video
+    def _push(self, kind: str, data: np.ndarray | str, stamp_ns: int) -> None:
         try:
-            push(data, stamp_ns / 1e9)
+            if isinstance(data, str):
+                self._session.push_text(data)  # which has no time
+            elif kind == "audio":
+                self._session.push_audio(data, stamp_ns / 1e9)
+            else:
+                self._session.push_video(data, stamp_ns / 1e9)
         except LateInput:
             self.late += 1
         except InputBackpressure:
