@@ -14,6 +14,7 @@ COMMANDS = {
     "accept": "build, test, measure: everything in one run, with a report",
     "tick": "the runtime's tick: histogram and misses",
     "sessions": "how many sessions hold the period, over bad lines; or one combination for an hour",
+    "interaction": "how a model interacts, over bad lines: synthetic twins of published benchmarks",
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "quant": "what packing a model's matrices costs in accuracy",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",

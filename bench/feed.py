@@ -164,6 +164,12 @@ class Caller:
                 self._turn_ms.append(1000 * (self.session.media_time - out.t))
 
 
+class Client(Protocol):
+    """What `pump` runs: a Caller, or another that does its work when it is told the time."""
+
+    def run(self, now_ns: int) -> None: ...
+
+
 class Clock(Protocol):
     def now_ns(self) -> int: ...
 
@@ -204,7 +210,7 @@ def clock_of(runtime: Runtime) -> Clock:
 
 
 def pump(
-    callers: Sequence[Caller],
+    callers: Sequence[Client],
     clock: Clock,
     until_ns: int,
     on_second: Callable[[], None] = lambda: None,

@@ -220,7 +220,7 @@ def pauc(span: Span, replies: Sequence[tuple[float, float]], omega: float = OMEG
     area, x, score = 0.0, 0.0, UNANSWERED
     for t, new in sorted(replies, key=lambda reply: reply[0]):
         if begin - _CLOSE <= t <= end + _CLOSE:
-            at = (t - begin) * (1 - omega)
+            at = max(0.0, (t - begin) * (1 - omega))
             area += (at - x) * score
             x, score = at, new
     area += (end - begin - x) * score

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import models
 from .machine import clocks, describe, machine
+from .progress import progress
 from .report import write_json
 
 if TYPE_CHECKING:
@@ -130,7 +129,7 @@ def _sweep(
     from .sessions_run import measure
 
     rows = []
-    with _progress(len(combinations) * (args.seconds + setting.warm_up_s)) as (begin, on_second):
+    with progress(len(combinations) * (args.seconds + setting.warm_up_s)) as (begin, on_second):
         for combination in combinations:
             begin(str(combination))
             seconds = args.seconds
@@ -157,7 +156,7 @@ def _soak(
     from .soak import show_soak, soak
 
     (combination,) = combinations
-    with _progress(args.minutes * 60 + setting.warm_up_s) as (begin, on_second):
+    with progress(args.minutes * 60 + setting.warm_up_s) as (begin, on_second):
         begin(str(combination))
         try:
             figures = soak(model, combination, setting, minutes=args.minutes, on_second=on_second)
@@ -193,30 +192,6 @@ def _check(args: argparse.Namespace, combinations: list[Combination]) -> None:
             require("matplotlib", "draw --plot")
         except MissingExtraError as error:
             raise SystemExit(str(error)) from None
-
-
-@contextmanager
-def _progress(seconds: float) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """(what is run now, a second of it is over). A bar on a terminal, which takes rich; elsewhere
-    a line for each thing run."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        console = None
-    else:
-        console = Console(stderr=True)
-    if console is None or not console.is_terminal:
-        yield lambda name: print(name, file=sys.stderr, flush=True), lambda: None
-        return
-    # Drawn once a second and only then: a thread that draws would disturb what is measured.
-    with Progress(console=console, transient=True, auto_refresh=False) as bar:
-        task = bar.add_task("", total=seconds)
-
-        def begin(name: str) -> None:
-            bar.update(task, description=name, refresh=True)
-
-        yield begin, lambda: bar.update(task, advance=1, refresh=True)
 
 
 def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
