@@ -25,16 +25,7 @@ def show(result: dict[str, Any]) -> str:
     if rows:
         head = ("metric", "better", *map(name, rows))
         lines.append(text_table(head, [_line(metric, rows) for metric in METRICS]))
-        floors = ("p50", "p95", "p99")
-        cells = [
-            [
-                f"reaction's floor {q}",
-                "",
-                *(_seconds(row["figures"][f"floor_{q}_s"]) for row in rows),
-            ]
-            for q in floors
-        ]
-        lines.append(text_table(head, cells))
+        lines.append(text_table(("beside it", *map(name, rows)), _beside(rows)))
     for row in result["rows"]:
         if row["error"] is not None:
             lines.append(f"{name(row)}: not measured: {row['error']}")
@@ -64,13 +55,20 @@ def _line(metric: Metric, rows: Sequence[Row]) -> list[str]:
     return [metric.name, "more" if metric.up else "less", *cells]
 
 
+def _beside(rows: Sequence[Row]) -> list[list[str]]:
+    """What a figure is to be read against, of the same episodes."""
+    named = {"backchannel_due_hz": "backchannels due, 1/s"}
+    named |= {f"floor_{q}_s": f"floor of the reactions, {q}" for q in ("p50", "p95", "p99")}
+    return [[text, *(_number(row["figures"][key]) for row in rows)] for key, text in named.items()]
+
+
 def value_text(metric: Metric, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if metric.unit == "%" else f"{value:.3f}"
+    if value is None or metric.unit != "%":
+        return _number(value)
+    return f"{100 * value:.1f} %"
 
 
-def _seconds(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 

@@ -75,7 +75,9 @@ METRICS = (
     Metric("response_latency_s", "s", False, "from the interruption's end to its next speech"),
     Metric("yield_rate", "%", True, "interruptions with no word after two ticks"),
     Metric("held_rate", "%", True, "backchannels of the user that stop nothing"),
-    Metric("backchannel_rate_hz", "1/s", True, "short answers while the user talks"),
+    Metric(
+        "backchannel_rate_hz", "1/s", True, "short answers while the user talks, up to those due"
+    ),
     Metric("backchannel_divergence", "", False, "of their times from those due"),
     Metric("false_alarms_per_minute", "1/min", False, "answers to no cue, while somebody talks"),
     Metric("count_nmae", "", False, "normalised error of counts"),

@@ -36,11 +36,12 @@ from bench.interaction_score import METRICS, figures
 from bench.interaction_turns import SILENCE_S, play_turns, turns
 from tml_runtime import errors
 from tml_runtime.demo.cue import recordings
-from tml_runtime.demo.cue.report import training_report, weights_digest, write_report
+from tml_runtime.demo.cue.evaluate import live_through
+from tml_runtime.demo.cue.report import weights_digest
 from tml_runtime.demo.cue.stage import CUE_HZ, Episode, Stage
 from tml_runtime.demo.cue.tasks import TASKS
 from tml_runtime.demo.cue.trainer import Trainer
-from tml_runtime.demo.cue.words import CONFIG, ID
+from tml_runtime.demo.cue.words import CONFIG, ID, WORDS
 from tml_runtime.model import InteractionModel
 
 MEDIA = made_speech(1), made_footage(1)
@@ -175,6 +176,23 @@ def test_without_takes_nothing_is_known() -> None:
 
 
 # Lines, sessions, age
+
+
+def test_without_a_line_a_session_says_what_the_model_does_tick_by_tick() -> None:
+    model = InteractionModel.random(CONFIG, seed=1)
+    made = episodes("count_tone", each=1, ticks=24)
+    (said_T_K,) = live_through(model, made)
+    (take,) = play(model, made, Condition(), MEDIA, **OPTIONS).takes
+    quiet = (CONFIG.vocab.silence, CONFIG.vocab.missing)
+    step_s = PERIOD_S / CONFIG.layout.num_steps
+    wanted = [
+        (PERIOD_S + step * step_s, WORDS[token])
+        for step, token in enumerate(said_T_K.flatten().tolist())
+        if token not in quiet
+    ]
+    heard = [word for word in take.words if word.start < (24 + 1) * PERIOD_S - 1e-6]
+    assert [word.text for word in heard] == [text for _, text in wanted]
+    assert [word.start for word in heard] == pytest.approx([t for t, _ in wanted])
 
 
 @pytest.mark.parametrize("line", ["clean", "loss5", "outage", "jitter50", "rate300", "4g"])
@@ -328,7 +346,7 @@ def test_what_is_said_outside_an_episode_is_not_its() -> None:
 
 def test_a_random_model_is_measured_without_a_crash() -> None:
     model = InteractionModel.random(CONFIG, seed=1)
-    rows = measure(model, MEDIA, ["cue", "speak"], [Condition("loss5", 2)], 1, 24)
+    rows = measure(model, MEDIA, ["cue"], [Condition("loss5")], 1, 24)
     assert [row["error"] for row in rows] == [None] * 2
     json.dumps(rows, allow_nan=False)
 
@@ -342,18 +360,12 @@ def test_a_condition_that_fails_is_a_row_that_says_why() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of a model that was trained on other recordings."""
-    trainer = Trainer(0, made_speech(0), made_footage(0))
-    trainer.save_weights(tmp_path)
-    write_report(tmp_path, report_of(trainer))
+    speech, footage = made_speech(0), made_footage(0)
+    Trainer(0, speech, footage).save_weights(tmp_path)
+    report = {"trained_on": {**speech.hashes, **footage.hashes}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
     monkeypatch.setattr(recordings, "held_out_media", lambda: MEDIA)
     return tmp_path
-
-
-def report_of(trainer: Trainer) -> dict[str, Any]:
-    try:
-        return training_report(trainer, {"cue": 1.0}, 60.0)
-    except TypeError:  # the trainer itself counts its seconds
-        return training_report(trainer, {"cue": 1.0})  # type: ignore[call-arg]
 
 
 def test_the_command_measures_a_checkpoint(
