@@ -5,7 +5,7 @@ tick and text, through a line and `Intake`; without a line whole windows go in a
 session says is kept with the times that the runtime gives it.
 """
 
-# Dimension key: W samples of a tick, N samples of a take, Y frame side.
+# Dimension key: W samples of a tick.
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from tml_runtime.demo.cue.evaluate import BUDGET, EVALUATION
 from tml_runtime.demo.cue.speech import Footage, Speech
 from tml_runtime.demo.cue.stage import Episode
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
-from tml_runtime.demo.cue.words import CONFIG, ID, WORDS, WordTokenizer
+from tml_runtime.demo.cue.words import ID, WORDS, WordTokenizer
 from tml_runtime.errors import SessionFault
 from tml_runtime.net.faults import Link, Profile
 from tml_runtime.net.intake import Intake
-from tml_runtime.session import ActionOut, SpeechOut, TextOut
 
 from .feed import JPEG_BITS, PIECE_NS, VirtualTime, pump
-from .interaction_hear import segments
-from .interaction_metrics import Span, Word
+from .interaction_take import PERIOD_NS, PERIOD_S, RATE, REST, WINDOW, Take
 
 DIRECT = "direct"  # no line: each window is whole and on the tick grid
 JITTER = {
@@ -39,17 +37,11 @@ JITTER = {
     "jitter50": Profile(delay_ms=20, jitter_ms=50),
     "rate300": Profile(delay_ms=20, jitter_ms=2, rate_kbps=300),  # audio and frames take 290
 }
-REST = 5  # ticks of silence after an episode, in which its last answer may come
 AGEING = ("cue", "every", "speak", "wait_tone", "wait_flash")  # nothing that says numbers
 AGEING_TICKS = 60
 BETWEEN = 7  # episodes to age between two that are measured: what was counted is forgotten
 RESEND_NS = 200_000_000  # text that was lost is sent again
 PLAN = 3  # of EVALUATION's seeds; those below it belong to the trainer's own evaluation
-
-RATE, WINDOW = CONFIG.layout.sample_rate, CONFIG.layout.samples_per_tick
-PERIOD_NS = CONFIG.layout.period_ms * 1_000_000
-PERIOD_S = PERIOD_NS / 1e9
-ACTIONS = {"delegate": "<delegate>", "yield": "<yield>"}
 
 
 def profile(name: str) -> Profile | None:
@@ -57,52 +49,6 @@ def profile(name: str) -> Profile | None:
     if name == DIRECT:
         return None
     return JITTER[name] if name in JITTER else Profile.named(name)
-
-
-@dataclass(eq=False)
-class Take:
-    """What a session said of one episode. Times are in seconds from the episode's first sample on,
-    as its client's clock has them."""
-
-    episode: Episode
-    begin_s: float  # on the session's media clock
-    words: list[Word] = field(default_factory=list)
-    pcm_N: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-
-    def __post_init__(self) -> None:
-        self.pcm_N = np.zeros((len(self.episode) + REST) * WINDOW, np.float32)
-
-    @property
-    def duration_s(self) -> float:
-        return len(self.pcm_N) / RATE
-
-    def segments(self) -> list[Span]:
-        """Where it is heard to speak."""
-        return segments(self.pcm_N, RATE)
-
-    def add_speech(self, t: float, pcm: np.ndarray) -> None:
-        first = round(t * RATE)
-        skip = max(0, -first)
-        part = self.pcm_N[first + skip : first + len(pcm)]
-        part[:] = pcm[skip : skip + len(part)]
-
-    def add_words(self, t: float, ids: Sequence[int]) -> None:
-        """One a step; each is heard for a tick."""
-        step_s = PERIOD_S / CONFIG.layout.num_steps
-        for number, word in enumerate(ids):
-            self.add_word(t + number * step_s, WORDS[word])
-
-    def add_word(self, t: float, text: str) -> None:
-        if -1e-9 <= t < self.duration_s:
-            self.words.append(Word(t, t + PERIOD_S, text))
-
-    def add(self, out: SpeechOut | TextOut | ActionOut, t: float) -> None:
-        if isinstance(out, SpeechOut):
-            self.add_speech(t, out.pcm)
-        elif isinstance(out, TextOut):
-            self.add_words(t, out.ids)
-        else:
-            self.add_word(t, ACTIONS[out.name])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from .interaction_metrics import (
     takes_over,
     timing_accuracy,
 )
-from .interaction_run import PERIOD_S, RATE, Take
+from .interaction_take import PERIOD_S, RATE, Take
 
 EARLY_S, LATE_S = PERIOD_S, 2 * PERIOD_S  # of a word due: its window
 ANSWER_S = 2.0  # of a question that is answered by what is seen, unless the next is due before

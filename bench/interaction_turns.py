@@ -18,7 +18,8 @@ from tml_runtime.demo.cue.stage import Episode
 from tml_runtime.session import SpeechOut
 
 from .interaction_hear import segments
-from .interaction_run import PERIOD_S, RATE, WINDOW, Take, make_runtime
+from .interaction_run import make_runtime
+from .interaction_take import PERIOD_S, RATE, WINDOW, Take
 
 SILENCE_S = 0.55  # that ends a turn: the default of LiveKit's agents
 SPEECH_S = 0.25  # that is a voice: Silero's min_speech_duration_ms

@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,15 @@ from interaction_actor import Actor, LevelVocoder, Script, changed, late, perfec
 from bench import interaction
 from bench.__main__ import main
 from bench.interaction import measure
-from bench.interaction_hear import first_sound, flash_frame, segments, tone_begin, voiced
 from bench.interaction_report import name, plots, show
-from bench.interaction_run import (
-    DIRECT,
-    PERIOD_S,
-    RATE,
-    REST,
-    WINDOW,
-    Condition,
-    Take,
-    held_out_episodes,
-    play,
-    profile,
-)
+from bench.interaction_run import DIRECT, Condition, held_out_episodes, play, profile
 from bench.interaction_score import METRICS, figures
-from bench.interaction_turns import SILENCE_S, play_turns, turns
+from bench.interaction_take import PERIOD_S, REST
 from tml_runtime import errors
 from tml_runtime.demo.cue import recordings
 from tml_runtime.demo.cue.evaluate import live_through
 from tml_runtime.demo.cue.report import weights_digest
-from tml_runtime.demo.cue.stage import CUE_HZ, Episode, Stage
+from tml_runtime.demo.cue.stage import Episode
 from tml_runtime.demo.cue.tasks import TASKS
 from tml_runtime.demo.cue.trainer import Trainer
 from tml_runtime.demo.cue.words import CONFIG, ID, WORDS
@@ -265,80 +252,6 @@ def test_an_unknown_line_is_refused() -> None:
     assert profile(DIRECT) is None
     with pytest.raises(errors.InputValueError, match="'adsl'"):
         profile("adsl")
-
-
-# Turn by turn
-
-
-def test_turns_are_what_the_detector_hears_and_what_is_written() -> None:
-    stage = Stage(40, np.random.default_rng(0), *MEDIA)
-    stage.read(2, "speak")
-    stage.speak_up(10, 1.0)
-    stage.tone(20, CUE_HZ)  # too short to be a voice
-    found = turns(stage.finish("made", lose=0.0, sees=True))
-    assert [turn.text for turn in found] == [(ID["speak"],), ()]
-    assert found[0].end_known == 2 * PERIOD_S
-    assert found[1].begin == pytest.approx(2.0, abs=0.05)
-    assert found[1].end_known == pytest.approx(found[1].end + SILENCE_S)
-
-
-def test_turn_by_turn_a_request_is_answered_and_no_cue_is() -> None:
-    made = episodes("speak", "count_flash", each=2)
-    scale = [[ID["do"]]] * 300
-    actor: Any = Actor([scale if episode.task == "speak" else [] for episode in made])
-    takes = play_turns(actor, made, **OPTIONS)
-    got = figures(takes, on_grid=False)
-    assert got["takeover_rate"] == 1.0
-    assert got["count_off_by_one"] < 1.0 and got["alert_hit"] == 0.0
-    for take in takes:  # it never says two things at a time
-        starts = [word.start for word in take.words]
-        assert all(a < b for a, b in pairwise(starts))
-
-
-# What is heard
-
-
-def test_a_voice_is_what_is_loud() -> None:
-    pcm = np.zeros(RATE, np.float32)
-    pcm[4800:8000] = 0.1
-    assert voiced(np.zeros(0, np.float32), RATE).tolist() == []
-    assert segments(pcm, RATE) == [(0.3, 0.5)]
-    assert segments(pcm, RATE, least_s=0.25) == []
-    pcm[9600:] = 0.1
-    assert segments(pcm, RATE, bridge_s=0.1) == [(0.3, 1.0)]
-    assert segments(pcm, RATE, bridge_s=0.05) == [(0.3, 0.5), (0.6, 1.0)]
-    assert first_sound(pcm, RATE, 0.0, 1.0) == 0.3
-    assert first_sound(pcm, RATE, 0.4, 1.0) == 0.4
-    assert first_sound(pcm, RATE, 0.52, 0.58) is None
-
-
-@pytest.mark.parametrize("begin_s", [0.0, 0.05, 0.11])
-def test_the_begin_of_a_tone_is_found_beside_a_voice(begin_s: float) -> None:
-    rng = np.random.default_rng(0)
-    pcm = (0.05 * rng.standard_normal(WINDOW)).astype(np.float32)
-    first = round(begin_s * RATE)
-    pcm[first:] += 0.2 * np.sin(2 * np.pi * 1003 * np.arange(WINDOW - first) / RATE)
-    assert tone_begin(pcm, RATE, CUE_HZ) == pytest.approx(begin_s, abs=0.0101)
-
-
-def test_the_frame_of_a_flash() -> None:
-    frames = np.zeros((2, 40, 40, 3), np.uint8)
-    assert flash_frame(frames) == 0
-    frames[1] = 240
-    assert flash_frame(frames) == 1
-    frames[0] = 240
-    assert flash_frame(frames) == 0
-
-
-def test_what_is_said_outside_an_episode_is_not_its() -> None:
-    take = Take(episodes("cue", each=1, ticks=24)[0], 5.0)
-    take.add_words(-0.2, [ID["do"]])
-    take.add_words(take.duration_s, [ID["do"]])
-    take.add_speech(-0.1, np.ones(WINDOW, np.float32))
-    take.add_speech(take.duration_s - 0.1, np.ones(WINDOW, np.float32))
-    assert take.words == []
-    assert take.pcm_N[: WINDOW // 2].all() and not take.pcm_N[WINDOW // 2]
-    assert take.pcm_N.sum() == WINDOW
 
 
 # The command
