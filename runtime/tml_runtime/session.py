@@ -114,6 +114,11 @@ class Session:
         return (self._host.media_ns() - self._seat.open_tick * self._seat.spec.window_ns) / 1e9
 
     @property
+    def first_tick(self) -> int:
+        """The runtime's tick that hears this session's first window."""
+        return self._seat.open_tick
+
+    @property
     def open_t(self) -> float:
         """Where the oldest window still open begins: input before it is late."""
         return self._seat.open_window * self._seat.spec.window_ns / 1e9

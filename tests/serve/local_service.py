@@ -113,6 +113,7 @@ async def serve(
     token: str | None = None,
     origins: tuple[str, ...] = (),
     metrics: MetricsView | None = None,
+    page: bool = False,
 ) -> AsyncIterator[Served]:
     model = FakeModel(FAST) if model is None else model
     runtime, _ = make_runtime(model, realtime=True, num_slots=slots, vocoder=CountingVocoder)
@@ -121,7 +122,7 @@ async def serve(
         service = Service(
             runtime, FAST, make_intake=PlainIntake, limits=limits, token=token, origins=origins
         )
-        async with serving(service, metrics=metrics) as url:
+        async with serving(service, metrics=metrics, page=page) as url:
             yield Served(service, model, url)
     finally:
         with contextlib.suppress(LoopFailed):

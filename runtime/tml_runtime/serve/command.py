@@ -37,6 +37,7 @@ all clients, and exits with status 0.
 _EXAMPLES = """\
 examples:
   tml-runtime serve                                  the smallest model, on ws://127.0.0.1:8760
+  tml-runtime serve --demo                           and a page to talk to it, on http://localhost:8760
   tml-runtime serve --preset slice --sessions 32     more sessions, on a GPU
   tml-runtime serve --checkpoint weights/ --preset inkling-small
   TML_SERVE_TOKEN=$(cat token) tml-runtime serve --host 0.0.0.0
@@ -56,6 +57,11 @@ def add_serve(commands: Any) -> None:
         description=_TEXT,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument(
+        "--demo",
+        action="store_true",
+        help="also serve a page at / that talks to it: microphone, camera, speech, every tick",
     )
     _add_network(serve)
     _add_background(serve)
@@ -188,7 +194,8 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             host=args.host,
             port=args.port,
             metrics=(prometheus.render, prometheus.CONTENT_TYPE),
-            on_ready=lambda url: print(f"listening on {url}", flush=True),
+            page=args.demo,
+            on_ready=lambda url: _say_ready(url, page=args.demo),
         )
     except OSError as error:
         print(f"error: cannot listen on {args.host}:{args.port}: {error}", file=sys.stderr)
@@ -197,6 +204,14 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print("error: the tick loop failed, and every client was told", file=sys.stderr)
         return 1
     return INTERRUPTED if ended is signal.SIGINT else 0
+
+
+def _say_ready(url: str, *, page: bool) -> None:
+    """The first line is for programs."""
+    print(f"listening on {url}", flush=True)
+    if page:
+        http = url.replace("ws://", "http://").partition("/v1/")[0]
+        print(f"the demo is at {http}/", flush=True)
 
 
 def _check(args: argparse.Namespace, token: str | None) -> Any:

@@ -167,6 +167,7 @@ class Connection:
 
     async def _open(self, hello: Hello) -> None:
         self.served, resumed = await self.service.admit(self, hello)
+        self.served.want_ticks(hello.ticks)
         served, service = self.served, self.service
         layout, limits = service.layout, service.limits
         self._say(
@@ -340,6 +341,8 @@ class Connection:
         served, limits = self.served, self.service.limits
         if served is None or served.connection is not self:
             return None
+        if served.ticks:
+            return served.ticks.popleft()
         rate = self.service.layout.sample_rate
         item = served.outbox.take(
             served.media_samples,

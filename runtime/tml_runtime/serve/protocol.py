@@ -170,6 +170,7 @@ class Hello:
     token: str | None
     resume: str | None
     options: dict[str, Any]
+    ticks: bool = False  # whether it wants to be told of every tick
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ def _hello(fields: Fields) -> Hello:
         token=fields.optional_text("token", max_chars=MAX_TOKEN_CHARS),
         resume=fields.optional_text("resume", max_chars=MAX_TOKEN_CHARS),
         options=_options(fields.part("options")),
+        ticks=fields.flag("ticks"),
     )
 
 
@@ -299,6 +301,13 @@ class Fields:
         if not low <= value <= high:  # also what is not a number
             raise self._error(name, f"{_short(value)} is not in {low:g}..{high:g}")
         return float(value)
+
+    def flag(self, name: str) -> bool:
+        """False where there is none."""
+        value = self._values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self._error(name, f"{_short(value)}: true or false is expected")
+        return value is True
 
     def part(self, name: str) -> Fields:
         """The object at `name`; an empty one where there is none."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +20,7 @@ from ..session import Session
 from .frames import raw_frame
 from .limits import Limits
 from .outbox import Outbox
-from .protocol import ErrorCode, Kind, Media, ProtocolError
+from .protocol import ErrorCode, Kind, Media, ProtocolError, encode_control
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -40,6 +41,7 @@ class MediaIntake(Protocol):
     def stats(self) -> Any: ...
 
 
+MAX_TICKS = 16  # messages about ticks that wait to be sent; then the oldest is lost
 MakeIntake = Callable[[Session], MediaIntake]
 
 
@@ -57,6 +59,7 @@ class ServedSession:
             max_items=limits.queue_items, max_bytes=limits.queue_bytes, sample_rate=sample_rate
         )
         self.connection: Connection | None = None
+        self.ticks: deque[str] | None = None  # of a client that wants them: messages to be sent
         self.expiry: Any = None  # asyncio.TimerHandle while no connection has it
         self.text_seq = -1  # of the last text taken
         self.resumes = 0
@@ -109,6 +112,22 @@ class ServedSession:
     def poll(self) -> int:
         """Move what the session said to the outbox; returns how much of it found no room there."""
         return sum(self.outbox.put(out, out.epoch) for out in self.session.poll())
+
+    def want_ticks(self, wanted: bool) -> None:
+        self.ticks = deque(maxlen=MAX_TICKS) if wanted else None
+
+    def tell_ticks(self, records: np.ndarray, samples_per_tick: int) -> None:
+        """records: of the metrics, those of the ticks that are not told yet."""
+        if self.ticks is None:
+            return
+        for record in records:
+            due = (int(record["tick"]) + 1 - self.session.first_tick) * samples_per_tick
+            if due <= 0:
+                continue  # before this session's first
+            tick_ns = record["woke_ns"] - record["scheduled_ns"] + record["busy_ns"]
+            values = {"ms": round(float(tick_ns) / 1e6, 3), "missed": bool(record["missed"])}
+            skipped = int(record["skipped"])
+            self.ticks.append(encode_control("tick", stamp=due, skipped=skipped, **values))
 
     def status(self) -> dict[str, Any]:
         """For people: no token is in it."""

@@ -18,6 +18,7 @@ from aiohttp import web
 from ..errors import InputValueError, LoopFailed
 from ..loop import Runtime
 from .connection import Connection
+from .page import add_page, page_origins
 from .protocol import PATH, SUBPROTOCOL, ErrorCode
 from .service import Refusal, Service
 
@@ -35,8 +36,11 @@ def check_reachable(host: str, token: str | None) -> None:
         )
 
 
-def make_app(service: Service, *, metrics: MetricsView | None = None) -> web.Application:
-    """Routes of `service`. metrics: what GET /metrics answers with, if it is to be there."""
+def make_app(
+    service: Service, *, metrics: MetricsView | None = None, page: bool = False
+) -> web.Application:
+    """Routes of `service`. metrics: what GET /metrics answers with, if it is to be there. page: the
+    demo's page at /."""
     server = _Server(service, metrics)
     app = web.Application(client_max_size=_MAX_REQUEST_BYTES)
     app.router.add_get(PATH, server.session)
@@ -44,20 +48,28 @@ def make_app(service: Service, *, metrics: MetricsView | None = None) -> web.App
     app.router.add_get("/status", server.status)
     if metrics is not None:
         app.router.add_get("/metrics", server.metrics)
+    if page:
+        add_page(app)
     return app
 
 
 @contextlib.asynccontextmanager
 async def serving(
-    service: Service, *, host: str = "127.0.0.1", port: int = 0, metrics: MetricsView | None = None
+    service: Service,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    metrics: MetricsView | None = None,
+    page: bool = False,
 ) -> AsyncIterator[str]:
     """Listen while the context lasts, then say goodbye to all clients; gives the URL to connect to.
 
-    port 0: any that is free. Raises OSError when the address cannot be had.
+    port 0: any that is free. page: with the demo's page, which may connect when it was loaded from
+    the address listened on. Raises OSError when the address cannot be had.
     """
     handshake_s = service.limits.handshake_s
     runner = web.AppRunner(
-        make_app(service, metrics=metrics),
+        make_app(service, metrics=metrics, page=page),
         access_log=None,
         keepalive_timeout=handshake_s,  # also for a connection that sends no request
         shutdown_timeout=service.limits.close_s,
@@ -68,6 +80,8 @@ async def serving(
         site = web.TCPSite(runner, host, port, backlog=service.limits.max_connections)
         await site.start()
         address = runner.addresses[0]
+        if page:
+            service.origins += page_origins(address[0], address[1])
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         yield f"ws://{shown}:{address[1]}{PATH}"
     finally:
@@ -81,6 +95,7 @@ async def serve_until_over(
     host: str,
     port: int,
     metrics: MetricsView | None = None,
+    page: bool = False,
     on_ready: Callable[[str], None],
 ) -> signal.Signals | None:
     """Serve until SIGTERM or SIGINT, which is returned, or None when the tick loop has failed."""
@@ -93,7 +108,7 @@ async def serve_until_over(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
-    async with serving(service, host=host, port=port, metrics=metrics) as url:
+    async with serving(service, host=host, port=port, metrics=metrics, page=page) as url:
         on_ready(url)
         waits = [asyncio.create_task(event.wait()) for event in (got, service.over)]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -109,13 +124,14 @@ def run_service(
     host: str,
     port: int,
     metrics: MetricsView | None = None,
+    page: bool = False,
     on_ready: Callable[[str], None],
 ) -> signal.Signals | None:
     """Start `runtime`, serve it, stop it. As `serve_until_over`; raises OSError."""
 
     async def serve() -> signal.Signals | None:
         return await serve_until_over(
-            make_service(), host=host, port=port, metrics=metrics, on_ready=on_ready
+            make_service(), host=host, port=port, metrics=metrics, page=page, on_ready=on_ready
         )
 
     runtime.start()

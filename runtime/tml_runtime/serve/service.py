@@ -30,7 +30,7 @@ from ..loop import Runtime
 from ..model import ModelConfig
 from .limits import Limits
 from .protocol import CloseCode, ErrorCode, Hello, ProtocolError
-from .served import MakeIntake, ServedSession, token_digest
+from .served import MAX_TICKS, MakeIntake, ServedSession, token_digest
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -275,7 +275,7 @@ class Service:
         """Shortly after each tick, take what it said to every session."""
         loop = asyncio.get_running_loop()
         period_ns = self.layout.period_ms * 1_000_000
-        seen, due_ns = -1, 0
+        seen, told, due_ns = 0, -1, 0
         while self.failure is None:
             await asyncio.sleep(max(_STEP_S, (due_ns - self.runtime.media_ns()) / 1e9))
             try:
@@ -286,9 +286,12 @@ class Service:
             if self.runtime.metrics.count == seen:
                 continue
             seen = self.runtime.metrics.count
+            records = self.runtime.metrics.records(MAX_TICKS)
+            records, told = records[records["tick"] > told], int(records["tick"][-1])
             due_ns = (self.runtime.media_ns() // period_ns + 1) * period_ns
             self._ticked_s = loop.time()
             for served in self.sessions:
+                served.tell_ticks(records, self.layout.samples_per_tick)
                 self._deliver(served)
 
     def _deliver(self, served: ServedSession) -> None:

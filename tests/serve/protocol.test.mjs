@@ -1,0 +1,267 @@
+// Bytes as docs/protocol.md has them, and a session over sockets that are made up.
+
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { Client } from "../../runtime/tml_runtime/serve/web/client.mjs";
+import {
+  EpochFence, Kind, decodeControl, decodeSpeech, encodeMedia, frameSize, pcm16,
+} from "../../runtime/tml_runtime/serve/web/protocol.mjs";
+
+const hex = (bytes) => Buffer.from(bytes).toString("hex");
+
+test("a binary message is its header and its payload, little-endian", () => {
+  const payload = Uint8Array.of(1, 2, 3);
+  const media = { kind: Kind.RGB, seq: 0x01020304, stamp: 2 ** 40 + 5, epoch: 7, payload };
+  assert.equal(
+    hex(encodeMedia({ ...media, width: 40, height: 80 })),
+    "03000000" + "04030201" + "0500000000010000" + "07000000" + "2800" + "5000" + "010203",
+  );
+});
+
+test("speech is read back; other kinds are none, and damage is named", () => {
+  const payload = pcm16([0, 0.5, -1, 2]);
+  const media = { kind: Kind.SPEECH, seq: 2 ** 32 - 1, stamp: 2 ** 53 - 1, epoch: 3, payload };
+  const data = encodeMedia(media).buffer;
+  const speech = decodeSpeech(data);
+  assert.deepEqual([...speech.pcm], [0, 16384, -32768, 32767]);
+  assert.deepEqual([speech.seq, speech.stamp, speech.epoch], [2 ** 32 - 1, 2 ** 53 - 1, 3]);
+  assert.equal(decodeSpeech(encodeMedia({ ...media, kind: 99 }).buffer), null);
+  for (const size of [0, 23, 25]) assert.throws(() => decodeSpeech(data.slice(0, size)), RangeError);
+  for (const text of ["", "1", "null", "{}", '{"type":1}', "["]) {
+    assert.throws(() => decodeControl(text), SyntaxError);
+  }
+});
+
+test("a picture has whole patches, and no more tokens than it may", () => {
+  for (const [patch, extra_columns] of [[40, 1], [40, 0], [16, 1]]) {
+    for (const aspect of [0.3, 9 / 16, 1, 4 / 3, 16 / 9, 5]) {
+      for (const tokens of [2, 4, 16, 100, 1000]) {
+        const { width, height } = frameSize(aspect, { patch, extra_columns, max_tokens: 256 }, tokens);
+        assert.equal(width % patch + height % patch, 0);
+        const [rows, columns] = [height / patch, width / patch];
+        assert.ok(rows >= 1 && columns >= 1);
+        assert.ok(rows * (columns + extra_columns) <= Math.min(tokens, 256));
+      }
+    }
+  }
+  const video = { patch: 40, extra_columns: 1, max_tokens: 256 };
+  assert.deepEqual(frameSize(4 / 3, video, 16), { width: 160, height: 120 });
+});
+
+test("after an interruption nothing old is accepted, however many there were", () => {
+  const fence = new EpochFence();
+  assert.ok(fence.accepts(0));
+  fence.interrupt();
+  fence.interrupt();
+  assert.ok(!fence.accepts(0));
+  fence.answered(1);
+  assert.ok(!fence.accepts(1)); // the second one has no answer yet
+  fence.answered(2);
+  assert.ok(!fence.accepts(1) && fence.accepts(2) && fence.accepts(3));
+  fence.interrupt();
+  fence.welcome(2); // the connection broke: it will have no answer
+  assert.ok(!fence.accepts(1) && fence.accepts(2));
+});
+
+// A session
+
+const WELCOME = {
+  type: "welcome", version: 1, session: "s", resume: "r", resumed: false, grace_s: 30, epoch: 0,
+  media_now: -160, next_seq: 0, text_seq: -1, tick_ms: 200,
+  audio_in: { sample_rate: 16000, frame_ms: 20 }, audio_out: { sample_rate: 16000 },
+};
+
+class FakeSocket {
+  static all = [];
+
+  constructor(url, protocol) {
+    Object.assign(this, { url, protocol, readyState: 0, bufferedAmount: 0, sent: [] });
+    FakeSocket.all.push(this);
+  }
+
+  send(data) {
+    this.sent.push(typeof data === "string" ? JSON.parse(data) : data);
+  }
+
+  close(code) {
+    this.closed = code;
+    this.readyState = 2;
+  }
+
+  open(welcome = {}) {
+    this.readyState = 1;
+    this.onopen();
+    this.say({ ...WELCOME, ...welcome });
+  }
+
+  say(message) {
+    this.onmessage({ data: JSON.stringify(message) });
+  }
+
+  speak(epoch, stamp = 0) {
+    const payload = pcm16([0.5]);
+    this.onmessage({ data: encodeMedia({ kind: Kind.SPEECH, seq: 0, stamp, epoch, payload }).buffer });
+  }
+
+  drop(code = 1006) {
+    this.readyState = 3;
+    this.onclose({ code });
+  }
+}
+
+/** A client, its newest socket, what it told, and a clock of ours. */
+function begin(t, options = {}) {
+  t.mock.timers.enable({ apis: ["setTimeout"] });
+  FakeSocket.all = [];
+  const events = [];
+  const clock = { now: 0 };
+  const client = new Client("ws://here/v1/session", {
+    on: (event) => events.push(event), WebSocketClass: FakeSocket, now: () => clock.now, ...options,
+  });
+  return {
+    client, events, clock,
+    socket: () => FakeSocket.all.at(-1),
+    states: () => events.filter((event) => event.type === "state").map((event) => event.state),
+    heard: () => events.filter((event) => event.type === "speech").map((event) => event.epoch),
+  };
+}
+
+test("hello is first; the token is in it and in no URL", (t) => {
+  const { client, socket, states, clock } = begin(t, { token: "a secret of sixteen" });
+  client.sendAudio(new Uint8Array(640), 0);
+  socket().open();
+  assert.deepEqual(socket().sent, [
+    { type: "hello", version: 1, token: "a secret of sixteen", ticks: true, options: {} },
+  ]);
+  assert.equal(socket().url, "ws://here/v1/session");
+  assert.equal(socket().protocol, "tml.v1");
+  assert.equal(client.unsent, 1);
+  clock.now = 1000;
+  assert.equal(client.mediaNow, 16000 - 160);
+  assert.deepEqual(states(), ["connecting", "open"]);
+});
+
+test("each medium is counted for itself", (t) => {
+  const { client, socket } = begin(t);
+  socket().open();
+  client.sendAudio(new Uint8Array(2), 5);
+  client.sendJpeg(new Uint8Array(2), 6);
+  client.sendAudio(new Uint8Array(2), 6);
+  const heads = socket().sent.slice(1).map((data) => [data[0], data[4], data[8]]);
+  assert.deepEqual(heads, [[1, 0, 5], [2, 0, 6], [1, 1, 6]]);
+  socket().bufferedAmount = 1e6;
+  client.sendAudio(new Uint8Array(2), 7);
+  assert.equal(socket().sent.length, 4);
+  assert.equal(client.unsent, 1);
+});
+
+test("an interruption has the position, and drops what is older at once", async (t) => {
+  const { client, socket, heard } = begin(t);
+  socket().open();
+  socket().speak(0);
+  const told = client.interrupt(Promise.resolve(1234));
+  socket().speak(0); // on its way before the service heard of it
+  await told;
+  assert.deepEqual(socket().sent.at(-1), { type: "interrupt", played: 1234 });
+  socket().speak(0);
+  socket().say({ type: "epoch", epoch: 1, next_seq: 4 });
+  socket().speak(0);
+  socket().speak(1);
+  assert.deepEqual(heard(), [0, 1]);
+  assert.equal(client.epoch, 1);
+});
+
+test("a connection that breaks is resumed, and only the texts that were not taken go again", (t) => {
+  const { client, socket, states, heard } = begin(t);
+  socket().open();
+  for (const text of ["a", "b", "c"]) client.sendText(text);
+  const first = socket();
+  first.drop();
+  assert.deepEqual(states(), ["connecting", "open", "lost"]);
+  t.mock.timers.tick(50);
+  assert.equal(socket().url, "ws://here/v1/session?resume=1");
+  socket().open({ resumed: true, text_seq: 0, epoch: 2 });
+  first.speak(9); // of the old connection
+  const [hello, ...texts] = socket().sent;
+  assert.equal(hello.resume, "r");
+  assert.deepEqual(texts.map(({ seq, text }) => [seq, text]), [[1, "b"], [2, "c"]]);
+  assert.deepEqual(states().slice(3), ["resuming", "open"]);
+  socket().speak(1);
+  socket().speak(2);
+  assert.deepEqual(heard(), [2]);
+});
+
+test("resuming is given up when the grace period is over", (t) => {
+  const { socket, clock, states, events } = begin(t);
+  socket().open();
+  socket().drop();
+  for (let i = 0; i < 40; i++) {
+    clock.now += 1000;
+    t.mock.timers.tick(1000);
+    if (socket().readyState === 0) socket().drop();
+  }
+  assert.equal(states().at(-1), "ended");
+  assert.match(events.at(-1).message, /has ended meanwhile/);
+  const count = FakeSocket.all.length;
+  t.mock.timers.tick(100_000);
+  assert.equal(FakeSocket.all.length, count);
+});
+
+test("what the service says is final is told in words and not tried again", (t) => {
+  for (const [code, close, words] of [
+    ["unauthorized", 4401, /token/], ["exhausted", 4503, /taken/], ["loop_failed", 4510, /started again/],
+    ["taken_over", 4409, /another page/], ["something_new", 4999, /just so/],
+  ]) {
+    const { socket, events, states } = begin(t);
+    socket().open();
+    socket().say({ type: "error", code, message: "just so", fatal: true });
+    socket().drop(close);
+    assert.equal(states().at(-1), "ended");
+    assert.match(events.at(-1).message, words);
+    assert.equal(events.at(-1).code, code);
+    t.mock.timers.tick(10_000);
+    assert.equal(FakeSocket.all.length, 1);
+    t.mock.timers.reset();
+  }
+});
+
+test("a slow line is resumed, a service that shuts down is not", (t) => {
+  const slow = begin(t);
+  slow.socket().open();
+  slow.socket().say({ type: "error", code: "slow_consumer", message: "", fatal: true });
+  slow.socket().drop(4430);
+  assert.equal(slow.states().at(-1), "lost");
+  t.mock.timers.reset();
+  const going = begin(t);
+  going.socket().open();
+  going.socket().say({ type: "bye", reason: "draining", message: "going away" });
+  going.socket().drop(1001);
+  assert.equal(going.states().at(-1), "ended");
+});
+
+test("who stops says bye and hears no more", (t) => {
+  const { client, socket, states, events } = begin(t);
+  socket().open();
+  client.close();
+  assert.deepEqual(socket().sent.at(-1), { type: "bye" });
+  assert.equal(socket().closed, 1000);
+  assert.equal(states().at(-1), "closed");
+  const count = events.length;
+  socket().speak(0);
+  socket().drop(1000);
+  t.mock.timers.tick(10_000);
+  assert.equal(events.length, count);
+  assert.equal(FakeSocket.all.length, 1);
+});
+
+test("a message that is not understood is told, and the session goes on", (t) => {
+  const { socket, events, heard } = begin(t);
+  socket().open();
+  socket().onmessage({ data: "no json" });
+  socket().onmessage({ data: new ArrayBuffer(3) });
+  assert.deepEqual(events.slice(-2).map(({ code }) => code), ["bad_message", "bad_message"]);
+  socket().say({ type: "of a later version" });
+  socket().speak(0);
+  assert.deepEqual(heard(), [0]);
+});
