@@ -22,7 +22,7 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--mute-audio", "--remote-debugging-port=0",
 )  # fmt: skip
-_DEVICES = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+_DEVICES = ("--use-fake-device-for-media-stream=fps=10", "--use-fake-ui-for-media-stream")
 
 
 class Page:
@@ -40,7 +40,7 @@ class Page:
         number = next(self._ids)
         self._answers[number] = asyncio.get_running_loop().create_future()
         await self._ws.send_json({"id": number, "method": method, "params": params})
-        answer = await asyncio.wait_for(self._answers[number], 20)
+        answer = await asyncio.wait_for(self._answers[number], 60)
         assert "error" not in answer, (method, answer["error"])
         return answer["result"]
 
@@ -51,7 +51,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression: str, seconds: float = 20.0) -> Any:
+    async def until(self, expression: str, seconds: float = 60.0) -> Any:
         """Its first value that is true."""
         end = asyncio.get_running_loop().time() + seconds
         while not (value := await self.evaluate(expression)):

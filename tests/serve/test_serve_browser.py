@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import wave
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from devtools import CHROMIUM, Page, chromium
 from fake_model import DELEGATE, FakeModel
-from local_service import FAST, Served, eventually, serve
+from local_service import FAST, Served, serve
+from local_service import eventually as within
 from PIL import Image
 
 TOKEN = "a token of some length"
 TONE_HZ = 1000
+eventually = partial(within, seconds=60.0)  # a browser beside other tests takes its time
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="chromium is not installed: the page is not tested in a browser"
@@ -109,7 +112,7 @@ def test_a_user_is_heard_seen_answered_and_may_interrupt(run, tmp_path: Path) ->
             await eventually(lambda: not served.service.sessions)
             assert await page.text("#state") == "stopped"
 
-    run(talk(), 90.0)
+    run(talk(), 240.0)
 
 
 def test_without_devices_with_a_token_and_a_bad_line(run, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_without_devices_with_a_token_and_a_bad_line(run, tmp_path: Path) -> Non
             assert not any(TOKEN.split()[0] in url.partition("?")[2] for url in asked)
             assert not any("token" in url for url in asked)
 
-    run(talk(), 90.0)
+    run(talk(), 240.0)
 
 
 def read(model: FakeModel) -> bytes:
@@ -185,4 +188,4 @@ def test_what_is_refused_is_told_in_words(run, tmp_path: Path) -> None:
             await page.evaluate("document.querySelector('#start').click()")
             await page.until("/--allow-origin http:/.test(document.body.innerText)")
 
-    run(talk(), 60.0)
+    run(talk(), 240.0)

@@ -134,7 +134,13 @@ def test_the_process_ends_as_its_supervisor_expects(run) -> None:
     """Status 0 after SIGTERM, 1 when a tick raises; both at once, since a start takes seconds."""
 
     async def drain() -> None:
-        async with child(-1) as (url, process), connect(url) as client:
+        async with child(-1, "--demo") as (url, process), connect(url) as client:
+            assert process.stdout is not None
+            shown = (await process.stdout.readline()).decode()
+            page = url.replace("ws:", "http:").removesuffix("v1/session")
+            assert shown == f"the demo is at {page}\n"
+            async with aiohttp.ClientSession() as http, http.get(page) as response:
+                assert response.status == 200 and response.content_type == "text/html"
             async for event in client:
                 if isinstance(event, Speech):
                     break

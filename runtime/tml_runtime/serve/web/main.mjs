@@ -10,6 +10,7 @@ import { Timeline } from "./timeline.mjs";
 const PICTURE_TOKENS = 16; // at most: a picture of 160 x 120 and its column at 40 pixels a patch
 const FRAMES_PER_TICK = 2;
 const POSITION_MS = 200;
+const SOUND_MS = 2000; // to wait for a sound card
 const DRAW_MS = 50; // the model may be on the same CPU
 const SPEAKING = 0.003; // -50 dBFS: what is played can be spoken over
 const THUMBNAIL_S = 1;
@@ -46,7 +47,10 @@ class Session {
     for (const name of ["capture_worklet.mjs", "player_worklet.mjs"]) {
       await context.audioWorklet.addModule(name);
     }
-    await context.resume();
+    await Promise.race([context.resume(), new Promise((done) => setTimeout(done, SOUND_MS))]);
+    if (context.state !== "running") {
+      notice("The browser plays no sound, and so hears none. The session goes on without.");
+    }
     return new Session(context, token, onEnd);
   }
 

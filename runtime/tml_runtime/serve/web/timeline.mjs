@@ -59,6 +59,7 @@ export class Timeline {
       context.clip();
       this[`_${name}`]({ ...area, top, height, points: this._points[name] });
       context.restore();
+      if (name === "ticks") this._deadline(area, this._tickY(top, height, this._periodMs));
       top += height + GAP;
     }
     this._axis(area, top);
@@ -179,9 +180,12 @@ export class Timeline {
     this._labels(row, row.points, row.top + 10);
   }
 
-  _ticks({ context, x, left, right, top, height, points }) {
-    const most = 1.5 * this._periodMs;
-    const y = (ms) => top + height * (1 - Math.min(ms, most) / most);
+  _tickY(top, height, ms) {
+    return top + height * (1 - Math.min(1, ms / (1.5 * this._periodMs)));
+  }
+
+  _ticks({ context, x, top, height, points }) {
+    const y = (ms) => this._tickY(top, height, ms);
     const width = x(this._periodMs / 1000) - x(0);
     for (const { t, value } of points) {
       context.fillStyle = value.missed ? COLOURS.late : COLOURS.tick;
@@ -191,10 +195,13 @@ export class Timeline {
       const from = x(t - (value.skipped * this._periodMs) / 1000);
       bar(context, from, top + height - 6, x(t) - 1, top + height);
     }
+  }
+
+  _deadline({ context, left, right }, y) {
     context.fillStyle = COLOURS.late;
-    context.fillRect(left, y(this._periodMs), right - left, 1.5);
+    context.fillRect(left, y, right - left, 1.5);
     context.font = FONT;
-    context.textAlign = "left";
-    context.fillText(`${this._periodMs} ms`, left + 4, y(this._periodMs) - 9);
+    context.textAlign = "right";
+    context.fillText(`${this._periodMs} ms`, left - 12, y);
   }
 }
