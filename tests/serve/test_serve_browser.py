@@ -81,7 +81,7 @@ def test_a_user_is_heard_seen_answered_and_may_interrupt(run, tmp_path: Path) ->
             assert 0.25 < np.abs(pcm).max() < 0.35  # as loud as it was
             await eventually(lambda: sum(row.frames is not None for row in rows()) > 10)
             frame = [row.frames for row in rows() if row.frames is not None][-1]
-            assert frame.shape[2:] == (120, 160, 3)
+            assert frame.shape[2:] == (80, 120, 3)
             assert frame[..., 1].mean() > 2 * frame[..., 0].mean()  # the camera's is green
 
             # Answered

@@ -7,7 +7,7 @@ import { Camera, CaptureClock, Microphone, Speaker } from "./media.mjs";
 import { frameSize } from "./protocol.mjs";
 import { Timeline } from "./timeline.mjs";
 
-const PICTURE_TOKENS = 16; // at most: a picture of 160 x 120 and its column at 40 pixels a patch
+const PICTURE_TOKENS = 8; // at most: 120 x 80 at 40 pixels a patch, which a CPU has the time for
 const FRAMES_PER_TICK = 2;
 const POSITION_MS = 200;
 const SOUND_MS = 2000; // to wait for a sound card
