@@ -184,12 +184,9 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
         assert f"{module}.pyi" in names
     for package in ("tml_kernels", "tml_runtime"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= set(names)
-<<<<<<< HEAD
     checkpoint = "tml_runtime/demo/cue/checkpoint"
     assert {f"{checkpoint}/model.safetensors", f"{checkpoint}/report.json"} <= set(names)
-=======
     page = (ROOT / "runtime" / "tml_runtime" / "serve" / "web").iterdir()
     assert {f"tml_runtime/serve/web/{file.name}" for file in page} <= set(names)
->>>>>>> 285337d (tml-runtime serve --demo: a page that talks, listens, looks, and shows every tick)
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"tml_kernels", "tml_runtime"}
