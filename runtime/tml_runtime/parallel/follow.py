@@ -117,7 +117,14 @@ class _Follower:
         page_class = PageClass(words["page_class"])
         with contextlib.suppress(*REFUSALS):
             x_T_D = self._rows(arrays[0])
-            self._model.append(self._states[words["state"]], x_T_D, start_S1, slot_S, page_class)
+            self._model.append(
+                self._states[words["state"]],
+                x_T_D,
+                start_S1,
+                slot_S,
+                page_class,
+                between_ticks=words["between_ticks"],
+            )
 
     def _rows(self, array: np.ndarray) -> Tensor:
         flat = _tensor(array, self._model.dtype, self._model.device)

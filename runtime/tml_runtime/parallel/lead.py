@@ -141,12 +141,17 @@ class LeadModel(InteractionModel):
         start_S1: Tensor,
         slot_S: Tensor,
         page_class: PageClass = PageClass.TEXT,
+        *,
+        between_ticks: bool = False,
     ) -> Tensor:
         lead = _lead(state)
         check_ragged(self.config, lead.whole, x_T_D, start_S1, slot_S)
         arrays = [_bytes(x) for x in (x_T_D, start_S1, slot_S)]
-        self._send("append", {"state": lead.number, "page_class": page_class.value}, arrays)
-        return super().append(lead.whole, x_T_D, start_S1, slot_S, page_class)
+        how = {"page_class": page_class.value, "between_ticks": between_ticks}
+        self._send("append", {"state": lead.number, **how}, arrays)
+        return super().append(
+            lead.whole, x_T_D, start_S1, slot_S, page_class, between_ticks=between_ticks
+        )
 
     def logits(self, h_T_D: Tensor) -> Tensor:
         self._send("logits", {}, [_bytes(h_T_D)])
