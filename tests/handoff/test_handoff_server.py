@@ -250,9 +250,8 @@ def test_ticks_go_on_while_a_server_stalls() -> None:
         with runtime:
             assert server.stalled.wait(30.0)
             wait_for(lambda: "forty" in "".join(read(model)))
-            ticks, session_ticks = runtime.metrics.count, session.stats.ticks
-            wait_for(lambda: runtime.metrics.count >= ticks + 10)
-            assert session.stats.ticks >= session_ticks + 10
+            ticks = session.stats.ticks
+            wait_for(lambda: session.stats.ticks >= ticks + 10)
             assert "".join(read(model)) == "[result] forty"
             session.close()
             wait_for(lambda: runtime.report()["handoff"]["cancelled"] == 1)
