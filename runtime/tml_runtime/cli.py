@@ -7,17 +7,23 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._optional import MissingExtraError
 from .convert_command import add_convert
 from .errors import InputValueError
 from .plan_command import add_plan
-from .serve.command import add_serve
+from .serve.command import Trained, add_serve
 from .serve.load_command import add_load
 from .top import DEFAULT_URL, StatusError, run_top
 
+if TYPE_CHECKING:
+    from .model import InteractionModel
+    from .text import Tokenizer
+
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+CUE = "cue"
+CUE_HINT = "speak, count flash, count motion, wait flash 3, every 4, stop"
 
 _DEMO_TEXT = """\
 Play recordings to an interaction model as if they were a live microphone and camera: 20 ms of
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_demo_arguments(demo)
-    add_serve(commands)
+    add_serve(commands, {CUE: Trained(_load_cue, CUE_HINT, {"temperature": 0.0})})
     add_load(commands)
     add_convert(commands)
     add_plan(commands)
@@ -238,6 +244,15 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return INTERRUPTED if report["interrupted"] else 0
+
+
+def _load_cue(device: str) -> tuple[InteractionModel, Tokenizer]:
+    """Raises ModelChoiceError, CheckpointError."""
+    from .demo.cue.shipped import load_shipped
+    from .demo.cue.words import WordTokenizer
+    from .random_model import device_for
+
+    return load_shipped(device_for(device)), WordTokenizer()
 
 
 def _info(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

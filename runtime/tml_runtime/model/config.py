@@ -259,5 +259,6 @@ _PRESETS = {
         patch=replace(PATCH_40, widths=(16, 32, 64)),
         flow=FlowSpec(width=128, depth=2, num_steps=4),
         tau_floor=128_000,
+        layout=TurnLayout(max_video_tokens=1),  # it was trained on 40x40 alone
     ),
 }

@@ -6,7 +6,9 @@ import argparse
 import math
 import signal
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,21 @@ from ..errors import InputValueError
 if TYPE_CHECKING:
     from ..handoff import OpenAIModel
     from ..loop import Runtime
-    from ..model import ModelConfig
+    from ..model import InteractionModel, ModelConfig
     from ..session import Session
+    from ..text import Tokenizer
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A preset whose weights ship."""
+
+    load: Callable[[str], tuple[InteractionModel, Tokenizer]]  # for a device: auto, cpu or cuda
+    hint: str  # what to write to it
+    options: Mapping[str, Any]  # of `Runtime.open_session`, where a client names none
+
 
 _TEXT = """\
 Serve an interaction model over WebSockets, one session a connection: sound, pictures and text up,
@@ -37,7 +50,8 @@ all clients, and exits with status 0.
 _EXAMPLES = """\
 examples:
   tml-runtime serve                                  the smallest model, on ws://127.0.0.1:8760
-  tml-runtime serve --demo                           and a page to talk to it, on http://localhost:8760
+  tml-runtime serve --demo                           a page to talk to a small trained model, on
+                                                     http://localhost:8760
   tml-runtime serve --preset slice --sessions 32     more sessions, on a GPU
   tml-runtime serve --checkpoint weights/ --preset inkling-small
   TML_SERVE_TOKEN=$(cat token) tml-runtime serve --host 0.0.0.0
@@ -49,8 +63,8 @@ examples:
 """
 
 
-def add_serve(commands: Any) -> None:
-    """`serve`, to argparse's subcommands."""
+def add_serve(commands: Any, trained: Mapping[str, Trained]) -> None:
+    """`serve`, to argparse's subcommands. trained: by preset; the first is that of --demo."""
     serve = commands.add_parser(
         "serve",
         help="serve a model's sessions over WebSockets",
@@ -88,7 +102,9 @@ def add_serve(commands: Any) -> None:
         help="how long a session waits for a client whose connection broke (default: %(default)g)",
     )
     serve.add_argument(
-        "--preset", default="tiny", help="model: tiny (any CPU), slice or inkling-small"
+        "--preset",
+        help=f"model: tiny or the trained {', '.join(trained)} (any CPU), slice or inkling-small "
+        f"(default: {next(iter(trained))} with --demo, else tiny)",
     )
     serve.add_argument(
         "--checkpoint",
@@ -109,7 +125,7 @@ def add_serve(commands: Any) -> None:
         help="keep the newest ticks there when one misses, a session faults or the loop fails; "
         "`tml-runtime trace` reads them",
     )
-    serve.set_defaults(run=_serve)
+    serve.set_defaults(run=partial(_serve, trained=trained))
 
 
 def _add_network(serve: argparse.ArgumentParser) -> None:
@@ -157,7 +173,9 @@ def _add_background(serve: argparse.ArgumentParser) -> None:
     )
 
 
-def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+def _serve(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, trained: Mapping[str, Trained]
+) -> int:
     require("aiohttp", "serve sessions", extra="serve")
     require("PIL", "serve sessions", extra="serve")
     from .. import prometheus
@@ -167,7 +185,9 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     token = args.token if args.token is not None else _env.serve_token()
     try:
         limits = _check(args, token)
-        runtime, config = make_runtime(args)
+        preset = args.preset or (next(iter(trained)) if args.demo else "tiny")
+        known = trained.get(preset) if args.checkpoint is None else None
+        runtime, config = make_runtime(args, preset, known)
     except InputValueError as error:
         print(f"error: {error}; see `tml-runtime serve --help`", file=sys.stderr)
         return 2
@@ -185,6 +205,8 @@ def _serve(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             limits=limits,
             token=token,
             origins=tuple(args.allow_origin),
+            options=known.options if known else {},
+            hint=known.hint if known else "",
         )
 
     try:
@@ -230,7 +252,9 @@ def _check(args: argparse.Namespace, token: str | None) -> Any:
     return replace(Limits(), max_connections=most, grace_s=args.grace)
 
 
-def make_runtime(args: argparse.Namespace) -> tuple[Runtime, ModelConfig]:
+def make_runtime(
+    args: argparse.Namespace, preset: str, trained: Trained | None
+) -> tuple[Runtime, ModelConfig]:
     """Raises ModelChoiceError, CheckpointError."""
     from ..handoff import HandoffOptions, Policy
     from ..loop import Runtime
@@ -240,12 +264,16 @@ def make_runtime(args: argparse.Namespace) -> tuple[Runtime, ModelConfig]:
     for name in ("seed", "probe_ticks"):
         if getattr(args, name) < 0:
             raise InputValueError(f"{name}={getattr(args, name)} is negative")
-    if args.checkpoint is None:
-        model = random_model(args.preset, device=args.device, seed=args.seed)
+    tokenizer = None
+    if trained is not None:
+        model, tokenizer = trained.load(args.device)
+    elif args.checkpoint is None:
+        model = random_model(preset, device=args.device, seed=args.seed)
     else:
-        model = load_model(args.checkpoint, args.preset, device=args.device, seed=args.seed)
+        model = load_model(args.checkpoint, preset, device=args.device, seed=args.seed)
     runtime = Runtime(
         model,
+        tokenizer=tokenizer,
         num_slots=args.sessions,
         seed=args.seed,
         vocoder=vocoder_for(model),

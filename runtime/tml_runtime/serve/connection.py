@@ -195,6 +195,7 @@ class Connection:
                 "messages_per_s": limits.messages_per_s,
                 "bytes_per_s": limits.bytes_per_s,
             },
+            hint=service.hint,
         )
 
     async def _receive_all(self) -> None:

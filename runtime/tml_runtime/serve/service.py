@@ -11,7 +11,7 @@ import contextlib
 import hmac
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -68,7 +68,8 @@ class Service:
     """Serves the sessions of `runtime`, which runs in real time already and belongs to it alone.
 
     make_intake: makes what a session's media go through. token: what a client must know, if given.
-    origins: of web pages that may connect; programs other than browsers send none.
+    origins: of web pages that may connect; programs other than browsers send none. options: of
+    `Runtime.open_session`, where a client names none. hint: what to write to the model.
     """
 
     def __init__(
@@ -80,10 +81,14 @@ class Service:
         limits: Limits | None = None,
         token: str | None = None,
         origins: tuple[str, ...] = (),
+        options: Mapping[str, Any] | None = None,
+        hint: str = "",
     ) -> None:
         self.runtime = runtime
         self.limits = Limits() if limits is None else limits
         self.origins = origins
+        self.hint = hint
+        self._options = dict(options or {})
         self.layout = config.layout
         self.grid = FrameGrid(
             patch=config.patch.patch,
@@ -172,7 +177,7 @@ class Service:
             raise refusal
         if hello.resume is not None:
             return self._resume(connection, hello.resume), True
-        open_session = partial(self.runtime.open_session, **hello.options)
+        open_session = partial(self.runtime.open_session, **{**self._options, **hello.options})
         try:
             session = await asyncio.get_running_loop().run_in_executor(self._calls, open_session)
         except ResourceExhausted as error:

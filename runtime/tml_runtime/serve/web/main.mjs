@@ -125,6 +125,7 @@ class Session {
 
   _onWelcome(welcome) {
     $("epoch").textContent = welcome.epoch;
+    $("text").placeholder = welcome.hint;
     if (this._speaker === undefined) this._open(welcome);
     this._speaker.setClock(this._client.mediaNow);
   }
