@@ -76,6 +76,7 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.test: $(VENV)/.demo
 	@$(call extra,serve)
 	@$(call extra,handoff)
+	@$(call extra,bench)
 	@$(call extra,test)
 	@touch $@
 

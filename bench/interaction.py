@@ -4,8 +4,8 @@ Episodes of the `cue` model's tasks, of held-out seeds and recordings, are playe
 runtime, on its virtual clock, through lines that lose and delay, and what it says is scored with
 the published metrics: turn-taking, overlap, backchannels, counting, timing, proactive answers. A
 synthetic twin has its benchmark's metric and kind of task, none of its data: no figure here is that
-benchmark's. Beside it stands the same model driven turn by turn behind a voice-activity detector.
-docs/interaction.md has definitions and sources.
+benchmark's. Beside it stands the same model driven turn by turn, behind Silero's detector of voice
+activity. docs/interaction.md has definitions and sources.
 
 Exit status 1: nothing was measured.
 """
@@ -198,10 +198,16 @@ def _prepare(
     from tml_runtime.errors import TmlRuntimeError
     from tml_runtime.model import InteractionModel
 
+    from .interaction_voice import voice_detector
+
     folder = args.checkpoint or Path(cue.__file__).parent / "checkpoint"
     try:
-        media = held_out_media()
-        about = {"measured_with": {**media[0].hashes, **media[1].hashes}, "device": args.device}
+        detector, media = voice_detector(), held_out_media()
+        about = {
+            "measured_with": {**media[0].hashes, **media[1].hashes},
+            "voice_detector": detector,
+            "device": args.device,
+        }
         if args.random:
             model = InteractionModel.random(CONFIG, seed=args.seed, device=args.device)
             return model, media, {**about, "weights": "random"}

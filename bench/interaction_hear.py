@@ -1,7 +1,7 @@
-"""Where somebody speaks in a recording: a detector by loudness, for the metrics and the baseline.
+"""When the model is heard, and when a cue begins.
 
-It knows nothing of speech: what is louder than THRESHOLD is a voice. In episodes that is enough,
-whose noise stays below it; it is not Silero's, which the published scripts use.
+The model's own speech is found by loudness: nothing else is in it, and it is no human voice. Its
+syllables are sung tones, of which Silero's network, which finds the user's, hears a few.
 """
 
 # Dimension key: N samples, F frames of 20 ms, W samples of a frame.
@@ -14,26 +14,20 @@ from .interaction_metrics import Span, merge
 
 FRAME_S = 0.02
 THRESHOLD = 0.01  # root mean square of a frame: -40 dB of full scale
-BRIDGE_S = 0.1  # pauses within a voice, as Silero's min_silence_duration_ms
+BRIDGE_S = 0.1  # pauses within speech, as Silero's min_silence_duration_ms
 TONE_SHARE = 0.5  # of a tone's loudest frame: it has begun
 WHITE = 200  # mean of a frame's pixels that is a flash
 
 
-def voiced(pcm_N: np.ndarray, sample_rate: int) -> np.ndarray:
-    """bool [F]: the whole frames that are loud."""
-    frames_F_W = _frames(pcm_N, sample_rate).astype(np.float64)
-    return np.sqrt(np.mean(frames_F_W**2, axis=1)) > THRESHOLD
-
-
-def segments(
-    pcm_N: np.ndarray, sample_rate: int, *, bridge_s: float = BRIDGE_S, least_s: float = 0.0
-) -> list[Span]:
-    """Stretches of voice in seconds; pauses up to `bridge_s` are part of one, and what is shorter
-    than `least_s` then is none."""
-    edges = np.diff(np.concatenate([[False], voiced(pcm_N, sample_rate), [False]]).astype(int))
+def segments(pcm_N: np.ndarray, sample_rate: int) -> list[Span]:
+    """Stretches of loud frames in seconds; pauses up to BRIDGE_S are part of one."""
+    size = round(FRAME_S * sample_rate)
+    frames_F_W = pcm_N[: len(pcm_N) // size * size].reshape(-1, size).astype(np.float64)
+    loud_F = np.sqrt(np.mean(frames_F_W**2, axis=1)) > THRESHOLD
+    edges = np.diff(np.concatenate([[False], loud_F, [False]]).astype(int))
     begins, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
     spans = zip((begins * FRAME_S).tolist(), (ends * FRAME_S).tolist(), strict=True)
-    return [(start, end) for start, end in merge(spans, bridge_s) if end - start >= least_s - 1e-9]
+    return merge(spans, BRIDGE_S)
 
 
 def first_sound(pcm_N: np.ndarray, sample_rate: int, begin_s: float, end_s: float) -> float | None:
@@ -57,8 +51,3 @@ def tone_begin(pcm_N: np.ndarray, sample_rate: int, hz: float) -> float:
 def flash_frame(frames_2_Y_Y_3: np.ndarray) -> int:
     """Which of a tick's two frames is white first; 0 if none is."""
     return int(np.argmax(frames_2_Y_Y_3.mean(axis=(1, 2, 3)) >= WHITE))
-
-
-def _frames(pcm_N: np.ndarray, sample_rate: int) -> np.ndarray:
-    size = round(FRAME_S * sample_rate)
-    return pcm_N[: len(pcm_N) // size * size].reshape(-1, size)

@@ -16,7 +16,7 @@ import numpy as np
 from tml_runtime.demo.cue.stage import CUE_HZ, Episode, Event
 from tml_runtime.demo.cue.words import ID, NUMBERS, WORDS, YES
 
-from .interaction_hear import first_sound, flash_frame, segments, tone_begin
+from .interaction_hear import first_sound, flash_frame, tone_begin
 from .interaction_metrics import (
     MODEL_GAP_S,
     USER_GAP_S,
@@ -40,6 +40,7 @@ from .interaction_metrics import (
     timing_accuracy,
 )
 from .interaction_take import PERIOD_S, RATE, Take
+from .interaction_voice import speech
 
 EARLY_S, LATE_S = PERIOD_S, 2 * PERIOD_S  # of a word due: its window
 ANSWER_S = 2.0  # of a question that is answered by what is seen, unless the next is due before
@@ -98,7 +99,8 @@ METRICS = (
 def figures(takes: Sequence[Take], *, on_grid: bool) -> Figures:
     """Every metric by name, shares from 0 to 1, None where its tasks were not played; floor_p50_s
     and the like beside the reaction's; and `of`, how many samples each group has. on_grid: the
-    sound lies in windows as in the episode, so that a tick can be told."""
+    sound lies in windows as in the episode, so that a tick can be told. Raises MissingExtraError
+    where "speak" was played."""
     by_task: dict[str, list[Take]] = defaultdict(list)
     for take in takes:
         by_task[take.episode.task].append(take)
@@ -167,13 +169,13 @@ def _overlap(takes: Sequence[Take]) -> Figures:
     responses: list[float] = []
     yielded: list[bool] = []
     held: list[bool] = []
-    for take in takes:
+    voices = speech([take.episode.pcm_T_W.reshape(-1) for take in takes])
+    for take, voice in zip(takes, voices, strict=True):
         model = merge(take.segments(), MODEL_GAP_S)
-        voice = segments(take.episode.pcm_T_W.reshape(-1), RATE)
         for event in take.episode.events:
             if event.kind == "interruption":
                 begin, end = event.tick * PERIOD_S, _asked_again(take.episode, event.tick)
-                user = merge([s for s in voice if begin - 1e-9 <= s[0] < end], USER_GAP_S)
+                user = merge([s for s in voice if s[1] > begin and s[0] < end], USER_GAP_S)
                 stops += stop_latencies(user, model)
                 responses += response_latencies(user, model)
                 spoken = _between(take.words, begin + (YIELD_TICKS + 1) * PERIOD_S, end)

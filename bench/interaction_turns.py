@@ -1,4 +1,4 @@
-"""The baseline: the same model driven turn by turn behind a voice-activity detector.
+"""The baseline: the same model driven turn by turn behind Silero's voice-activity detector.
 
 As in a usual harness, the model is asked when the detector says that the user has ended, hears the
 turn as a whole and in no time, and speaks until it has nothing more to say or the user speaks up.
@@ -17,12 +17,11 @@ from tml_runtime import InteractionModel, Runtime, Session
 from tml_runtime.demo.cue.stage import Episode
 from tml_runtime.session import SpeechOut
 
-from .interaction_hear import segments
 from .interaction_run import make_runtime
-from .interaction_take import PERIOD_S, RATE, WINDOW, Take
+from .interaction_take import PERIOD_S, RATE, REST, WINDOW, Take
+from .interaction_voice import listen, probabilities
 
-SILENCE_S = 0.55  # that ends a turn: the default of LiveKit's agents
-SPEECH_S = 0.25  # that is a voice: Silero's min_speech_duration_ms
+SILENCE_S = 0.55  # that ends a turn: the default of LiveKit's plugin for Silero
 QUIET_TICKS = 3  # without a word: it has nothing more to say
 MOST_TICKS = 50  # of a reply
 
@@ -39,19 +38,22 @@ class Turn:
     text: tuple[int, ...] = ()
 
 
-def turns(episode: Episode) -> list[Turn]:
-    """In the order in which they end. A text is a turn of its own, known at once."""
-    pcm_N = episode.pcm_T_W.reshape(-1)
-    spoken = [
-        Turn(begin, end, begin + SPEECH_S, end + SILENCE_S)
-        for begin, end in segments(pcm_N, RATE, bridge_s=SILENCE_S, least_s=SPEECH_S)
-    ]
-    written = [
-        Turn(t, t, t, t, ids)
-        for t, ids in ((tick * PERIOD_S, ids) for tick, ids in enumerate(episode.text))
-        if ids
-    ]
-    return sorted([*spoken, *written], key=lambda turn: turn.end_known)
+def turns(episodes: Sequence[Episode]) -> list[list[Turn]]:
+    """Of each episode, in the order in which they end. A text is a turn of its own, known at once.
+
+    Raises MissingExtraError."""
+    silence_N = np.zeros(REST * WINDOW, np.float32)  # in which the last one ends
+    sounds = [np.concatenate([made.pcm_T_W.reshape(-1), silence_N]) for made in episodes]
+    found = []
+    for episode, probability_F in zip(episodes, probabilities(sounds), strict=True):
+        spoken = [Turn(*heard) for heard in listen(probability_F, SILENCE_S)]
+        written = [
+            Turn(t, t, t, t, ids)
+            for t, ids in ((tick * PERIOD_S, ids) for tick, ids in enumerate(episode.text))
+            if ids
+        ]
+        found.append(sorted([*spoken, *written], key=lambda turn: turn.end_known))
+    return found
 
 
 def play_turns(
@@ -62,13 +64,14 @@ def play_turns(
     on_take: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> list[Take]:
-    """options: of Runtime. on_take: called after each episode."""
+    """options: of Runtime. on_take: called after each episode. Raises MissingExtraError."""
     takes = []
+    heard = turns(episodes)
     with make_runtime(model, 1, seed, **options) as runtime:
-        for number, episode in enumerate(episodes):
+        for number, (episode, waiting) in enumerate(zip(episodes, heard, strict=True)):
             session = runtime.open_session(temperature=0.0, seed=seed * 65_537 + number)
             harness = _Harness(runtime, session, Take(episode, 0.0))
-            harness.run()
+            harness.run(waiting)
             takes.append(harness.take)
             session.close()
             on_take()
@@ -82,8 +85,7 @@ class _Harness:
         self._num_run = 0  # ticks of the session, which has a time of its own
         self._num_heard = 0  # ticks of the episode that were put in, or passed by
 
-    def run(self) -> None:
-        waiting = turns(self.take.episode)
+    def run(self, waiting: list[Turn]) -> None:
         while waiting:
             now = waiting.pop(0)
             cuts = [

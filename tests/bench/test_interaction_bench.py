@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 from cue_media import made_footage, made_speech
 from interaction_actor import Actor, LevelVocoder, Script, changed, late, perfect, silent
+from real_speech import real_speech
 
-from bench import interaction
+from bench import interaction, interaction_voice
 from bench.__main__ import main
 from bench.interaction import measure
 from bench.interaction_report import name, plots, show
@@ -56,7 +58,7 @@ def scored(
 
 @pytest.fixture(scope="module")
 def right() -> dict[str, Any]:
-    return scored(episodes(*TASKS, each=1))
+    return scored(held_out_episodes(1, 60, real_speech(), MEDIA[1], list(TASKS)))
 
 
 def test_who_says_what_is_due_has_every_point(right: dict[str, Any]) -> None:
@@ -114,7 +116,7 @@ def test_the_wrong_word_at_the_right_time_earns_nothing() -> None:
 
 
 def test_who_does_not_stop_does_not_yield_and_overlaps_longer() -> None:
-    made = episodes("speak")
+    made = held_out_episodes(2, 60, real_speech(), MEDIA[1], ["speak"])
     goes_on = lambda episode: [[ID["do"]]] * len(episode)  # noqa: E731
     right_, got = scored(made), scored(made, goes_on)
     assert got["of"]["interruptions"] > 0
@@ -291,6 +293,7 @@ def test_the_command_measures_a_checkpoint(
     assert result["kind"] == "interaction" and [name(row) for row in result["rows"]] == ["direct"]
     assert result["measured_with"] == {**MEDIA[0].hashes, **MEDIA[1].hashes}
     assert result["weights"] == weights_digest(folder)
+    assert result["voice_detector"].startswith("silero-vad 6.")
     assert show(result) in capsys.readouterr().out
 
 
@@ -325,6 +328,16 @@ def test_a_model_that_knows_the_recordings_is_refused(
 def test_a_checkpoint_without_a_report_is_refused(folder: Path) -> None:
     (folder / "report.json").unlink()
     with pytest.raises(SystemExit, match="nobody knows what the model was trained on"):
+        main(["interaction", "--checkpoint", str(folder)])
+
+
+def test_without_the_detector_it_says_what_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    interaction_voice._package.cache_clear()
+    interaction_voice._network.cache_clear()
+    with pytest.raises(SystemExit, match=r'pip install "tml-kernels\[bench\]"'):
         main(["interaction", "--checkpoint", str(folder)])
 
 

@@ -1,4 +1,4 @@
-"""The baseline of `bench interaction`, what it hears by, and what a take keeps."""
+"""The baseline of `bench interaction`, what sound and pictures tell, and what a take keeps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from cue_media import made_footage, made_speech
 from interaction_actor import Actor, LevelVocoder
+from real_speech import real_speech
 
-from bench.interaction_hear import first_sound, flash_frame, segments, tone_begin, voiced
+from bench.interaction_hear import first_sound, flash_frame, segments, tone_begin
 from bench.interaction_run import held_out_episodes
 from bench.interaction_score import figures
-from bench.interaction_take import PERIOD_S, RATE, WINDOW, Take
+from bench.interaction_take import PERIOD_S, RATE, REST, WINDOW, Take
 from bench.interaction_turns import SILENCE_S, play_turns, turns
 from tml_runtime.demo.cue.stage import CUE_HZ, Episode, Stage
 from tml_runtime.demo.cue.words import ID
@@ -30,15 +31,26 @@ def episodes(*tasks: str, each: int = 2, ticks: int = 60) -> list[Episode]:
 
 
 def test_turns_are_what_the_detector_hears_and_what_is_written() -> None:
-    stage = Stage(40, np.random.default_rng(0), *MEDIA)
+    stage = Stage(40, np.random.default_rng(0), real_speech(), MEDIA[1])
     stage.read(2, "speak")
     stage.speak_up(10, 1.0)
-    stage.tone(20, CUE_HZ)  # too short to be a voice
-    found = turns(stage.finish("made", lose=0.0, sees=True))
+    stage.tone(20, CUE_HZ)
+    (found,) = turns([stage.finish("made", lose=0.0, sees=True)])
     assert [turn.text for turn in found] == [(ID["speak"],), ()]
     assert found[0].end_known == 2 * PERIOD_S
-    assert found[1].begin == pytest.approx(2.0, abs=0.05)
-    assert found[1].end_known == pytest.approx(found[1].end + SILENCE_S)
+    assert (found[1].begin, found[1].end) == pytest.approx((2.0, 3.0), abs=0.2)
+    assert 0.25 <= found[1].begin_known - found[1].begin < 0.5
+    assert found[1].end_known - found[1].end == pytest.approx(SILENCE_S, abs=0.064)
+
+
+def test_who_speaks_to_the_end_has_a_turn_and_a_silent_room_has_none() -> None:
+    stage, silent = (Stage(24, np.random.default_rng(0), real_speech(), MEDIA[1]) for _ in "ab")
+    stage.talk(8, 24)
+    found, none = turns([made.finish("made", lose=0.0, sees=True) for made in (stage, silent)])
+    assert none == []
+    assert found[-1].end == pytest.approx(24 * PERIOD_S, abs=0.2)
+    assert found[-1].end_known < (24 + REST) * PERIOD_S
+    assert turns([]) == []
 
 
 def test_turn_by_turn_a_request_is_answered_and_no_cue_is() -> None:
@@ -57,15 +69,13 @@ def test_turn_by_turn_a_request_is_answered_and_no_cue_is() -> None:
 # What is heard
 
 
-def test_a_voice_is_what_is_loud() -> None:
+def test_the_model_is_heard_where_it_is_loud() -> None:
     pcm = np.zeros(RATE, np.float32)
     pcm[4800:8000] = 0.1
-    assert voiced(np.zeros(0, np.float32), RATE).tolist() == []
+    assert segments(np.zeros(0, np.float32), RATE) == []
     assert segments(pcm, RATE) == [(0.3, 0.5)]
-    assert segments(pcm, RATE, least_s=0.25) == []
-    pcm[9600:] = 0.1
-    assert segments(pcm, RATE, bridge_s=0.1) == [(0.3, 1.0)]
-    assert segments(pcm, RATE, bridge_s=0.05) == [(0.3, 0.5), (0.6, 1.0)]
+    pcm[9600:12_800] = pcm[14_720:] = 0.1  # after 0.1 s, and after 0.12 s
+    assert np.array(segments(pcm, RATE)) == pytest.approx(np.array([(0.3, 0.8), (0.92, 1.0)]))
     assert first_sound(pcm, RATE, 0.0, 1.0) == 0.3
     assert first_sound(pcm, RATE, 0.4, 1.0) == 0.4
     assert first_sound(pcm, RATE, 0.52, 0.58) is None
