@@ -91,8 +91,8 @@ METRICS = (
     Metric("alert_precision", "%", True, "of what is told, in time"),
     Metric("speech_iou", "", True, "IoU of when it is to speak and does"),
     Metric("reaction_p50_s", "s", False, "from a cue to the first sample, p50"),
-    Metric("reaction_p95_s", "s", False, "p95"),
-    Metric("reaction_p99_s", "s", False, "p99"),
+    Metric("reaction_p95_s", "s", False, "from a cue to the first sample, p95"),
+    Metric("reaction_p99_s", "s", False, "from a cue to the first sample, p99"),
 )
 
 

@@ -311,6 +311,10 @@ def test_the_table_and_the_plots(tmp_path: Path) -> None:
     assert "synthetic twins" in shown and "outage: not measured: LoopFailed: why" in shown
     (line,) = [line for line in shown.splitlines() if line.startswith("cue_set_accuracy")]
     assert line.split()[:4] == ["cue_set_accuracy", "more", "100.0", "%"]
+    many = show({**result, "rows": [*rows[:2] * 4, rows[2]]})
+    heads = [line for line in many.splitlines() if line.startswith("metric ")]
+    assert [line.count("direct") for line in heads] == [3, 1]  # six conditions in a table
+    assert all(line.endswith("turn by turn") for line in heads)
     drawn = {path.stem for path in plots(tmp_path, result)}
     assert drawn == {path.stem for path in tmp_path.glob("*.png")}
     assert {"cue_set_accuracy", "count_nmae", "reaction_p50_s"} <= drawn
