@@ -124,13 +124,18 @@ def measure(
     episodes = held_out_episodes(count_each, num_ticks, *media, tasks)
     total = sum(ticks_of(condition, len(episodes), num_ticks) for condition in conditions)
     rows = []
-    with progress(total + baseline * len(episodes)) as (begin, on_step):
+    with progress(total + baseline * len(episodes) * num_ticks) as (begin, on_step):
         for condition in conditions:
             begin(str(condition))
             rows.append(_played(model, episodes, condition, media, seed, on_step, options))
         if baseline:
             begin("turn by turn")
-            rows.append(_turn_by_turn(model, episodes, seed, on_step, options))
+
+            def on_take() -> None:
+                for _ in range(num_ticks):  # about as many as the model had
+                    on_step()
+
+            rows.append(_turn_by_turn(model, episodes, seed, on_take, options))
     return rows
 
 
@@ -166,7 +171,7 @@ def _turn_by_turn(
     model: InteractionModel,
     episodes: list[Episode],
     seed: int,
-    on_step: Any,
+    on_take: Any,
     options: dict[str, Any],
 ) -> dict[str, Any]:
     from .interaction_run import DIRECT
@@ -175,7 +180,7 @@ def _turn_by_turn(
 
     row = {"system": "turns", "line": DIRECT, "sessions": 1, "minutes": 0, "error": None}
     try:
-        takes = play_turns(model, episodes, seed=seed, on_take=on_step, **options)
+        takes = play_turns(model, episodes, seed=seed, on_take=on_take, **options)
         return {**row, "figures": figures(takes, on_grid=False)}
     except Exception as error:
         return {**row, "error": f"{type(error).__name__}: {error}"}
