@@ -36,6 +36,7 @@ A GPU's size is what `nvidia-smi` shows. It is not always the one it is sold by:
 has 143771MiB, which is 150.8 GB.
 """
 _NAMES = {
+    "mtp_layers": "multi-token prediction",
     "norms_convs_router": "norms, convolutions, router",
     "taps": "convolution taps",
     "context": "driver, CUDA context",

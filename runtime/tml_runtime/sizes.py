@@ -30,6 +30,7 @@ from .model.weights import (
     DenseWeights,
     LayerWeights,
     Matrix,
+    MtpWeights,
     empty_ends,
     empty_layer,
 )
@@ -55,6 +56,7 @@ class WeightBytes:
     norms_convs_router: int
     front_ends: int
     flow_head: int
+    mtp_layers: int
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def weight_bytes(config: ModelConfig, packing: Packing, dtype: torch.dtype = DTY
             ends.patch.final_norm,
         ),
         flow_head=_bytes_of(*ends.flow),
+        mtp_layers=sum(_mtp_bytes(w) for w in ends.mtp),
         shared_experts=0, routed_experts=0, dense_layers=0,
     )  # fmt: skip
     kinds = Counter((config.heads(n), config.is_dense(n)) for n in config.layers)
@@ -108,6 +111,12 @@ def weight_bytes(config: ModelConfig, packing: Packing, dtype: torch.dtype = DTY
         for part, size in layer.items():
             sums[part] += count * size
     return WeightBytes(**sums)
+
+
+def _mtp_bytes(w: MtpWeights) -> int:
+    ends = (w.hidden_norm_D, w.embed_norm_D, w.input_D_DD)
+    block = _layer_bytes(w.block, Packing())  # they are never packed
+    return sum(x.nbytes for x in ends) + sum(block.values())
 
 
 def _layer_bytes(w: LayerWeights, packing: Packing) -> dict[str, int]:

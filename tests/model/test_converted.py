@@ -353,3 +353,11 @@ def test_gpu_what_was_packed_there_or_here_comes_to_it_as_it_was(
     assert all(there[name].is_cuda for name in here)
     for name, tensor in here.items():
         assert_bitwise(there[name].cpu(), tensor)
+
+
+def test_a_folder_of_before_there_were_mtp_layers_is_opened(folder: Path) -> None:
+    expected = InteractionModel.load(folder)
+    edit_manifest(folder, lambda data: data["config"].pop("mtp_layers"))
+    model = InteractionModel.load(folder, config=CONFIG)
+    for name, tensor in tensors_of(expected.weights).items():
+        assert_bitwise(tensors_of(model.weights)[name], tensor)

@@ -8,7 +8,7 @@ from small_model import small_config
 
 from tml_kernels.ops.dmel import DMEL_40HZ
 from tml_runtime.model import ModelConfig, TurnLayout
-from tml_runtime.model.config import ExpertSpec, FlowSpec, HeadSpec, Vocabulary
+from tml_runtime.model.config import MTP_LAYERS, ExpertSpec, FlowSpec, HeadSpec, Vocabulary
 from tml_runtime.model.weights import FLOW_PREFIX, empty_weights, named_tensors
 
 LAYOUT = TurnLayout()
@@ -30,6 +30,19 @@ def test_inkling_small_has_the_published_size() -> None:
     assert abs((num_parameters(config) - routed) / 1e9 - 5.95) < 0.1
     assert len(config.global_layers) == 7 and config.num_layers - 7 == 35
     assert config.heads(5) is config.global_heads and config.heads(6) is config.local_heads
+
+
+def test_the_published_mtp_layers() -> None:
+    """Eight of 279 M parameters each, which no preset has unless it is asked for them."""
+    config = ModelConfig.preset("inkling-small")
+    assert config.mtp_layers == () and len(MTP_LAYERS) == 8
+    before = num_parameters(config)
+    for layers in (MTP_LAYERS[:1], MTP_LAYERS):
+        more = num_parameters(replace(config, mtp_layers=layers)) - before
+        assert abs(more / len(layers) / 1e6 - 279) < 1
+    blocks = replace(config, mtp_layers=MTP_LAYERS).mtp_blocks
+    assert blocks.global_layers == (1, 3) and blocks.dense_layers == tuple(range(8))
+    assert blocks.heads(0) == config.local_heads and blocks.heads(1) == config.global_heads
 
 
 def test_slice_differs_in_depth_alone() -> None:
@@ -109,6 +122,8 @@ def test_configurations_are_frozen_and_compare_by_value() -> None:
         (lambda: replace(CONFIG, tau_alpha=-0.1), "tau_alpha=-0.1"),
         (lambda: replace(CONFIG, logits_divisor=0.0), "logits_divisor=0.0"),
         (lambda: replace(CONFIG, norm_eps=0.0), "norm_eps=0.0"),
+        (lambda: replace(CONFIG, mtp_layers=("near",)), "mtp_layers=.'near',.: expected 'local'"),
+        (lambda: CONFIG.mtp_blocks, "num_layers=0 is not positive"),
     ],
 )
 def test_a_wrong_field_is_named(make, words: str) -> None:

@@ -33,10 +33,12 @@ H200 = 143_771 * MIB
 INKLING = ModelConfig.preset("inkling-small")
 TINY = ModelConfig.preset("tiny")
 SMALL = small_config()  # no width of it fills a packed block
+DRAFTS = small_config(name="drafts", mtp_layers=("local", "global", "local"))
 BUDGET = KvBudget(anchor=10, text=100, audio=64, video=65, reply=200, rewind=70)
 
 # A leaf's part, by the beginning of its path; the first that fits.
 PARTS = (
+    ("mtp.", "mtp_layers"),
     ("layers.mlp.experts.shared.", "shared_experts"),
     ("layers.mlp.experts.", "routed_experts"),
     ("layers.mlp.w", "dense_layers"),
@@ -68,6 +70,8 @@ def wanted(config: ModelConfig = INKLING, **changes: Any) -> Plan:
     ("config", "experts", "rest"),
     [
         *[(SMALL, experts, rest) for experts in (None, *EXPERTS) for rest in (None, *REST)],
+        (DRAFTS, None, None),
+        (DRAFTS, "int4", "fp8"),  # which leaves the layers that draft as they are
         *[(TINY, experts, None) for experts in (None, *EXPERTS)],
         *[(TINY, None, rest) for rest in REST],
     ],

@@ -125,6 +125,7 @@ class ModelConfig:
     tau_alpha: float = 0.1
     norm_eps: float = 1e-6
     layout: TurnLayout = field(default_factory=TurnLayout)
+    mtp_layers: tuple[str, ...] = ()  # that draft, "local" or "global" each; see MTP_LAYERS
 
     @classmethod
     def preset(cls, name: str, *, layout: TurnLayout | None = None) -> ModelConfig:
@@ -150,6 +151,8 @@ class ModelConfig:
             _check_positive(self, "tau_floor")
         if self.tau_alpha < 0:
             raise ValueError(f"tau_alpha={self.tau_alpha} is negative")
+        if not set(self.mtp_layers) <= {"local", "global"}:
+            raise ValueError(f"mtp_layers={self.mtp_layers}: expected 'local' or 'global' of each")
 
     @property
     def layers(self) -> range:
@@ -160,6 +163,21 @@ class ModelConfig:
 
     def is_dense(self, layer: int) -> bool:
         return layer in self.dense_layers
+
+    @property
+    def mtp_blocks(self) -> ModelConfig:
+        """The blocks of the multi-token-prediction layers, as the layers of a model: all dense.
+
+        Raises ValueError where there are none.
+        """
+        kinds = self.mtp_layers
+        return replace(
+            self,
+            num_layers=len(kinds),
+            global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "global"),
+            dense_layers=tuple(range(len(kinds))),
+            mtp_layers=(),
+        )
 
 
 def _check_positive(spec: object, *names: str) -> None:
@@ -191,6 +209,10 @@ def from_data(kind: Any, data: Any, name: str) -> Any:
         return data
     raise ValueError(f"{name}: expected {kind}, got {data!r:.100}")
 
+
+# Those of the published checkpoints. A model may have the first few of them:
+# `replace(config, mtp_layers=MTP_LAYERS[:2])`.
+MTP_LAYERS = ("local", "global", "local", "global", "local", "local", "local", "local")
 
 # The ids of our special tokens lie in the published vocabulary's unused range.
 _INKLING_SMALL = ModelConfig(

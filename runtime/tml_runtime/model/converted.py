@@ -93,9 +93,11 @@ class Manifest:
             raise CheckpointError(path, "", reason)
         try:
             files = from_data(dict, data["files"], "files")
-            packing = {"search": False, **data["packing"]}  # older folders do not name it
+            # Older folders do not name these two.
+            packing = {"search": False, **data["packing"]}
+            config = {"mtp_layers": [], **data["config"]}
             manifest = cls(
-                config=from_data(ModelConfig, data["config"], "config"),
+                config=from_data(ModelConfig, config, "config"),
                 dtype=DTYPES[data["dtype"]],
                 packing=from_data(Packing, packing, "packing"),
                 report=from_data(WeightReport, data["report"], "report"),

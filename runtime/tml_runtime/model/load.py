@@ -19,10 +19,12 @@ from .checkpoint import CheckpointError, open_files
 from .config import ModelConfig
 from .nvfp4 import Nvfp4Stack, find_stack
 from .packing import Packing, joined, pack_ends, pack_layer, pack_stack
+from .random_fill import fill_random
 from .repeat import repeat_experts
 from .weights import (
     EXPERT_ORDER,
     FLOW_PREFIX,
+    MTP_PREFIX,
     LayerWeights,
     ModelWeights,
     Named,
@@ -31,8 +33,8 @@ from .weights import (
     empty_layer,
     empty_weights,
     expert_shapes,
-    fill_random,
     is_routed,
+    mtp_prefix,
     named_layer,
     named_tensors,
     routed_names,
@@ -42,7 +44,6 @@ if TYPE_CHECKING:
     from ..parallel.ranks import Ranks
 
 FLOATS = ("F32", "BF16", "F16")
-IGNORED_PREFIX = "model.mtp."  # multi-token-prediction layers: they draft, the model runs without
 PLAIN = Packing()  # nothing is packed
 _CHECKED_VALUES = 1 << 24  # looked at in one go for NaN and Inf
 
@@ -95,7 +96,7 @@ class Source:
         files, wanted = open_files(path), _shapes(config)
         found = {n: find_stack(path, files, n, wanted[n]) for n in wanted if is_routed(n)}
         nvfp4 = {name: stack for name, stack in found.items() if stack is not None}
-        random = _check(path, files, wanted, nvfp4)
+        random = _check(path, config, files, wanted, nvfp4)
         read = {*wanted, *(part for stack in nvfp4.values() for part in stack.parts)}
         report = WeightReport(
             source=str(path),
@@ -189,7 +190,7 @@ def log_report(report: WeightReport) -> None:
 def filled_ends(
     source: Source, *, device: torch.device | str, dtype: torch.dtype, packing: Packing
 ) -> ModelWeights:
-    """What is before and after the layers: every tensor written by the source, then packed."""
+    """What is not in a layer: every tensor written by the source, then packed."""
     ends = empty_ends(source.config, device=device, dtype=dtype)
     for named in named_tensors(source.config, ends):
         source.fill(named)
@@ -325,6 +326,7 @@ def _is_finite(view: Tensor) -> bool:
 
 def _check(
     path: Path,
+    config: ModelConfig,
     files: dict[str, TensorFile],
     wanted: dict[str, tuple[int, ...]],
     nvfp4: dict[str, Nvfp4Stack],
@@ -352,6 +354,15 @@ def _check(
     for stack in nvfp4.values():
         known.update(stack.parts, stack.unread)
     for name, file in files.items():
-        if name not in known and not name.startswith(IGNORED_PREFIX):
+        if name not in known and not _is_ignored(config, name):
             raise CheckpointError(file.path, name, "unknown to this model's configuration")
     return random
+
+
+def _is_ignored(config: ModelConfig, name: str) -> bool:
+    """Multi-token-prediction layers behind the model's own: without them it says the same. Where it
+    has none, all that belongs to them."""
+    if not config.mtp_layers:
+        return name.startswith(MTP_PREFIX)
+    own = tuple(mtp_prefix(layer) for layer in range(len(config.mtp_layers)))
+    return name.startswith(f"{MTP_PREFIX}layers.") and not name.startswith(own)

@@ -2,7 +2,8 @@
 
 Routed experts have a precision of their own; all other matrices of the layers, shared experts and
 the unembedding share one. Everything else stays as it is: router gates, norms, convolutions,
-relative-position tables, embeddings, the audio table, the patch tower and the speech head.
+relative-position tables, embeddings, the audio table, the patch tower, the speech head and the
+multi-token-prediction layers.
 """
 
 # Dimension key: E experts, R rows of a matrix, K columns.

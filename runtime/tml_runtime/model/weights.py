@@ -12,7 +12,6 @@ the model's dtype. Matrices may be packed instead (`packing`): then they have no
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ CONV_WIDTH = 4
 EXPERT_ORDER = "interleaved"  # of gate and up rows, in the checkpoint and here
 FLOW_INNER = 4  # width of a flow block's MLP, in head widths
 FLOW_PREFIX = "model.flow."  # ours: the public checkpoint has no speech head
+MTP_PREFIX = "model.mtp."  # multi-token-prediction layers
 
 _ROUTED = "experts."  # before the names of a layer's routed experts
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -77,6 +77,16 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class MtpWeights:
+    """A multi-token-prediction layer: a dense block on a hidden state and the token after it."""
+
+    hidden_norm_D: Tensor
+    embed_norm_D: Tensor
+    input_D_DD: Matrix  # of [hidden | embedding]
+    block: LayerWeights
+
+
+@dataclass(frozen=True)
 class ModelWeights:
     embed_V_D: Tensor
     embed_norm_D: Tensor
@@ -87,6 +97,7 @@ class ModelWeights:
     audio_norm_D: Tensor
     patch: PatchWeights
     flow: FlowWeights
+    mtp: tuple[MtpWeights, ...] = ()
 
 
 class Named(NamedTuple):
@@ -107,7 +118,7 @@ def empty_weights(
 def empty_ends(
     config: ModelConfig, *, device: torch.device | str, dtype: torch.dtype
 ) -> ModelWeights:
-    """What is before and after the layers, and none of them."""
+    """What is before, after and beside the layers, and none of them."""
     make, make_f32 = _makers(device, dtype)
     vocab, width, dmel = config.vocab, config.width, config.layout.dmel
     return ModelWeights(
@@ -124,6 +135,15 @@ def empty_ends(
             final_norm=make_f32(width),
         ),
         flow=_empty_flow(config, make),
+        mtp=tuple(
+            MtpWeights(
+                hidden_norm_D=make_f32(width),
+                embed_norm_D=make_f32(width),
+                input_D_DD=make(width, 2 * width),
+                block=empty_layer(config.mtp_blocks, layer, device=device, dtype=dtype),
+            )
+            for layer in range(len(config.mtp_layers))
+        ),
     )
 
 
@@ -242,6 +262,8 @@ def named_tensors(config: ModelConfig, weights: ModelWeights) -> Iterator[Named]
     for i, norm in enumerate(w.patch.norms):
         yield Named(f"model.visual.layers.norm_{i}.weight", norm)
     yield Named("model.visual.final_norm.weight", w.patch.final_norm)
+    for layer, mtp in enumerate(w.mtp):
+        yield from _named_mtp(config, layer, mtp)
     for field, tensor in w.flow._asdict().items():
         yield Named(FLOW_PREFIX + _without_axes(field), tensor)
 
@@ -250,7 +272,21 @@ def named_layer(
     config: ModelConfig, layer: int, w: LayerWeights, *, routed: bool = True
 ) -> Iterator[Named]:
     """routed: the routed experts too, which may be packed where it is False."""
-    prefix = _layer_prefix(layer)
+    yield from _named_block(config, layer, w, _layer_prefix(layer), routed)
+
+
+def _named_mtp(config: ModelConfig, layer: int, w: MtpWeights) -> Iterator[Named]:
+    prefix = mtp_prefix(layer)
+    yield Named(prefix + "hidden_norm.weight", w.hidden_norm_D)
+    yield Named(prefix + "embed_norm.weight", w.embed_norm_D)
+    yield _named_plain(prefix + "input_proj.weight", w.input_D_DD)
+    block = prefix + "transformer_block."
+    yield from _named_block(config.mtp_blocks, layer, w.block, block, routed=True)
+
+
+def _named_block(
+    config: ModelConfig, layer: int, w: LayerWeights, prefix: str, routed: bool
+) -> Iterator[Named]:
     yield Named(prefix + "attn_norm.weight", w.attn_norm_D)
     yield from _named_attention(config, layer, w.attention, prefix + "attn.")
     yield Named(prefix + "attn_sconv.weight", w.attn_conv_D_4[:, None])
@@ -267,6 +303,11 @@ def routed_names(layer: int) -> tuple[str, str]:
 
 def is_routed(name: str) -> bool:
     return f".mlp.{_ROUTED}" in name
+
+
+def mtp_prefix(layer: int) -> str:
+    """Of the names of a multi-token-prediction layer."""
+    return f"{MTP_PREFIX}layers.{layer}."
 
 
 def _layer_prefix(layer: int) -> str:
@@ -328,52 +369,3 @@ def _named_mlp(w: DenseWeights | MoeWeights, prefix: str, routed: bool) -> Itera
 def _without_axes(field: str) -> str:
     """mod_bias_L_3_W -> mod_bias"""
     return "_".join(part for part in field.split("_") if part.islower())
-
-
-def fill_random(config: ModelConfig, named: Named, seed: int, begin: int = 0) -> None:
-    """Overwrite a tensor with random values: the same for a name, seed, shape and kind of device.
-
-    Every routed expert is drawn by itself, so that some of a layer's are what they are among all.
-    begin: the number of the first of them in the view.
-
-    Matrices keep the scale of what they are given, so hidden states stay near one and sampling
-    meets a spread of logits. Residual branches are shortened as the depth grows. Router biases are
-    small, so that tokens take different experts, as balanced training has them do: with a tenth of
-    a score's range, 32 tokens of `inkling-small` took 78 of 256 instead of 136.
-    """
-    name, view = named
-    mean, std = _random_scale(config, name, view)
-    generator = torch.Generator(view.device)
-
-    def draw(part: Tensor, what: str) -> None:
-        # One hash for both: torch's CPU generator takes 32 bits of a seed and drops the others.
-        generator.manual_seed(zlib.crc32(f"{seed} {what}".encode()))
-        part.normal_(mean, std, generator=generator)
-
-    if not is_routed(name):
-        draw(view, name)
-        return
-    for expert, matrix_R_K in enumerate(view, begin):
-        draw(matrix_R_K, f"{name} {expert}")
-
-
-def _random_scale(config: ModelConfig, name: str, view: Tensor) -> tuple[float, float]:
-    """(mean, standard deviation) by what the tensor is for."""
-    if "norm" in name or name.endswith("global_scale"):
-        return 1.0, 0.05
-    if name.endswith("_sconv.weight"):
-        return 0.0, 0.2
-    if name.endswith("gate.bias"):
-        return 0.0, 0.01
-    if name.endswith("rel_logits_proj.proj"):
-        return 0.0, 0.25
-    if name.endswith(("embed.weight", "audio.encoder.weight")) and "unembed" not in name:
-        return 0.0, 1.0
-    if name.startswith(FLOW_PREFIX) and (name.endswith("bias") or view.ndim == 1):
-        return 0.0, 0.02
-    std = view.shape[-1] ** -0.5
-    if name.endswith("unembed.weight"):
-        return 0.0, 2.0 * config.logits_divisor * std
-    if name.endswith(("wo_ud.weight", "w2_md.weight", "w2_weight")):
-        return 0.0, std * (2 * config.num_layers) ** -0.5
-    return 0.0, std

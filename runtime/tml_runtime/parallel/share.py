@@ -24,7 +24,13 @@ from ..model.weights import AttentionWeights, DenseWeights, LayerWeights, Matrix
 
 
 def check_sizes(config: ModelConfig, num_ranks: int) -> None:
-    """InputValueError naming the first size of the model that the ranks cannot share evenly."""
+    """InputValueError naming the first size of the model that the ranks cannot share evenly, and
+    for multi-token-prediction layers, which they do not share at all."""
+    if config.mtp_layers:
+        raise InputValueError(
+            f"mtp_layers={config.mtp_layers} of model {config.name!r}: ranks do not share these; "
+            "use replace(config, mtp_layers=())"
+        )
     sizes = {
         "local_heads.num_kv_heads": config.local_heads.num_kv_heads,
         "global_heads.num_kv_heads": config.global_heads.num_kv_heads,
