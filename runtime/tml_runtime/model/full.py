@@ -39,14 +39,50 @@ def full_forward(
     Allocates the whole [H, T, T] attention. dropped: bool [query, key], the keys that global layers
     have dropped before a query came; none by default.
     """
-    x_T_D = x_T_D.to(dtype)
+    h_T_D = full_hidden(config, weights, x_T_D.to(dtype), dropped_T_T)
+    return full_logits(config, weights, h_T_D)
+
+
+def full_hidden(
+    config: ModelConfig,
+    weights: ModelWeights,
+    x_T_D: Tensor,
+    dropped_T_T: Tensor | None = None,
+) -> Tensor:
+    """Final-norm hidden states [T, D], in x's dtype."""
     for layer, w in enumerate(weights.layers):
         x_T_D = full_attention(config, layer, w, x_T_D, dropped_T_T)
         x_T_D = full_mlp(config, w, x_T_D)
-    h_T_D = _rms_norm(x_T_D, weights.norm_D, config.norm_eps)
-    logits_T_V = F.linear(h_T_D / config.logits_divisor, _plain(weights.unembed_V_D, dtype))
+    return _rms_norm(x_T_D, weights.norm_D, config.norm_eps)
+
+
+def full_logits(config: ModelConfig, weights: ModelWeights, h_T_D: Tensor) -> Tensor:
+    """[T, V] in h's dtype, of final-norm hidden states or of a multi-token-prediction layer's."""
+    logits_T_V = F.linear(h_T_D / config.logits_divisor, _plain(weights.unembed_V_D, h_T_D.dtype))
     logits_T_V[:, config.vocab.num_valid :] = float("-inf")
     return logits_T_V
+
+
+def full_mtp(
+    config: ModelConfig, weights: ModelWeights, layer: int, h_T_D: Tensor, x_T_D: Tensor
+) -> Tensor:
+    """Hidden states [T, D] of a multi-token-prediction layer, in h's dtype.
+
+    h: the final-norm hidden states of tokens 0..T - 1, or of a later layer what the one before made
+    of them. x: the embedded tokens layer + 1.. of the same sequence, as the backbone takes them.
+    Row t is what says, through `full_logits`, the token after x's, and has the position of x's.
+    """
+    w, blocks = weights.mtp[layer], config.mtp_blocks
+    both_T_DD = torch.cat(
+        [
+            _rms_norm(h_T_D, w.hidden_norm_D, config.norm_eps),
+            _rms_norm(x_T_D.to(h_T_D.dtype), w.embed_norm_D, config.norm_eps),
+        ],
+        dim=1,
+    )
+    y_T_D = F.linear(both_T_DD, _plain(w.input_D_DD, h_T_D.dtype))
+    y_T_D = full_attention(blocks, layer, w.block, y_T_D, begin=layer + 1)
+    return full_mlp(blocks, w.block, y_T_D)
 
 
 def full_attention(
@@ -55,10 +91,12 @@ def full_attention(
     w: LayerWeights,
     x_T_D: Tensor,
     dropped_T_T: Tensor | None = None,
+    begin: int = 0,
 ) -> Tensor:
-    """The residual stream [T, D] after a layer's first half, in x's dtype."""
+    """The residual stream [T, D] after a layer's first half, in x's dtype. begin: the position of
+    the first token."""
     h_T_D = _rms_norm(x_T_D, w.attn_norm_D, config.norm_eps)
-    h_T_D = _attention(config, config.heads(layer), w.attention, h_T_D, dropped_T_T)
+    h_T_D = _attention(config, config.heads(layer), w.attention, h_T_D, dropped_T_T, begin)
     return x_T_D + _short_conv(h_T_D, w.attn_conv_D_4)
 
 
@@ -85,6 +123,7 @@ def _attention(
     w: AttentionWeights,
     x_T_D: Tensor,
     dropped_T_T: Tensor | None,
+    begin: int,
 ) -> Tensor:
     num_tokens, dtype = x_T_D.shape[0], x_T_D.dtype
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
@@ -97,7 +136,7 @@ def _attention(
     k = k.repeat_interleave(num_heads // num_kv, dim=1)
     v = v.repeat_interleave(num_heads // num_kv, dim=1)
 
-    position_T = torch.arange(num_tokens, device=x_T_D.device)
+    position_T = torch.arange(begin, begin + num_tokens, device=x_T_D.device)
     distance_T_T = position_T[:, None] - position_T
     bias_H_T_X = torch.einsum(
         "thb,bx->htx", r.unflatten(1, (num_heads, config.d_rel)), w.rel_table_B_X.to(dtype)
