@@ -18,7 +18,7 @@ from tml_runtime.demo.cue.evaluate import tick_input
 from tml_runtime.demo.cue.optimiser import leaves
 from tml_runtime.demo.cue.stage import Episode
 from tml_runtime.demo.cue.tasks import make_episode
-from tml_runtime.demo.cue.words import CONFIG
+from tml_runtime.demo.cue.words import CONFIG, ID
 from tml_runtime.model import InteractionModel
 from tml_runtime.model.config import Vocabulary
 from tml_runtime.model.full import full_forward
@@ -100,6 +100,25 @@ def test_nothing_in_a_batch_gives_a_hint_of_what_is_to_be_said(model: Interactio
     )
     differs_T = (batch.embed(model.weights) != other.embed(model.weights))[0].any(1)
     assert int(differs_T.nonzero()[0]) == int(batch.step_at_M[4 * tick]) + 1
+
+
+def test_slips_change_what_is_fed_back_and_nothing_that_is_due() -> None:
+    waits, counts = episodes("wait_tone", "count_tone")
+    made = [waits, counts]
+    right = make_batch(made, np.random.default_rng(0))
+    wrong = make_batch(made, np.random.default_rng(0), slips=(1.0, 0.2))
+    assert (right.target_M == wrong.target_M).all() and (right.mel_M_B == wrong.mel_M_B).all()
+    now, fed_M = ID["now"], right.token_M.roll(-1)  # at the step that says it
+    said_M = wrong.token_M.roll(-1)
+    assert (fed_M == now).any()
+    assert (said_M[fed_M == now] == 0).all()  # forgotten, each of them
+    numbers = (fed_M >= ID["one"]) & (fed_M <= ID["twelve"])
+    assert numbers.any() and (said_M[numbers] == fed_M[numbers]).all()
+    added_M = (fed_M == 0) & (said_M != 0)
+    assert set(said_M[added_M].tolist()) == {now, ID["yes"]}
+    assert (added_M.nonzero() % CONFIG.layout.num_steps == 0).all()  # where words begin
+    silent = wrong.spoken_M_B.roll(-1, 0)[fed_M == now]
+    assert (silent == right.spoken_M_B[0]).all()
 
 
 def test_every_weight_is_moved_by_some_episode(model: InteractionModel) -> None:

@@ -13,7 +13,7 @@ from cue_media import made_footage, made_speech
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo import train as command
 from tml_runtime.demo.cue import trainer as training
-from tml_runtime.demo.cue.lessons import LESSONS, lesson_at
+from tml_runtime.demo.cue.lessons import LESSONS, draw_tasks, lesson_at
 from tml_runtime.demo.cue.optimiser import Optimiser, orthogonal, schedule
 from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
@@ -28,7 +28,7 @@ MEDIA = made_speech(), made_footage()
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """One short episode a step, of two tasks in turn."""
 
-    def draw(seed: int, step: int, *media: object) -> list:
+    def draw(seed: int, step: int, lesson: object, losses: object, *media: object) -> list:
         task = ("speak", "every")[step % 2]
         return [make_episode(task, 24, np.random.SeedSequence([seed, step]), *media)]  # type: ignore
 
@@ -49,10 +49,12 @@ def test_twenty_steps_lower_the_loss_and_a_run_that_goes_on_ends_bitwise_the_sam
     gone_on = Trainer(0, *MEDIA)
     assert gone_on.resume(tmp_path)
     assert (gone_on.step, gone_on.num_steps) == (11, 20)
+    assert gone_on.losses["speak"] != 1.0 == gone_on.losses["ask"]
     while gone_on.step < gone_on.num_steps:
         gone_on.run_step()
     for name, tensor in whole.leaves.items():
         assert_bitwise(gone_on.leaves[name].detach(), tensor.detach())
+    assert gone_on.losses == whole.losses
     assert losses[0] != losses[2]  # no episode comes twice
 
 
@@ -151,15 +153,30 @@ def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
     assert json.dumps(rates)
 
 
+def test_a_run_whose_length_is_not_known_yet_begins_as_a_long_one() -> None:
+    known, unknown = Trainer(0, *MEDIA), Trainer(0, *MEDIA)
+    known.num_steps = 1000
+    for _ in range(3):
+        assert known.run_step() == unknown.run_step()
+
+
 def test_lessons_go_on_from_one_to_the_next() -> None:
-    firsts = [lesson.first_step for lesson in LESSONS]
-    assert firsts == sorted(set(firsts)) and firsts[0] == 0
+    begins = [lesson.begin for lesson in LESSONS]
+    assert begins == sorted(set(begins)) and begins[0] == 0 and begins[-1] < 1
     rng = np.random.default_rng(0)
     for lesson in LESSONS:
-        assert lesson_at(lesson.first_step) is lesson
-        assert set(lesson.draw_tasks(5, rng)) <= set(TASKS)
+        assert lesson_at(lesson.begin) is lesson
         assert set(lesson.draw_paces(5, rng)) <= set(lesson.paces)
         share, reach = lesson.draw_garble(rng)
         assert 0 <= share <= 1 and reach >= 1
-    assert lesson_at(firsts[1] - 1) is LESSONS[0] and lesson_at(10**6) is LESSONS[-1]
-    assert len(set(LESSONS[0].draw_tasks(len(TASKS), rng))) == len(TASKS)
+        assert all(
+            0 <= s <= most for s, most in zip(lesson.draw_slips(rng), lesson.slips, strict=True)
+        )
+    assert lesson_at(begins[1] - 1e-9) is LESSONS[0] and lesson_at(1.0) is LESSONS[-1]
+
+
+def test_what_is_not_learnt_yet_is_drawn_more_often() -> None:
+    losses = dict.fromkeys(TASKS, 0.0) | {"wait_tone": 0.9}
+    drawn = draw_tasks(losses, 3000, np.random.default_rng(0))
+    assert set(drawn) == set(TASKS)
+    assert 0.5 < drawn.count("wait_tone") / 3000 < 0.6  # 1.0 of 1.8

@@ -17,10 +17,11 @@ from tml_kernels.ops.dmel.reference import log_mel_ref, quantise_ref
 from ...model.weights import ModelWeights
 from . import forward
 from .stage import Episode
-from .words import CONFIG, voice_V_K_B
+from .words import CONFIG, ID, NOW, YES, voice_V_K_B
 
 SILENCE, MISSING = CONFIG.vocab.silence, CONFIG.vocab.missing
 TEXT, VIDEO, AUDIO, STEP, NOTHING = range(5)
+SLIPS = (ID[NOW], ID[YES], CONFIG.vocab.delegate)
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ def make_batch(
     rng: np.random.Generator,
     *,
     garble: tuple[float, int] = (0.0, 1),
+    slips: tuple[float, float] = (0.0, 0.0),
     keep_ticks: Sequence[int | None] = (),
 ) -> Batch:
     """garble: the share of speech levels fed back that are off, and by how much at most, since the
-    speech head's output is not exact. keep_ticks: of sound and pictures, in global layers, by
-    episode; None: all."""
+    speech head's output is not exact. slips: the shares of words fed back as not said, and of
+    silent ticks as ones with a word, since a session says wrong things and must go on. keep_ticks:
+    of sound and pictures, in global layers, by episode; None: all."""
     layout, tokens = CONFIG.layout, [_tokens(episode) for episode in episodes]
     num_tokens = max(len(kind_T) for kind_T, _ in tokens)
     kind_N_T = np.full((len(episodes), num_tokens), NOTHING)
@@ -71,10 +74,11 @@ def make_batch(
     for n, (kind_T, tick_T) in enumerate(tokens):
         kind_N_T[n, : len(kind_T)], tick_N_T[n, : len(kind_T)] = kind_T, tick_T
     seen = [episode.frames_T_2_Y_Y_3[episode.seen_T] for episode in episodes]
-    said_M, mel_M_B = _said(episodes)
-    levels_M_B = quantise_ref(mel_M_B, layout.dmel)
+    word_T = np.concatenate([e.said_T for e in episodes])
+    said_M, mel_M_B = _said(word_T)
+    fed_M, fed_M_B = _said(_slipped(word_T, rng, *slips)) if any(slips) else (said_M, mel_M_B)
     firsts = np.cumsum([0, *(layout.num_steps * len(e) for e in episodes)])[:-1]
-    token_M, spoken_M_B = said_M.roll(1), levels_M_B.roll(1, 0)
+    token_M, spoken_M_B = fed_M.roll(1), quantise_ref(fed_M_B, layout.dmel).roll(1, 0)
     token_M[firsts], spoken_M_B[firsts] = SILENCE, 0  # as in a state that was reset
     if garble[0] > 0:
         off = torch.from_numpy(_offsets(rng, *garble, tuple(spoken_M_B.shape)))
@@ -136,12 +140,19 @@ def _heard(episode: Episode) -> Tensor:
     return quantise_ref(log_mel_ref(signal[None], dmel)[0], dmel)
 
 
-def _said(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+def _said(word_T: np.ndarray) -> tuple[Tensor, Tensor]:
     """(token [M], mel [M, B]): a word at the first step of its tick, and its speech in all four."""
-    num_steps, word_T = CONFIG.layout.num_steps, np.concatenate([e.said_T for e in episodes])
+    num_steps = CONFIG.layout.num_steps
     said_T_K = torch.full((len(word_T), num_steps), SILENCE)
     said_T_K[:, 0] = torch.from_numpy(word_T)
     return said_T_K.flatten(), voice_V_K_B()[torch.from_numpy(word_T)].flatten(0, 1)
+
+
+def _slipped(word_T: np.ndarray, rng: np.random.Generator, lose: float, add: float) -> np.ndarray:
+    """Only words that no later one depends on: a count and a scale go on from the last one said."""
+    lost = np.isin(word_T, SLIPS) & (rng.random(len(word_T)) < lose)
+    added = (word_T == SILENCE) & (rng.random(len(word_T)) < add)
+    return np.where(lost, SILENCE, np.where(added, rng.choice(SLIPS[:2], len(word_T)), word_T))
 
 
 def _dropped(

@@ -1,58 +1,61 @@
-"""What is made harder, and from which step on: the tasks first, then what is unlike them."""
+"""What episodes are drawn: tasks by what is left to learn of them, and harder as a run goes on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from .tasks import TASKS
 
+LEAST = 0.1  # is added to each task's loss: what has been learnt comes up too
+
 
 @dataclass(frozen=True)
 class Lesson:
-    """How episodes are drawn from `first_step` on.
+    """How episodes are drawn from `begin` on, a share of a run's steps.
 
-    garble: least and most of the share of speech levels fed back that are off, and by how much; see
-    `make_batch`. often: how often a task is drawn, where it is not 1; without any, no two episodes
-    of a step have the same task. varied: of the film, which is short. paces: see `make_episode`.
+    garble: least and most of the share of speech levels fed back that are off, and by how much;
+    slips: the most of either share; for both see `make_batch`. varied: of the film, which is short.
+    paces: see `make_episode`.
     """
 
-    first_step: int
+    begin: float
     garble: tuple[float, float, int] = (0.0, 0.75, 4)
-    often: tuple[tuple[str, float], ...] = ()
+    slips: tuple[float, float] = (0.4, 0.04)
     varied: bool = True
-    paces: tuple[float, ...] = (1.0,)
+    paces: tuple[float, ...] = (0.05, 0.2, 1.0)
 
     def draw_garble(self, rng: np.random.Generator) -> tuple[float, int]:
         least, most, reach = self.garble
         return (float(rng.uniform(least, most)) if least < most else most), reach
 
-    def draw_tasks(self, count: int, rng: np.random.Generator) -> list[str]:
-        if not self.often:
-            return [str(name) for name in rng.permutation(list(TASKS))[:count]]
-        often = np.array([dict(self.often).get(task, 1.0) for task in TASKS])
-        return [str(name) for name in rng.choice(list(TASKS), count, p=often / often.sum())]
+    def draw_slips(self, rng: np.random.Generator) -> tuple[float, float]:
+        """None in half of all batches."""
+        share = max(0.0, rng.uniform(-1, 1))
+        return share * self.slips[0], share * self.slips[1]
 
     def draw_paces(self, count: int, rng: np.random.Generator) -> list[float]:
-        if len(self.paces) == 1:
-            return [self.paces[0]] * count
         return [float(pace) for pace in rng.choice(self.paces, count)]
 
 
-_WAITS = (("wait_tone", 3.0), ("wait_flash", 3.0), ("every", 3.0))
 LESSONS = (
-    Lesson(0, garble=(0.03, 0.03, 1), varied=False),
-    # what is said can be read now, as the speech head says it
-    Lesson(450, varied=False),
-    # what takes long to learn comes more often
-    Lesson(542, often=_WAITS, varied=False),
+    # events lie close together, so that a tick has much to learn from
+    Lesson(0.0, garble=(0.03, 0.03, 1), slips=(0.0, 0.0), varied=False, paces=(0.05, 0.2)),
+    # what is said can be read now, so it is fed back as the speech head says it
+    Lesson(0.2, varied=False),
     # other films look different
-    Lesson(626, often=_WAITS),
-    # more to learn in a tick
-    Lesson(877, often=(*_WAITS, ("ask", 2.0)), paces=(0.1, 0.3, 1.0)),
+    Lesson(0.35),
 )
 
 
-def lesson_at(step: int) -> Lesson:
-    return next(lesson for lesson in reversed(LESSONS) if lesson.first_step <= step)
+def lesson_at(done: float) -> Lesson:
+    """done: the share of all steps that are."""
+    return next(lesson for lesson in reversed(LESSONS) if lesson.begin <= done)
+
+
+def draw_tasks(losses: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
+    """losses: of every task, newest episodes first of all."""
+    often = LEAST + np.array([losses[task] for task in TASKS])
+    return [str(name) for name in rng.choice(list(TASKS), count, p=often / often.sum())]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from ...model.load import random_weights, save_weights
 from ...model.weights import ModelWeights, MoeWeights
 from . import forward
 from .batch import SILENCE, Batch, make_batch
-from .lessons import lesson_at
+from .lessons import Lesson, draw_tasks, lesson_at
 from .optimiser import Optimiser, leaves
 from .speech import Footage, Speech
 from .stage import Episode
-from .tasks import make_episode
+from .tasks import TASKS, make_episode
 from .words import CONFIG, SILENT_LEVEL
 
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
@@ -37,6 +38,8 @@ SPEECH_WEIGHT = 0.1  # of the speech head's loss beside that of tokens
 LATER_WEIGHT = 0.1  # of a tick's later steps, whose token is always silence
 WORD_WEIGHT = 3.0  # of a word that is due
 QUIET_ROWS = 24  # of the speech head per batch, of steps that are silent
+NEWEST = 0.05  # what an episode's loss counts in the mean of its task
+UNKNOWN = 100_000  # steps, for the schedules of the first ones, by which a run's number is set
 BALANCE = 2e-3  # by which the bias of an expert moves in a step towards an even load
 
 
@@ -61,6 +64,7 @@ class Trainer:
         self.seed, self.speech, self.footage = seed, speech, footage
         self.step, self.num_steps = 0, 0
         self.cpu_seconds = 0.0  # of all steps so far
+        self.losses = dict.fromkeys(TASKS, 1.0)  # of tokens, running means
         self.weights = new_weights(seed)
         self.leaves = dict(leaves(self.weights))
         for tensor in self.leaves.values():
@@ -68,19 +72,29 @@ class Trainer:
         self.optimiser = Optimiser.new(self.leaves)
 
     def run_step(self) -> Loss:
-        """One step towards `num_steps`."""
+        """One step towards `num_steps`, 0 while nobody knows it."""
         begin = time.process_time()
         rng = np.random.default_rng([self.seed, 1, self.step])
-        episodes = draw_episodes(self.seed, self.step, self.speech, self.footage)
+        num_steps = self.num_steps or UNKNOWN
+        lesson = lesson_at(self.step / num_steps)
+        episodes = draw_episodes(
+            self.seed, self.step, lesson, self.losses, self.speech, self.footage
+        )
         keep = [None if rng.random() < 0.5 else int(rng.integers(16, 64)) for _ in episodes]
         batch = make_batch(
-            episodes, rng, garble=lesson_at(self.step).draw_garble(rng), keep_ticks=keep
+            episodes,
+            rng,
+            garble=lesson.draw_garble(rng),
+            slips=lesson.draw_slips(rng),
+            keep_ticks=keep,
         )
         loads: list[Tensor] = []
         total, loss = batch_loss(self.weights, batch, episodes, rng, loads)
         total.backward()
-        self.optimiser.step(self.step, self.num_steps)
+        self.optimiser.step(self.step, num_steps)
         self._balance(loads)
+        for task, value in loss.tasks.items():
+            self.losses[task] += NEWEST * (value - self.losses[task])
         self.step += 1
         self.cpu_seconds += time.process_time() - begin
         return loss
@@ -91,6 +105,7 @@ class Trainer:
             "step": self.step,
             "num_steps": self.num_steps,
             "cpu_seconds": self.cpu_seconds,
+            "losses": self.losses,
             "seed": self.seed,
             "speech": self.speech.hashes,
             "footage": self.footage.hashes,
@@ -129,7 +144,7 @@ class Trainer:
         for name, tensor in state.items():
             tensor.copy_(file.tensor(name))
         self.step, self.num_steps = about["step"], about["num_steps"]
-        self.cpu_seconds = about["cpu_seconds"]
+        self.cpu_seconds, self.losses = about["cpu_seconds"], about["losses"]
         return True
 
     @torch.no_grad()
@@ -154,21 +169,28 @@ def new_weights(seed: int) -> ModelWeights:
     return weights
 
 
-def draw_episodes(seed: int, step: int, speech: Speech, footage: Footage) -> list[Episode]:
+def draw_episodes(
+    seed: int,
+    step: int,
+    lesson: Lesson,
+    losses: Mapping[str, float],
+    speech: Speech,
+    footage: Footage,
+) -> list[Episode]:
     """About 150 ticks of mixed tasks: mostly five short episodes, now and then one long one."""
-    rng, lesson = np.random.default_rng([seed, 2, step]), lesson_at(step)
-    footage = replace(footage, varied=lesson.varied)
+    rng = np.random.default_rng([seed, 2, step])
     shape = rng.random()
-    if shape < 0.5:
+    if shape < 0.45:
         lengths, sections = [int(rng.integers(26, 35))] * 5, 1
-    elif shape < 0.8:
+    elif shape < 0.75:
         lengths, sections = [int(rng.integers(44, 57))] * 3, 1
-    elif shape < 0.95:
+    elif shape < 0.9:
         lengths, sections = [int(rng.integers(64, 81))] * 2, int(rng.integers(1, 3))
     else:
         lengths, sections = [int(rng.integers(120, 181))], int(rng.integers(1, 4))
-    names = lesson.draw_tasks(len(lengths), rng)
+    names = draw_tasks(losses, len(lengths), rng)
     paces = lesson.draw_paces(len(lengths), rng)
+    footage = replace(footage, varied=lesson.varied)
     return [
         make_episode(
             names[n],
