@@ -30,17 +30,17 @@ Play recordings to an interaction model as if they were a live microphone and ca
 sound at a time, and two video frames per tick. Shows the ticks as they run and writes four files:
 report.json, trace.json (for Perfetto), timeline.png and speech.wav (what session 0 spoke).
 
-The weights are random: the demo shows the loop, not a conversation. Those of --preset cue are
-trained: it reads instructions such as "count motion", answers cues that it hears and sees, and
-yields when it is interrupted.
+The model is small and trained on a CPU: it reads instructions such as "count motion", answers cues
+that it hears and sees, and yields when it is interrupted. Without --audio and --video it is given a
+scene with all of these. The weights of other presets are random: they show the loop alone.
 """
 _DEMO_EXAMPLES = """\
 examples:
-  tml-runtime demo                                a minute in real time, default recordings
+  tml-runtime demo                                a minute in real time: cues, and people talking
   tml-runtime demo --audio talk.wav --video none  your own recording, nothing to see
   tml-runtime demo --sessions 3 --seconds 20      three people at once, for 20 s
   tml-runtime demo --fast --seed 7                no waiting; same seed, same bytes
-  tml-runtime demo --preset cue                   a small trained model, with cues to react to
+  tml-runtime demo --preset tiny                  random weights, recordings of a call and a car
   tml-runtime demo --keep 30 --keep-video 5       30 s of sound and replies in memory, 5 s of video
   tml-runtime demo --seconds 600 --draw-memory session.png
                                                   what such a session holds after ten minutes
@@ -102,17 +102,17 @@ def _add_demo_arguments(demo: argparse.ArgumentParser) -> None:
         "--audio",
         metavar="FILE",
         help='what to hear: any sound or film, or "none" (default: the sound of --video if it has '
-        "any, else a telephone conversation)",
+        "any, else a telephone conversation, in a scene if there is no --video)",
     )
     demo.add_argument(
         "--video",
         metavar="FILE",
-        help='what to see: any film, or "none" (default: a person talking in a car)',
+        help='what to see: any film, or "none" (default: the scene, or a person talking in a car)',
     )
     demo.add_argument(
         "--preset",
-        default="tiny",
-        help="model: tiny or the trained cue (any CPU), slice or inkling-small "
+        default="cue",
+        help="model: the trained cue or tiny (any CPU), slice or inkling-small "
         "(default: %(default)s)",
     )
     demo.add_argument(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,15 @@ def test_the_demo_with_it_says_the_same_every_time(
         assert (report["note"], report["faults"], report["missing"]) == ("", 0, 0)
         assert report["clients"][0]["text"].strip()
     assert "untrained" not in shown.getvalue()
+    assert re.search(r"said \d+ of \d+ words in the very tick", shown.getvalue())
     for name in ("report.json", "speech.wav", "timeline.png"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_a_scene_has_an_instruction_for_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "training_media", lambda say=None: MEDIA)
-    scene = make_scene(60.0, 3)
+    made = make_scene(60.0, 3)
+    scene = made.media
     assert len(scene.pcm) / 16_000 == pytest.approx(63.0)
     assert scene.clip is not None and scene.clip.seconds == pytest.approx(63.0)
     times = [t for t, _ in scene.texts]
@@ -123,6 +126,19 @@ def test_a_scene_has_an_instruction_for_every_part(monkeypatch: pytest.MonkeyPat
     stops = {round(t, 3) for t, text in scene.texts if text.startswith("stop")}
     assert {9.1, 18.1, 27.1, 36.1, 45.1, 54.1} <= stops
     assert scene.texts[0][1] == "speak"
-    again = make_scene(60.0, 3)
+    again = make_scene(60.0, 3).media
     np.testing.assert_array_equal(scene.pcm, again.pcm)
     assert scene.texts == again.texts
+
+
+def test_a_scene_knows_what_was_said_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shipped, "training_media", lambda say=None: MEDIA)
+    scene = make_scene(20.0, 3)
+    assert len(scene.due) > 20 and scene.due == tuple(sorted(scene.due))
+    ticks = [tick for tick, _ in scene.due]
+    texts = [TextOut((tick + 1) * 0.2, "", (word,)) for tick, word in scene.due]
+    share = scene.in_time(texts, 1000)
+    assert share.hits == share.total == len(scene.due)
+    late = [TextOut(out.t + 0.2, "", out.ids) for out in texts[-1:]]
+    assert scene.in_time(late, 1000).hits == 0
+    assert scene.in_time(texts, ticks[10]).total == sum(tick < ticks[10] for tick in ticks)

@@ -98,7 +98,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
         assert f"--{option}" in text
     assert "dropped in pages of 64 tokens" in text
     for default in (
-        "default: tiny",
+        "default: cue",
         "default: 60",
         "default: 10",
         "default: 1",
@@ -107,7 +107,7 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
     ):
         assert default in text
     assert "examples:" in text
-    assert "shows the loop, not a conversation" in text
+    assert "yields when it is interrupted" in text
 
 
 def test_demo_as_a_program(talk: Path, film: Path, tmp_path: Path) -> None:

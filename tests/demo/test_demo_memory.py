@@ -24,7 +24,7 @@ from tml_runtime.metrics import CLASS_NAMES
 from tml_runtime.model import KvBudget, ModelConfig
 
 ROOT = Path(__file__).parents[2]
-ROLLS = {"keep": 3.0, "keep_video": 1.0, "seconds": 18.0}
+ROLLS = {"preset": "tiny", "keep": 3.0, "keep_video": 1.0, "seconds": 18.0}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def rolled(talk: Path, film: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     ids=str,
 )
 def test_seconds_become_tokens(changed: dict[str, Any], tokens: tuple[int, int, int]) -> None:
-    options = Options(**changed)
+    options = Options(**{"preset": "tiny", **changed})
     budget = make_budget(options, ModelConfig.preset(options.preset))
     assert (budget.audio, budget.video, budget.reply) == tokens
     assert (budget.anchor, budget.text) == (KvBudget().anchor, KvBudget().text)
@@ -107,6 +107,7 @@ def test_the_live_lines_say_what_is_held(
     monkeypatch.setattr(live.LineView, "EVERY_S", 0.0)
     shown = io.StringIO()
     asked = {"audio": str(talk), "video": str(film), "realtime": False, "seconds": 0.4}
+    asked["preset"] = "tiny"
     run_demo(Options(**asked, out=tmp_path), shown)
     assert "holds 1 audio, 1 video, 1 reply pages, 0 dropped" in shown.getvalue()
     assert live.memory_line([0] * 5, [0] * 5) == "holds no pages, 0 dropped"
@@ -136,7 +137,9 @@ def test_every_page_is_held_or_dropped(preset: str) -> None:
 
 
 def test_ten_minutes_take_no_more_than_eight() -> None:
-    eight, ten = (simulate_memory(Options(seconds=60.0 * n, keep=3.0)) for n in (8, 10))
+    eight, ten = (
+        simulate_memory(Options(preset="tiny", seconds=60.0 * n, keep=3.0)) for n in (8, 10)
+    )
     assert [len(eight.held[lane]) for lane in LANES] == [len(ten.held[lane]) for lane in LANES]
     assert ten.length > eight.length
     assert all(len(ten.dropped[name]) > len(eight.dropped[name]) for name in TIMED)
@@ -146,12 +149,12 @@ def test_the_picture_is_drawn_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, picture = tmp_path / "out", tmp_path / "new" / "session.png"
-    asked = ["demo", "--seconds", "20", "--keep", "2", "--out", str(out)]
+    asked = ["demo", "--preset", "tiny", "--seconds", "20", "--keep", "2", "--out", str(out)]
     assert cli.main([*asked, "--draw-memory", str(picture)]) == 0
     assert capsys.readouterr().out == f"wrote {picture}\n"
     assert not out.exists()  # nothing was played
     again = tmp_path / "again.png"
-    draw_memory(again, Options(seconds=20.0, keep=2.0))
+    draw_memory(again, Options(preset="tiny", seconds=20.0, keep=2.0))
     assert picture.read_bytes() == again.read_bytes()
     shown = np.asarray(Image.open(picture).convert("RGB"), dtype=int)
     assert shown.shape[1] == 1200
@@ -166,8 +169,8 @@ def test_a_short_session_is_drawn_too(seconds: float, tmp_path: Path) -> None:
     assert Image.open(tmp_path / "session.png").size[0] == 1200
 
 
-def test_the_picture_in_docs_is_of_ten_minutes_with_the_defaults() -> None:
-    memory = simulate_memory(Options(seconds=600.0))
+def test_the_picture_in_docs_is_of_ten_minutes() -> None:
+    memory = simulate_memory(Options(preset="tiny", seconds=600.0))
     text = (ROOT / "docs" / "design.md").read_text()
     held = sum(len(page.position_T) for lane in CLASS_NAMES for page in memory.held[lane])
     assert f"{memory.length:,} tokens" in text

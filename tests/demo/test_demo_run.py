@@ -26,7 +26,7 @@ PERCENTILES = {"p50", "p99", "p999", "max"}
 
 def fast(talk: Path, film: Path, out: Path, **changed: Any) -> Options:
     asked = {"audio": str(talk), "video": str(film), "seconds": 1.5, "realtime": False, "out": out}
-    return Options(**{**asked, **changed})
+    return Options(**{"preset": "tiny", **asked, **changed})
 
 
 class Runs:

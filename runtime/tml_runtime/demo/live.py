@@ -160,7 +160,7 @@ class TableView:
         return table
 
     def _session_table(self) -> Any:
-        table = _table("session", "hears", "sees", "acts", "says")
+        table = _table("session", "hears", "sees", "reads", "acts", "says")
         escape = require("rich.markup", "show the live table").escape
         for index, client in enumerate(self._clients):
             answers = client.answers
@@ -169,6 +169,7 @@ class TableView:
                 str(index),
                 f"[cyan]{meter(client.source.level, 16)}[/]",
                 f"{client.source.num_frames} frames",
+                escape(printable(client.source.read)),
                 str(len(answers.actions)),
                 escape(says),
             )

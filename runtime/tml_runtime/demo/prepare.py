@@ -17,7 +17,7 @@ from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
 from ..random_model import DEVICES, PRESETS, ModelChoiceError, device_for, random_model, vocoder_for
 from . import media as media_files
 from .cue.recordings import FRAMES_PER_S, TRAINED_ON
-from .cue.shipped import load_shipped, make_scene
+from .cue.shipped import Scene, load_shipped, make_scene
 from .cue.stage import SIDE
 from .cue.words import WordTokenizer
 from .decode import SAMPLE_RATE, has_audio, load_audio, load_video
@@ -44,7 +44,7 @@ class Options:
 
     audio: str | None = None
     video: str | None = None
-    preset: str = "tiny"
+    preset: str = "cue"
     seconds: float = 60.0
     sessions: int = 1
     realtime: bool = True
@@ -82,6 +82,7 @@ class Loaded:
     start_s: float  # where session 0 begins
     about: dict[str, Any]  # for the report
     temperature: float = 1.0  # at which sessions draw
+    scene: Scene | None = None  # where the media are one
 
 
 def make_model(options: Options) -> InteractionModel:
@@ -144,14 +145,16 @@ def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
 
 def _load_scene(options: Options, say: Say) -> Loaded:
     about = [_about(media_files.media_path(name, say=say)) for name in TRAINED_ON]
+    scene = make_scene(options.seconds, options.seed, say)
     return Loaded(
-        make_scene(options.seconds, options.seed, say),
+        scene.media,
         0.0,
         {
             "audio": {**about[0], "sample_rate": SAMPLE_RATE},
             "video": {**about[1], "frames_per_s": FRAMES_PER_S, "height": SIDE, "width": SIDE},
         },
         temperature=0.0,
+        scene=scene,
     )
 
 

@@ -54,8 +54,12 @@ def run_demo(options: Options, stream: TextIO | None = None) -> dict[str, Any]:
         play = play_realtime if options.realtime else play_fast
         interrupted = not play(runtime, clients, num_ticks, view.update)
     report = _write_files(options, model, runtime, loaded, clients, title, interrupted)
-    for line in summary_lines(report, runtime.report()):
+    told = runtime.report()
+    for line in summary_lines(report, told):
         say(line)
+    if loaded.scene is not None:
+        share = loaded.scene.in_time(clients[0].answers.texts, told["ticks"] + told["skipped"])
+        say(f"said {share.hits} of {share.total} words in the very tick in which they were due")
     say(f"wrote {', '.join(FILES)} in {options.out}")
     return report
 

@@ -74,6 +74,7 @@ class LiveSource:
         self.refused = 0
         self.late = 0
         self.level = 0.0  # RMS of the newest piece
+        self.read = ""  # the newest text
         self.ended: str | None = None  # why nothing more is delivered
         self.events: deque[InputEvent] = deque(maxlen=MAX_EVENTS)
 
@@ -108,6 +109,7 @@ class LiveSource:
         while self.ended is None and self._next_text and self._next_text[0] < until_ns:
             stamp_ns, text = self._next_text
             self._next_text = next(self._typed, None)
+            self.read = text
             self._push("text", text, stamp_ns)
 
     def _frame_ns(self) -> int:

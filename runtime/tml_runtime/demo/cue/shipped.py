@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ...model import InteractionModel
+from ...session import TextOut
 from ..decode import SAMPLE_RATE, Clip
 from ..source import Media
 from .recordings import FRAMES_PER_S, Say, training_media
+from .score import Share
 from .stage import Episode
 from .tasks import make_episode
-from .words import CONFIG, WORDS
+from .words import CONFIG, ID, SPOKEN, WORDS
 
 FOLDER = Path(__file__).parent / "checkpoint"
-# What the demo goes through, one after the other and again from the first; without what the weights
-# that ship have not learnt, see their report.
-SCENE = ("speak", "count_motion", "cue", "ask", "count_flash", "every")
+# What the demo goes through, one after the other and again from the first; of counts only one,
+# since no episode of the training had another before it.
+SCENE = ("speak", "count_motion", "wait_flash", "cue", "ask", "every")
 SECTION = 45  # ticks
 PERIOD_S = CONFIG.layout.period_ms / 1000
+_SPOKEN = {ID[word] for word in SPOKEN}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What there is to hear, see and read, and (tick, word) of all that is to be said to it."""
+
+    media: Media
+    due: tuple[tuple[int, int], ...]
+
+    def in_time(self, texts: Iterable[TextOut], num_ticks: int) -> Share:
+        """Words due in the first ticks of a session that began with the scene; hits are those that
+        it said in the very tick."""
+        said = {(round(out.t / PERIOD_S) - 1, word) for out in texts for word in out.ids}
+        share = Share()
+        for due in self.due:
+            if due[0] < num_ticks:
+                share.add(due in said)
+        return share
 
 
 def load_shipped(device: str = "cpu") -> InteractionModel:
@@ -29,7 +51,7 @@ def load_shipped(device: str = "cpu") -> InteractionModel:
     return InteractionModel.load(FOLDER, config=CONFIG, device=device, dtype=torch.float32)
 
 
-def make_scene(seconds: float, seed: int, say: Say | None = None) -> Media:
+def make_scene(seconds: float, seed: int, say: Say | None = None) -> Scene:
     """Tasks with their instructions as text, on a real conversation and a real film. Raises
     MediaError."""
     recordings = training_media(say)
@@ -48,7 +70,13 @@ def make_scene(seconds: float, seed: int, say: Say | None = None) -> Media:
     assert len(pcm) == count * SECTION * round(PERIOD_S * SAMPLE_RATE)
     frames = np.concatenate([part.frames_T_2_Y_Y_3.reshape(-1, *part.frames_T_2_Y_Y_3.shape[2:])
                              for part in parts])  # fmt: skip
-    return Media(pcm, Clip(frames, FRAMES_PER_S), tuple(_texts(parts)))
+    due = tuple(
+        (n * SECTION + event.tick, event.word)
+        for n, part in enumerate(parts)
+        for event in part.events
+        if event.kind in ("due", "scale") and event.word in _SPOKEN
+    )
+    return Scene(Media(pcm, Clip(frames, FRAMES_PER_S), tuple(_texts(parts))), due)
 
 
 def _texts(parts: list[Episode]) -> Iterator[tuple[float, str]]:
