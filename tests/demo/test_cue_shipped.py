@@ -136,9 +136,9 @@ def test_a_scene_knows_what_was_said_in_time(monkeypatch: pytest.MonkeyPatch) ->
     scene = make_scene(20.0, 3)
     assert len(scene.due) > 20 and scene.due == tuple(sorted(scene.due))
     ticks = [tick for tick, _ in scene.due]
-    texts = [TextOut((tick + 1) * 0.2, "", (word,)) for tick, word in scene.due]
+    texts = [TextOut("", (word,), (tick + 1) * 0.2) for tick, word in scene.due]
     share = scene.in_time(texts, 1000)
     assert share.hits == share.total == len(scene.due)
-    late = [TextOut(out.t + 0.2, "", out.ids) for out in texts[-1:]]
+    late = [TextOut("", out.ids, out.t + 0.2) for out in texts[-1:]]
     assert scene.in_time(late, 1000).hits == 0
     assert scene.in_time(texts, ticks[10]).total == sum(tick < ticks[10] for tick in ticks)

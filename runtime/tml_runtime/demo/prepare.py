@@ -88,9 +88,9 @@ class Loaded:
 def make_model(options: Options) -> InteractionModel:
     """The trained `cue`, or a model with random weights, on the chosen device; refuses one that
     does not fit."""
-    if options.preset == CUE:
-        return load_shipped(device_for(options.device))
     try:
+        if options.preset == CUE:
+            return load_shipped(device_for(options.device))
         return random_model(options.preset, device=options.device, seed=options.seed)
     except ModelChoiceError as error:
         raise DemoError(str(error)) from error

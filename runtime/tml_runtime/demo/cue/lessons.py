@@ -57,5 +57,5 @@ def lesson_at(done: float) -> Lesson:
 
 def draw_tasks(losses: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
     """losses: of every task, newest episodes first of all."""
-    often = LEAST + np.array([losses[task] for task in TASKS])
+    often = (LEAST + np.array([losses[task] for task in TASKS])) ** 2
     return [str(name) for name in rng.choice(list(TASKS), count, p=often / often.sum())]
