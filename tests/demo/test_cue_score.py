@@ -11,7 +11,12 @@ from cue_media import made_footage, made_speech
 from tml_runtime.demo import train as command
 from tml_runtime.demo.cue import evaluate as evaluation
 from tml_runtime.demo.cue import report as reports
-from tml_runtime.demo.cue.evaluate import NotHeldOut, check_held_out, live_through
+from tml_runtime.demo.cue.evaluate import (
+    NotHeldOut,
+    check_held_out,
+    evaluate,
+    live_through,
+)
 from tml_runtime.demo.cue.report import read_report, target_rows, training_report, write_report
 from tml_runtime.demo.cue.score import Score, score, transcript
 from tml_runtime.demo.cue.stage import Episode, Event
@@ -179,3 +184,5 @@ def test_the_command_measures_and_refuses_a_model_that_knows_the_recordings(
     assert all(
         f"| {value:g} | {'yes' if reached else 'NO'} |" in text for _, value, _, reached in rows
     )
+    again = evaluate(tmp_path, *MEDIA, episodes=1, workers=2)  # each with a process of its own
+    assert again == report["figures"]

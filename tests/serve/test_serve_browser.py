@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from devtools import CHROMIUM, Page, chromium
 from fake_model import DELEGATE, FakeModel
 from local_service import FAST, Served, serve
 from local_service import eventually as within
 from PIL import Image
+
+from tml_runtime.cli import CUE_HINT
+from tml_runtime.demo.cue.words import SCALE
+from tml_runtime.demo.decode import load_audio
+from tml_runtime.demo.media import MediaError, speech_path
+from tml_runtime.serve.child import local_service
 
 TOKEN = "a token of some length"
 TONE_HZ = 1000
@@ -165,6 +172,52 @@ def test_without_devices_with_a_token_and_a_bad_line(run, tmp_path: Path) -> Non
             assert not any("token" in url for url in asked)
 
     run(talk(), 240.0)
+
+
+@pytest.mark.slow
+def test_the_trained_model_speaks_until_somebody_talks(run, tmp_path: Path) -> None:
+    """Real speech in the microphone; nothing in the page or the service tells the model of it."""
+    try:
+        pcm = load_audio(speech_path())
+    except MediaError as error:
+        pytest.skip(f"the recording is not there: {error}")
+    talk = 0.7 * pcm[round(6.6 * 16_000) : round(9.6 * 16_000)]
+    microphone = tmp_path / "microphone.wav"
+    soundfile.write(microphone, np.concatenate([np.zeros(8 * 16_000), talk]), 16_000)
+
+    async def listen() -> None:
+        async with chromium(tmp_path / "profile", microphone=microphone) as page:
+            await page.open(url.replace("ws://", "http://").partition("/v1/")[0] + "/")
+            await page.evaluate("document.querySelector('#start').focus()")
+            await page.press("Enter")
+            await is_live(page)
+            await page.evaluate("document.querySelector('#barge-in').checked = false")
+            assert (await page.evaluate("document.querySelector('#text').placeholder")) == CUE_HINT
+            said = "document.querySelector('#said').textContent"
+            words = "|".join(SCALE)
+            for _ in range(2):  # it may be somebody's turn already
+                await page.evaluate("document.querySelector('#text').focus()")
+                await page.type("speak")
+                await page.press("Enter")
+                before = len(await page.evaluate(said))
+                await page.until(f"/(({words}) ){{3}}/.test({said}.slice({before}))")
+                # Then it yields: for two seconds there is not one more word
+                await page.evaluate(QUIET)
+                await page.until(f"quietSince({said}) > 2000")
+            assert await page.text("#epoch") == "0"  # nobody interrupted it but by talking
+            assert page.problems == []
+
+    with local_service("--demo", "--probe-ticks", "0", "--sessions", "1") as url:
+        run(listen(), 240.0)
+
+
+QUIET = """(() => {
+  let last = "", since = performance.now();
+  window.quietSince = (text) => {
+    if (text !== last) [last, since] = [text, performance.now()];
+    return performance.now() - since;
+  };
+})()"""
 
 
 def read(model: FakeModel) -> bytes:

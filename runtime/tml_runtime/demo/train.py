@@ -16,7 +16,6 @@ import torch
 
 from .._optional import MissingExtraError, require
 from ..errors import TmlRuntimeError
-from ..model import InteractionModel
 from .cue.evaluate import EVALUATION, check_held_out, evaluate
 from .cue.recordings import held_out_media, training_media
 from .cue.report import (
@@ -27,7 +26,6 @@ from .cue.report import (
     write_report,
 )
 from .cue.trainer import Loss, Trainer
-from .cue.words import CONFIG
 from .media import MediaError
 
 TIMED_STEPS = 20  # by which --minutes becomes a number of steps
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         if args.evaluate:
-            measure(args.out, args.episodes, args.long_episodes)
+            measure(args.out, args.episodes, args.long_episodes, args.threads)
         else:
             train(args.out, seed=args.seed, minutes=args.minutes, num_steps=args.steps)
     except KeyboardInterrupt:
@@ -106,20 +104,20 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> Non
     print(f"wrote {out}: step {trainer.step}; now measure it: --out {out} --evaluate")
 
 
-def measure(out: Path, episodes: int, long_episodes: int) -> None:
+def measure(out: Path, episodes: int, long_episodes: int, workers: int) -> None:
     """Adds figures to a folder's report. Raises NotHeldOut, ReportError, CheckpointError,
     MediaError, MissingExtraError."""
     report = read_report(out)
     speech, footage = held_out_media()
     check_held_out(report["trained_on"], speech, footage)
-    model = InteractionModel.load(out, config=CONFIG)
     with _bar("measuring") as show:
         report["figures"] = evaluate(
-            model,
+            out,
             speech,
             footage,
             episodes=episodes,
             long_episodes=long_episodes,
+            workers=workers,
             done=show,
         )
     report["weights_sha256"] = weights_digest(out)
@@ -141,7 +139,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=25.0, help="how long to train (default: %(default)g)")
     add("--steps", type=int, help="how many steps instead")
     add("--seed", type=int, default=0, help="of weights and episodes (default: %(default)s)")
-    add("--threads", type=int, default=2, help="torch's (default: %(default)s)")
+    add(
+        "--threads",
+        type=int,
+        default=2,
+        help="torch's; processes, to measure (default: %(default)s)",
+    )
     add("--evaluate", action="store_true", help="train nothing: measure what is in DIR")
     add("--episodes", type=int, default=32, help="of each task (default: %(default)s)")
     add(

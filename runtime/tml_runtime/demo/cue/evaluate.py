@@ -7,7 +7,13 @@ Nothing is teacher-forced: what a session says is what it reads in its next step
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +26,13 @@ from .score import score
 from .speech import Footage, Speech
 from .stage import Episode
 from .tasks import TASKS, make_episode
+from .words import CONFIG
 
 # Ten seconds of sound and pictures, so that an episode rolls the cache, and as much of what the
 # model said itself as an episode is long: a count is remembered by having been said.
 BUDGET = KvBudget(audio=200, video=64, reply=1536)
 SHORT, LONG = 60, 300  # ticks of an episode
-ROWS = 16  # sessions that live at a time
+ROWS = 32  # sessions that live at a time
 LOST = 0.05
 EVALUATION = 2**40  # the first of an episode's seeds: no seed of a training run, which is smaller
 
@@ -48,45 +55,78 @@ def check_held_out(trained: Mapping[str, str], speech: Speech, footage: Footage)
 
 
 def evaluate(
-    model: InteractionModel,
+    folder: Path,
     speech: Speech,
     footage: Footage,
     *,
     episodes: int,
     long_episodes: int = 0,
+    workers: int = 1,
     done: Done | None = None,
 ) -> dict[str, Any]:
     """Rows of figures by task: of clean episodes of SHORT ticks, of ones with LOST of their quiet
     ticks lost, and of counting for LONG. The caller has checked that recordings are held out.
+
+    workers: processes that share the tasks; figures do not depend on how many. Raises
+    CheckpointError.
     """
+    plans = _plans(episodes, long_episodes)
+    measure = partial(_measure, folder, speech, footage)
     figures: dict[str, Any] = {"clean": {}, "lossy": {}, "long": {}}
+    with contextlib.ExitStack() as stack:
+        measured = map(measure, plans)
+        if workers > 1:
+            pool = ProcessPoolExecutor(
+                workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+            )
+            measured = stack.enter_context(pool).map(measure, plans)
+        for number, (plan, rows) in enumerate(zip(plans, measured, strict=True), 1):
+            figures[plan.kind][plan.task] = rows
+            if done is not None:
+                done(number, len(plans), f"{plan.kind} {plan.task}")
+    return figures
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Of episodes that are measured together; `seed` and a number make each one's."""
+
+    kind: str
+    task: str
+    seed: tuple[int, ...]
+    num_ticks: int
+    count: int
+
+
+def _plans(episodes: int, long_episodes: int) -> list[_Plan]:
     counting = [task for task in TASKS if task.startswith("count")]
-    plans = [
+    kinds = [
         ("clean", TASKS, SHORT, episodes),
         ("lossy", TASKS, SHORT, episodes),
         ("long", counting, LONG, long_episodes),
     ]
-    total, measured = sum(len(tasks) for _, tasks, _, count in plans if count), 0
-    for plan, (kind, tasks, num_ticks, count) in enumerate(plans):
-        for number, task in enumerate(tasks):
-            made = [
-                make_episode(
-                    task,
-                    num_ticks,
-                    np.random.SeedSequence([EVALUATION, plan, number, n]),
-                    speech,
-                    footage,
-                    lose=LOST if kind == "lossy" else 0.0,
-                )
-                for n in range(count)
-            ]
-            if made:
-                said = live_through(model, made)
-                figures[kind][task] = score(zip(made, said, strict=True)).rows()
-                measured += 1
-                if done is not None:
-                    done(measured, total, f"{kind} {task}")
-    return figures
+    return [
+        _Plan(kind, task, (EVALUATION, n, number), num_ticks, count)
+        for n, (kind, tasks, num_ticks, count) in enumerate(kinds)
+        for number, task in enumerate(tasks)
+        if count > 0
+    ]
+
+
+def _measure(folder: Path, speech: Speech, footage: Footage, plan: _Plan) -> dict[str, Any]:
+    model = InteractionModel.load(folder, config=CONFIG)
+    made = [
+        make_episode(
+            plan.task,
+            plan.num_ticks,
+            np.random.SeedSequence([*plan.seed, n]),
+            speech,
+            footage,
+            lose=LOST if plan.kind == "lossy" else 0.0,
+        )
+        for n in range(plan.count)
+    ]
+    return score(zip(made, live_through(model, made), strict=True)).rows()
 
 
 @torch.inference_mode()
