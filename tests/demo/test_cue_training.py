@@ -168,7 +168,7 @@ def test_lessons_go_on_from_one_to_the_next() -> None:
         assert lesson_at(lesson.begin) is lesson
         assert set(lesson.draw_paces(5, rng)) <= set(lesson.paces)
         share, reach = lesson.draw_garble(rng)
-        assert 0 <= share <= 1 and reach >= 1
+        assert 0 <= share <= 1 and reach >= 1 and sum(lesson.lengths) == pytest.approx(1)
         assert all(
             0 <= s <= most for s, most in zip(lesson.draw_slips(rng), lesson.slips, strict=True)
         )

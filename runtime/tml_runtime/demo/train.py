@@ -39,7 +39,7 @@ training.safetensors, by which a run that was stopped goes on: give the same arg
 """
 _EXAMPLES = """\
 examples:
-  python -m tml_runtime.demo.train --out out/cue              25 minutes on two cores
+  python -m tml_runtime.demo.train --out out/cue              30 minutes on two cores
   python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
 
 --minutes sets the number of steps once, at the start, from the time of the first ones; --steps
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
-    add("--minutes", type=float, default=25.0, help="how long to train (default: %(default)g)")
+    add("--minutes", type=float, default=30.0, help="how long to train (default: %(default)g)")
     add("--steps", type=int, help="how many steps instead")
     add("--seed", type=int, default=0, help="of weights and episodes (default: %(default)s)")
     add(

@@ -18,7 +18,8 @@ class Lesson:
 
     garble: least and most of the share of speech levels fed back that are off, and by how much;
     slips: the most of either share; for both see `make_batch`. varied: of the film, which is short.
-    paces: see `make_episode`.
+    paces: see `make_episode`. lengths: the shares of batches of five short episodes, of three, of
+    two and of a single long one.
     """
 
     begin: float
@@ -26,6 +27,7 @@ class Lesson:
     slips: tuple[float, float] = (0.4, 0.04)
     varied: bool = True
     paces: tuple[float, ...] = (0.05, 0.2, 1.0)
+    lengths: tuple[float, float, float, float] = (0.45, 0.3, 0.15, 0.1)
 
     def draw_garble(self, rng: np.random.Generator) -> tuple[float, int]:
         least, most, reach = self.garble
@@ -47,6 +49,8 @@ LESSONS = (
     Lesson(0.2, varied=False),
     # other films look different
     Lesson(0.35),
+    # long after a word it has to be remembered
+    Lesson(0.9, paces=(0.2, 1.0, 3.0), lengths=(0.15, 0.15, 0.3, 0.4)),
 )
 
 

@@ -32,8 +32,8 @@ def make_episode(
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
     lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
-    events lie closer together. Raises KeyError for a task that is not in TASKS, ValueError for
-    fewer than 24 ticks a section.
+    events lie closer together, above 1 further apart. Raises KeyError for a task that is not in
+    TASKS, ValueError for fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")

@@ -177,14 +177,14 @@ def draw_episodes(
     speech: Speech,
     footage: Footage,
 ) -> list[Episode]:
-    """About 150 ticks of mixed tasks: mostly five short episodes, now and then one long one."""
+    """About 150 ticks of mixed tasks: from five short episodes to one long one."""
     rng = np.random.default_rng([seed, 2, step])
-    shape = rng.random()
-    if shape < 0.45:
+    shape = rng.choice(4, p=lesson.lengths)
+    if shape == 0:
         lengths, sections = [int(rng.integers(26, 35))] * 5, 1
-    elif shape < 0.75:
+    elif shape == 1:
         lengths, sections = [int(rng.integers(44, 57))] * 3, 1
-    elif shape < 0.9:
+    elif shape == 2:
         lengths, sections = [int(rng.integers(64, 81))] * 2, int(rng.integers(1, 3))
     else:
         lengths, sections = [int(rng.integers(120, 181))], int(rng.integers(1, 4))
