@@ -21,7 +21,7 @@ def explode(tick: int) -> None:
 
 
 EXPLODE = int(sys.argv[1])
-command.make_runtime = lambda args: (
+command.make_runtime = lambda args, preset, trained: (
     make_runtime(
         FakeModel(FAST, on_tick=explode, keep=False),
         realtime=True,

@@ -174,7 +174,7 @@ def test_the_process_ends_as_its_supervisor_expects(run) -> None:
 )
 def test_exit_status(ended, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tml_runtime.serve.server.run_service", lambda *args, **options: ended)
-    monkeypatch.setattr("tml_runtime.serve.command.make_runtime", lambda args: (None, FAST))
+    monkeypatch.setattr("tml_runtime.serve.command.make_runtime", lambda *args: (None, FAST))
     assert cli.main(["serve"]) == status
 
 
