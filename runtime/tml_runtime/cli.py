@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 CUE = "cue"
-CUE_HINT = "speak, count flash, count motion, wait flash 3, every 4, stop"
+CUE_HINT = "speak, count motion, wait flash 3, every 4, stop"
 
 _DEMO_TEXT = """\
 Play recordings to an interaction model as if they were a live microphone and camera: 20 ms of

@@ -60,6 +60,6 @@ def lesson_at(done: float) -> Lesson:
 
 
 def draw_tasks(losses: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
-    """losses: of every task, newest episodes first of all."""
+    """A task comes up by the square of its loss. losses: a running mean for every task."""
     often = (LEAST + np.array([losses[task] for task in TASKS])) ** 2
     return [str(name) for name in rng.choice(list(TASKS), count, p=often / often.sum())]
