@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+SETTINGS = ("TML_PDL", "TML_EAGER", "TML_DEBUG_GRAPH")  # environment variables that change what runs
 # Bits of NVML's clock event reasons that lower a clock (nvml.h, "ClocksEventReasons").
 SLOWDOWNS = {
     0x004: "power cap",
@@ -33,6 +34,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": _gpu(),
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.dependent import LAUNCH
 from .configs import (
     LARGE,
     MAX_PROGRAMS,
@@ -71,7 +72,7 @@ def launch_paged_attention(
         scale, tau_floor or 1.0, tau_alpha, softcap or 1.0,
         **_constexprs(p, config, 0 if rel_table is None else rel_table.shape[1]),
         TAU=tau_floor is not None, SOFTCAP=softcap is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH,
     )  # fmt: skip
 
 

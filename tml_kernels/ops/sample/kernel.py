@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import MAX_RUNS, SHIPPED, Config, Problem, choose_config, scratch_sizes
 from .narrow import narrow
 from .tiles import NO_ID, gumbel_tile, load_tile, scale_logit
@@ -88,6 +89,7 @@ def sample_kernel(
     V, num_biases, fallback,
     RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs()
     B = tl.cdiv(V, RUN * TILE_N)
     N = B * TILE_N
     s = (tl.program_id(0) // B).to(tl.int64)
@@ -190,7 +192,7 @@ def launch_sample(
         min_p, bias_id, bias, seen, penalty,
         arrived, block_f.view(torch.float32), block_id, run_max.view(torch.float32), listed,
         out, fault.view(torch.uint8), vocabulary, 0 if bias is None else bias.shape[1], fallback,
-        **_constexprs(vocabulary, config), num_warps=config.num_warps,
+        **_constexprs(vocabulary, config), num_warps=config.num_warps, **LAUNCH,
     )  # fmt: skip
 
 
