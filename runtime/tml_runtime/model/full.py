@@ -64,13 +64,19 @@ def full_logits(config: ModelConfig, weights: ModelWeights, h_T_D: Tensor) -> Te
 
 
 def full_mtp(
-    config: ModelConfig, weights: ModelWeights, layer: int, h_T_D: Tensor, x_T_D: Tensor
+    config: ModelConfig,
+    weights: ModelWeights,
+    layer: int,
+    h_T_D: Tensor,
+    x_T_D: Tensor,
+    begin: int | None = None,
 ) -> Tensor:
     """Hidden states [T, D] of a multi-token-prediction layer, in h's dtype.
 
     h: the final-norm hidden states of tokens 0..T - 1, or of a later layer what the one before made
     of them. x: the embedded tokens layer + 1.. of the same sequence, as the backbone takes them.
     Row t is what says, through `full_logits`, the token after x's, and has the position of x's.
+    begin: that of the first of x, where it is not layer + 1.
     """
     w, blocks = weights.mtp[layer], config.mtp_blocks
     both_T_DD = torch.cat(
@@ -81,7 +87,8 @@ def full_mtp(
         dim=1,
     )
     y_T_D = F.linear(both_T_DD, _plain(w.input_D_DD, h_T_D.dtype))
-    y_T_D = full_attention(blocks, layer, w.block, y_T_D, begin=layer + 1)
+    begin = layer + 1 if begin is None else begin
+    y_T_D = full_attention(blocks, layer, w.block, y_T_D, begin=begin)
     return full_mlp(blocks, w.block, y_T_D)
 
 

@@ -7,13 +7,14 @@ aloud. What is said is the same with drafts as without; only the number of passe
 """
 
 # Dimension key: T tokens, D model width, K output steps of a tick, F mel frames of a step, B mel
-# bands, J drafted steps of a pass.
+# bands, J drafted steps of a pass, P passes.
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tml_kernels.ops.dmel.reference import quantise_ref
@@ -28,13 +29,17 @@ from .weights import ModelWeights
 
 
 class Spoken(NamedTuple):
-    """What a tick says. passes: over the model's layers, that of the tick's input among them; each
-    but the first says one step more than of its drafts were right."""
+    """What a tick says. steps: how many of them each pass over the model's layers has said; the
+    first is that of the tick's input, each other says one more than of its drafts were right."""
 
     token_K: Tensor  # int32
     mel_K_F_B: Tensor  # float32
     levels_K_F_B: Tensor  # uint8
-    passes: int
+    steps_P: list[int]
+
+    @property
+    def passes(self) -> int:
+        return len(self.steps_P)
 
 
 def full_steps(
@@ -61,10 +66,9 @@ def full_steps(
     draft_J = torch.empty(0, dtype=torch.int32, device=x_T_D.device)
     draft_J_D = x_T_D[:0]
     said: list[tuple[Tensor, Tensor, Tensor]] = []
-    passes, step = 0, 0
+    step = 0
     while True:
         h_T_D = full_hidden(config, weights, torch.cat([x_T_D, draft_J_D]).to(dtype))
-        passes += 1
         h_K_D = h_T_D[len(x_T_D) - 1 :]
         mel_K_F_B, levels_K_F_B = _speech(config, weights, h_K_D, drawing, step)
         verified = verify_draft(
@@ -81,7 +85,7 @@ def full_steps(
         step += length
         if step == num_steps:
             token_K, mel_K_F_B, levels_K_F_B = map(torch.cat, zip(*said, strict=True))
-            return Spoken(token_K, mel_K_F_B, levels_K_F_B, passes)
+            return Spoken(token_K, mel_K_F_B, levels_K_F_B, [len(tokens) for tokens, *_ in said])
         next_1_D = frontend.embed_step(token_K[-1:], levels_K_F_B[length - 1 : length])
         x_T_D = torch.cat([x_T_D, draft_J_D[: length - 1], next_1_D])
         draft_J, draft_J_D = _draft(
@@ -101,7 +105,8 @@ def _draft(
 ) -> tuple[Tensor, Tensor]:
     """(tokens [J], inputs [J, D]): what steps step, step + 1, ... say, and what follows from it.
 
-    h: the model's, of all tokens but the last, which is the input of step `step`.
+    h: the model's, of all tokens but the last, which is the input of step `step`. Before the first
+    token a layer takes zeros, as it does in a session's.
     """
     dmel, frontend = config.layout.dmel, Frontend(config, weights)
     quiet_1_F_B = torch.zeros(
@@ -109,7 +114,8 @@ def _draft(
     )
     tokens, inputs = [torch.empty(0, dtype=torch.int32, device=h_T_D.device)], [x_T1_D]
     for layer in range(num_drafts):
-        h_T_D = full_mtp(config, weights, layer, h_T_D, torch.cat(inputs)[layer + 1 :])
+        before_T_D = F.pad(h_T_D, (0, 0, 1, 0))
+        h_T_D = full_mtp(config, weights, layer, before_T_D, torch.cat(inputs), begin=0)
         logits_1_V = full_logits(config, weights, h_T_D[-1:]).float()
         token_1, _ = draw(logits_1_V, drawing, step + layer, fallback=config.vocab.silence)
         tokens.append(token_1)
