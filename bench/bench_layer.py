@@ -26,11 +26,12 @@ from tml_kernels.ops.patch_embed.cases import TINY
 from tml_kernels.ops.rms_norm import rms_norm
 from tml_kernels.testing import Cost, assert_matches, count_launches, log_ops
 from tml_runtime.model.backbone import Backbone
-from tml_runtime.model.config import FlowSpec, ModelConfig, Vocabulary
+from tml_runtime.model.config import CONV_TAPS, FlowSpec, ModelConfig, Vocabulary
 from tml_runtime.model.full import expert_scores, full_attention, full_mlp
 from tml_runtime.model.load import random_weights
+from tml_runtime.model.parts import KvBudget
 from tml_runtime.model.passes import Pass, plan_pass
-from tml_runtime.model.state import CONV_TAPS, KvBudget, ModelState
+from tml_runtime.model.state import ModelState
 from tml_runtime.model.weights import CONV_WIDTH, DenseWeights, LayerWeights, ModelWeights
 
 from . import layer_peers

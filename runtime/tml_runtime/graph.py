@@ -23,8 +23,8 @@ from ._tick import now_ns
 from .errors import InputValueError, NotCaptured
 from .model import InteractionModel, KvBudget, ModelState, TickInput, TurnLayout
 from .model.buffers import Bucket
-from .model.device_tick import DirectRunner, Ran, wait
-from .model.state import cache_groups
+from .model.device_tick import DirectRunner, Ran, has_rest, wait
+from .model.parts import cache_groups
 from .model.tick import needed_for
 
 GROWTH = (1, 2, 4, 16)  # tokens per row of a bucket, in those of a row that hears and says a step
@@ -95,6 +95,7 @@ class TickGraphs:
         self._device = state.device
         self._direct = DirectRunner(model.device_tick, state)
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
+        self._rest: dict[Bucket, torch.cuda.CUDAGraph] = {}  # of ticks that draft, see `has_rest`
         self._kept: list[Tensor] = []
         self._bytes = 0
         announce = getattr(model, "announce_graphs", None)  # other ranks of the model do the same
@@ -114,7 +115,7 @@ class TickGraphs:
         return {
             "mode": self.mode,
             "buckets": len(self.buckets),
-            "captured": len(self._graphs),
+            "captured": len(self._graphs) + len(self._rest),
             "largest": self.buckets[-1]._asdict(),
             "bytes": self._bytes,
         }
@@ -156,11 +157,13 @@ class TickGraphs:
             return self._direct.run(bucket)
         if self.mode == "debug":
             check = FiniteCheck(self._state, bucket)
-            self._model.device_tick.run(self._state, bucket, check)
-            wait(self._device)
+            self._model.device_tick.run_all(self._state, bucket, check)
             return Ran({})
         with torch.cuda.device(self._device):
-            return self._replay(self._graphs[bucket])
+            ran = self._replay(self._graphs[bucket])
+            if not has_rest(self._state, bucket):
+                return ran
+            return _in_turn(ran, self._replay(self._rest[bucket]))
 
     def _smallest(self, needed: Bucket) -> Bucket | None:
         first = bisect_left(self.buckets, (needed.rows,))
@@ -178,6 +181,8 @@ class TickGraphs:
             for bucket in reversed(self.buckets):
                 self._state.buffers.stage_nothing(bucket)
                 self._direct.run(bucket)
+                if self._state.num_drafts:
+                    self._model.device_tick.run_rest(self._state, bucket, _nothing)
         torch.cuda.current_stream().wait_stream(side)
         self._kept = self._state.scratch.buffers()  # a later, larger call may replace them
         torch.cuda.empty_cache()  # graphs take their memory from a pool of their own
@@ -189,17 +194,22 @@ class TickGraphs:
     def _capture(self, stream: torch.cuda.Stream) -> None:
         self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(3)]
         pool = torch.cuda.graph_pool_handle()
+        device_tick = self._model.device_tick
+        parts = [(self._graphs, device_tick.run)]
+        if self._state.num_drafts:
+            parts.append((self._rest, device_tick.run_rest))
         for bucket in reversed(self.buckets):
-            graph = torch.cuda.CUDAGraph(keep_graph=True)
-            try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    self._model.device_tick.run(self._state, bucket, _nothing)
-                graph.instantiate()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"{bucket} could not be captured: TML_EAGER=1 runs ticks op by op"
-                ) from error
-            self._graphs[bucket] = graph
+            for graphs, run in parts:
+                graph = torch.cuda.CUDAGraph(keep_graph=True)
+                try:
+                    with torch.cuda.graph(graph, pool=pool, stream=stream):
+                        run(self._state, bucket, _nothing)
+                    graph.instantiate()
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"{bucket} could not be captured: TML_EAGER=1 runs ticks op by op"
+                    ) from error
+                graphs[bucket] = graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> Ran:
         origin, start, end = self._events
@@ -264,6 +274,7 @@ def page_count(
     budget: KvBudget,
     global_pages: int | Literal["auto"] | None,
     page_dtype: torch.dtype | None = None,
+    drafts: bool = False,
 ) -> int | None:
     """`global_pages` as a number: with "auto", as many as fit beside the graphs.
 
@@ -277,12 +288,15 @@ def page_count(
     if model.ranks is not None:
         raise InputValueError("global_pages='auto' is for one rank; on several give a number")
     longest = model.config.layout.max_tokens_per_tick
-    groups = cache_groups(model.config, num_slots, budget, longest)
+    config = model.config.with_drafts(model.config.num_drafts) if drafts else model.config
+    groups = cache_groups(config, num_slots, budget, longest)
     spec = next((group for group in groups if group.window is None), None)
     if spec is None:
         return None
     held = 1 + spec.columns
-    probe = model.new_state(num_slots, budget=budget, global_pages=held, page_dtype=page_dtype)
+    probe = model.new_state(
+        num_slots, budget=budget, global_pages=held, page_dtype=page_dtype, drafts=drafts
+    )
     graphs = TickGraphs(model, probe)
     free_bytes = torch.cuda.mem_get_info(model.device)[0]
     graphs.close()
@@ -292,6 +306,13 @@ def page_count(
     page_bytes = spec.page_bytes(page_dtype or model.dtype)
     page_bytes += 8 * spec.page_rows  # a position for each row
     return pages_that_fit(free_bytes, page_bytes, held=held, wanted=spec.pages)
+
+
+def _in_turn(first: Ran, then: Ran) -> Ran:
+    """Two graphs of one tick; what is between them is part of neither's stages."""
+    stage_ns = {name: ns + then.stage_ns[name] for name, ns in first.stage_ns.items()}
+    assert first.gpu_ns is not None and then.gpu_ns is not None
+    return Ran(stage_ns, (first.gpu_ns[0], then.gpu_ns[1]))
 
 
 def _nothing(stage: str, made: Tensor) -> None:

@@ -58,6 +58,7 @@ class Runtime:
         budget: KvBudget | None = None,
         global_pages: int | Literal["auto"] | None = None,
         page_dtype: torch.dtype | None = None,
+        drafts: bool = False,
         probe_ticks: int = 0,
         max_frame_pairs: int = 1,
         max_lead_ticks: int = 16,
@@ -71,14 +72,15 @@ class Runtime:
         global_pages: of all sessions' global layers, by default as their budgets need; with fewer
         there are fewer sessions; "auto": no more than fit in the GPU's memory beside the graphs.
         page_dtype: of keys and values, by default the model's; torch.float8_e4m3fn takes half of
-        bfloat16. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions and admits as many
-        as were in time; 0: one for every slot. max_frame_pairs: of video, per tick. vocoder: makes
-        one for a slot, by default Griffin-Lim, which on a GPU runs there for all slots.
-        cpu_threads: torch's in the whole process while the loop runs; products as small as a tick's
-        gain nothing from more, and wait for them when a core is busy. black_box: a folder that gets
-        a file with the newest ticks when one misses, a session faults or the loop fails; see
-        `blackbox`. background: answers what the model delegates; without one, `delegate` is an
-        action like any other. Raises InputTypeError or InputValueError naming the argument.
+        bfloat16. drafts: ticks draft output steps, see `InteractionModel.new_state`; `report` has
+        `passes` and `drafts_kept`. probe_ticks: `start` runs so many ticks of 1, 2, 4, .. sessions
+        and admits as many as were in time; 0: one for every slot. max_frame_pairs: of video, per
+        tick. vocoder: makes one for a slot, by default Griffin-Lim, which on a GPU runs there for
+        all slots. cpu_threads: torch's in the whole process while the loop runs; products as small
+        as a tick's gain nothing from more, and wait for them when a core is busy. black_box: a
+        folder that gets a file with the newest ticks when one misses, a session faults or the loop
+        fails; see `blackbox`. background: answers what the model delegates; without one,
+        `delegate` is an action like any other. Raises InputTypeError or InputValueError naming it.
         """
         sizes = {
             "num_slots": num_slots, "max_frame_pairs": max_frame_pairs,
@@ -100,7 +102,7 @@ class Runtime:
         options = handoff or HandoffOptions()
         num_spare = 0 if background is None else options.snapshots
         self._state, self._graphs, self._admission = make_room(
-            model, num_slots, num_spare, self._budget, global_pages, page_dtype
+            model, num_slots, num_spare, self._budget, global_pages, page_dtype, drafts
         )
         self._probe_ticks = probe_ticks
         self._tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
@@ -129,6 +131,7 @@ class Runtime:
         self._lock = threading.Lock()  # clients only: open, start, stop
         settings = {**sizes, "seed": seed, "realtime": realtime, "budget": budget}
         settings |= {"global_pages": global_pages, "probe_ticks": probe_ticks, "handoff": options}
+        settings["drafts"] = drafts
         settings["page_dtype"] = page_dtype and str(page_dtype)
         settings["background"] = background and type(background).__name__
         self._watch = Watch(self, model, black_box, settings)

@@ -46,6 +46,9 @@ RECORD = np.dtype(
         ("shed_frames", np.int32),
         ("lost_outputs", np.int32),  # sessions whose output queue was full
         ("faults", np.int32),  # sessions ended by this tick
+        ("passes", np.int32),  # over the model's layers
+        ("drafts", np.int32),  # output steps that were drafted, of all sessions
+        ("drafts_kept", np.int32),  # of these, those that were right
         ("missed", np.bool_),
         ("reason", np.int8),  # of this tick alone: a `misses.Reason`
         ("skip_reason", np.int8),  # of those skipped ticks that the tick before did not hold up
@@ -69,6 +72,9 @@ COUNTS = (
     "shed_frames",
     "lost_outputs",
     "faults",
+    "passes",
+    "drafts",
+    "drafts_kept",
 )
 
 
@@ -188,6 +194,9 @@ class Metrics:
             self.set_stage(f"model.{stage}", ns)
         self.set_tokens(out.tokens)
         self.add("shed_frames", out.shed_frames)
+        self.add("passes", out.passes)
+        self.add("drafts", out.drafts)
+        self.add("drafts_kept", out.drafts_kept)
         if out.gpu_ns is not None and out.bucket is not None:
             self.set_gpu(*out.gpu_ns)
             self.set_bucket(out.bucket.rows, out.bucket.tokens)

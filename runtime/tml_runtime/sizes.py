@@ -25,7 +25,7 @@ from .graph import MARGIN, buckets_of
 from .model import KvBudget, ModelConfig
 from .model.buffers import Bucket, TickShape, size_of
 from .model.packing import Packing
-from .model.state import cache_groups, slot_tensors
+from .model.parts import cache_groups, slot_tensors
 from .model.weights import (
     DenseWeights,
     LayerWeights,

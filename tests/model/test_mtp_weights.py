@@ -41,7 +41,7 @@ def assert_same(actual: InteractionModel, expected: InteractionModel) -> None:
 
 
 def test_a_tick_is_the_same_with_them_as_without() -> None:
-    """To the bit, and in a state of the same size: a tick does not draft."""
+    """To the bit, and in a state of the same size: a tick does not draft unless it is told to."""
     models = [InteractionModel.random(config, seed=3) for config in (CONFIG, PLAIN)]
     states = [model.new_state(2) for model in models]
     held = [{name: t.shape for name, t in tensors_of_state(state).items()} for state in states]

@@ -22,7 +22,7 @@ from tml_runtime.graph import TickGraphs, buckets_of
 from tml_runtime.model import KvBudget, ModelState
 from tml_runtime.model.packing import EXPERTS, REST, Packing
 from tml_runtime.model.scratch import Scratch
-from tml_runtime.model.state import cache_groups
+from tml_runtime.model.parts import cache_groups
 from tml_runtime.model.weights import DenseWeights
 from tml_runtime.plan import FP8, Plan, nearest, parse_bytes, plan
 from tml_runtime.sizes import scratch_bytes, total, weight_bytes

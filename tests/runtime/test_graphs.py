@@ -149,6 +149,46 @@ def test_gpu_a_graph_says_what_eager_says_through_rollover(gpu_model: Interactio
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("quiet", [True, False])
+def test_gpu_both_graphs_of_a_tick_that_drafts_say_what_eager_says(quiet: bool) -> None:
+    """The second is launched where a row's drafts were wrong, and nothing is allocated for it."""
+    config = replace(CONFIG, mtp_layers=("local", "global"))
+    model = InteractionModel.random(config, device="cuda", dtype=torch.bfloat16)
+    if quiet:  # at a high temperature drafts are often right, and in loud speech never
+        model.weights.flow.output_B_W.zero_()
+        model.weights.flow.output_bias_B.fill_(-100.0)
+    states = [model.new_state(4, budget=FEW, drafts=True) for _ in range(2)]
+    graphs = [
+        TickGraphs(model, state, mode=mode)
+        for state, mode in zip(states, ("graph", "eager"), strict=True)
+    ]
+    assert graphs[0].report()["captured"] == 2 * len(graphs[0].buckets)
+    for state in states:
+        for slot in range(4):
+            state.set_sampling(slot, temperature=(0.0, 1.0, 100.0, 100.0)[slot], seed=slot)
+    passes, kept, segments = [], 0, set()
+    ticks = [make_tick(4, seed=n) for n in range(60)]
+    with torch.inference_mode():
+        expected = [model.tick(states[1], tick) for tick in ticks]
+        for tick, eager in zip(ticks, expected, strict=True):
+            replayed = model.tick(states[0], tick)
+            assert_bitwise(replayed.token_S_K, eager.token_S_K)
+            assert_bitwise(replayed.mel_S_K_B, eager.mel_S_K_B)
+            assert not replayed.fault_S.any()
+            assert (replayed.passes, replayed.drafts_kept) == (eager.passes, eager.drafts_kept)
+            passes.append(replayed.passes)
+            kept += replayed.drafts_kept
+            segments.add(torch.cuda.memory_stats()["segment.all.allocated"])
+    assert len(segments) == 1
+    assert (kept > 0) == quiet and LAYOUT.num_steps in passes
+    for name, x in vars(states[0]).items():
+        if isinstance(x, torch.Tensor):
+            assert_bitwise(x, getattr(states[1], name))
+    for state in states:
+        state.cache.check_invariants()
+
+
+@pytest.mark.gpu
 def test_gpu_nothing_is_allocated_after_ready(gpu_model: InteractionModel) -> None:
     """Neither by torch's allocator nor behind its back."""
     state = gpu_model.new_state(4, budget=FEW)

@@ -19,7 +19,8 @@ from tml_kernels.kv_cache import PageClass, RollingKVCache, Session
 
 from ..metrics import CLASS_NAMES
 from ..model import ModelConfig
-from ..model.state import PAGE_ROWS, Run, cache_groups
+from ..model.parts import PAGE_ROWS, cache_groups
+from ..model.state import Run
 from .prepare import Options, make_budget, tokens_per_tick
 
 LOCAL = "local layers"

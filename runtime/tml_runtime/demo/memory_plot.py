@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .._optional import require
-from ..model.state import PAGE_ROWS
+from ..model.parts import PAGE_ROWS
 from .memory import LANES, LOCAL, Memory, Page, simulate_memory
 from .prepare import TIMED, Options
 from .timeline import CLASSES, FAINT, GRID, INK

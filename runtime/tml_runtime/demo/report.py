@@ -15,7 +15,7 @@ import tml_kernels
 
 from ..host import host_facts
 from ..model import InteractionModel, ModelConfig
-from ..model.state import PAGE_ROWS
+from ..model.parts import PAGE_ROWS
 from .client import Client
 from .decode import SAMPLE_RATE
 from .prepare import TIMED, Options, make_budget, tokens_per_tick

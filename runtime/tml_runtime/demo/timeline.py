@@ -12,7 +12,7 @@ import numpy as np
 
 from .._optional import require
 from ..metrics import CLASS_NAMES, percentiles_ms
-from ..model.state import PAGE_ROWS
+from ..model.parts import PAGE_ROWS
 from .client import Answers, printable
 from .decode import SAMPLE_RATE, Clip
 

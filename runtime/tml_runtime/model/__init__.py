@@ -6,8 +6,8 @@ from .layout import TurnLayout as TurnLayout
 from .load import WeightReport as WeightReport
 from .model import InteractionModel as InteractionModel
 from .output import TickOutput as TickOutput
+from .parts import KvBudget as KvBudget
 from .replay import PastTick as PastTick
 from .scale import scale_frames as scale_frames
-from .state import KvBudget as KvBudget
 from .state import ModelState as ModelState
 from .tick_input import TickInput as TickInput

@@ -22,6 +22,7 @@ from tml_kernels.ops.rms_norm import rms_norm
 from tml_kernels.ops.short_conv import short_conv
 
 from .config import ModelConfig
+from .mtp import MtpLayers
 from .passes import Pass, plan_pass
 from .scratch import Scratch
 from .state import ModelState, Run
@@ -47,19 +48,17 @@ class Backbone:
         self.weights = weights
         self.parts = 1 if ranks is None else ranks.size
         self.gather = _all_here if ranks is None else ranks.gather
+        # The multi-token-prediction layers' blocks are as more layers behind the model's.
+        self.mtp = MtpLayers(self)
+        self._layers = (*weights.layers, *(w.block for w in weights.mtp))
+        self._heads = [
+            config.with_drafts(len(weights.mtp)).heads(i) for i in range(len(self._layers))
+        ]
         # Python numbers, read once: a captured step must not ask the device for them.
         self._dense_scale = {
             layer: w.mlp.scale_1.item()
-            for layer, w in enumerate(weights.layers)
+            for layer, w in enumerate(self._layers)
             if isinstance(w.mlp, DenseWeights)
-        }
-        # Of each layer: its group in a state, and its place there. Groups are as `ModelState` has
-        # them: local layers, then global ones, where there are any.
-        by_group = [[i for i in config.layers if (i in config.global_layers) == g] for g in (0, 1)]
-        self._place = {
-            layer: (g, i)
-            for g, layers in enumerate(filter(None, by_group))
-            for i, layer in enumerate(layers)
         }
 
     def append(
@@ -117,7 +116,15 @@ class Backbone:
         return h_T_D
 
     def run(self, state: ModelState, x_T_D: Tensor, step: Pass) -> Tensor:
-        """Final-norm hidden states [T, D] of one pass, whose keys and taps the state then holds."""
+        """Final-norm hidden states [T, D] of one pass, whose keys and taps the state then holds;
+        where its ticks draft, those of the layers that do too."""
+        h_T_D = self.run_own(state, x_T_D, step)
+        if state.num_drafts:
+            self.mtp.follow(state, x_T_D, h_T_D, step)
+        return h_T_D
+
+    def run_own(self, state: ModelState, x_T_D: Tensor, step: Pass) -> Tensor:
+        """`run` without the layers that draft."""
         if x_T_D.shape[0] == 0 or step.slot_S.shape[0] == 0:
             return torch.zeros_like(x_T_D)
         residual_T_D = x_T_D.clone()  # the layers add to it
@@ -135,8 +142,21 @@ class Backbone:
         after the last one the final-norm hidden states.
         """
         layers = self.weights.layers
-        w, last = layers[layer], layer + 1 == len(layers)
+        last = layer + 1 == len(layers)
         next_norm_D = self.weights.norm_D if last else layers[layer + 1].attn_norm_D
+        return self.block(state, layer, step, h_T_D, residual_T_D, next_norm_D)
+
+    def block(
+        self,
+        state: ModelState,
+        layer: int,
+        step: Pass,
+        h_T_D: Tensor,
+        residual_T_D: Tensor,
+        next_norm_D: Tensor | None,
+    ) -> Tensor:
+        """`layer`, of the model or behind its own; the residual's norm is the result, if any."""
+        w = self._layers[layer]
         h_T_D = self._attend(state, layer, step, h_T_D)
         h_T_D = self._project(state, layer, step, h_T_D, residual_T_D)
         return short_conv(
@@ -170,9 +190,9 @@ class Backbone:
         return logits_T_V
 
     def _attend(self, state: ModelState, layer: int, step: Pass, x_T_D: Tensor) -> Tensor:
-        config, heads = self.config, self.config.heads(layer)
-        w: AttentionWeights = self.weights.layers[layer].attention
-        g, i = self._place[layer]
+        config, heads = self.config, self._heads[layer]
+        w: AttentionWeights = self._layers[layer].attention
+        g, i = state.places[layer]
         group, pages = state.groups[g], state.groups[g].pages
         k_scale, v_scale = (
             None if scale is None else scale[i]
@@ -226,7 +246,7 @@ class Backbone:
         self, state: ModelState, layer: int, step: Pass, x_T_I: Tensor, residual_T_D: Tensor
     ) -> Tensor:
         """What the heads have found joins the residual; the result is what `_mlp` takes."""
-        w, taps_N_3_D = self.weights.layers[layer], state.attn_conv_L_N_3_D[layer]
+        w, taps_N_3_D = self._layers[layer], state.attn_conv_L_N_3_D[layer]
         out_D_I, late_norm = w.attention.out_D_I, isinstance(w.mlp, MoeWeights)
         if late_norm and step.one_each and self.parts == 1:  # a part of its rows convolves nothing
             scratch_B = state.scratch.linear(x_T_I, out_D_I)
@@ -249,7 +269,7 @@ class Backbone:
     ) -> Tensor:
         """x is the residual under the layer's second norm; of experts without its division, which
         they make themselves."""
-        w = self.weights.layers[layer].mlp
+        w = self._layers[layer].mlp
         if isinstance(w, DenseWeights):
             scratch, scale = state.scratch, self._dense_scale[layer]
             hidden_T_F = self._linear(scratch, x_T_D, w.w13_J_D, activation="swiglu")

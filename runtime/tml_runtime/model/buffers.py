@@ -86,6 +86,7 @@ class TickSaid(Generic[Array]):
     token_S_O: Array  # int32
     mel_S_F_B: Array  # float32
     fault_S: Array  # bool
+    known_S: Array  # int32, steps known before any is taken by itself; no rows without drafts
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,12 @@ class TickShape:
     has_extents: bool  # patches may lie partly beyond their frame
     mel: tuple[int, int]  # [F, B]
     largest: Bucket
+    drafts: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, specs: Sequence[CacheGroup], slots: int) -> TickShape:
+    def of(
+        cls, config: ModelConfig, specs: Sequence[CacheGroup], slots: int, *, drafts: bool = False
+    ) -> TickShape:
         layout, patch = config.layout, config.patch
         return cls(
             num_slots=slots,
@@ -119,6 +123,7 @@ class TickShape:
             largest=Bucket(
                 slots, slots * layout.max_prefill_tokens, slots * layout.max_video_tokens
             ),
+            drafts=drafts,
         )
 
     def inputs(self, bucket: Bucket) -> Shapes:
@@ -149,6 +154,7 @@ class TickShape:
             "token_S_O": (torch.int32, (num_rows, self.num_steps)),
             "mel_S_F_B": (torch.float32, (num_rows, *self.mel)),
             "fault_S": (torch.bool, (num_rows,)),
+            "known_S": (torch.int32, (num_rows if self.drafts else 0,)),
         }
 
 

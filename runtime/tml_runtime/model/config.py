@@ -8,7 +8,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from tml_kernels.ops.patch_embed import PATCH_40, PatchSpec
 
+from ..errors import InputValueError
 from .layout import TurnLayout
+
+CONV_TAPS = 3  # tokens before the current one that a convolution of four taps sees
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,37 @@ class ModelConfig:
             num_layers=len(kinds),
             global_layers=tuple(i for i, kind in enumerate(kinds) if kind == "global"),
             dense_layers=tuple(range(len(kinds))),
+            mtp_layers=(),
+        )
+
+    @property
+    def num_drafts(self) -> int:
+        """Steps that a tick drafts, by as many multi-token-prediction layers: all but the first
+        two, whose inputs are known by then. Raises InputValueError where a tick cannot draft."""
+        drafts, layers = self.layout.num_steps - 2, len(self.mtp_layers)
+        if not 1 <= drafts < CONV_TAPS:
+            raise InputValueError(
+                f"drafts: num_steps={self.layout.num_steps} of the layout, and a tick drafts where "
+                f"there are 3..{CONV_TAPS + 1}; use no drafts"
+            )
+        if layers < drafts:
+            raise InputValueError(
+                f"drafts: model {self.name!r} has {layers} multi-token-prediction layers, and a "
+                f"tick drafts with {drafts}; load it with mtp_layers=MTP_LAYERS[:{drafts}], or use "
+                "no drafts"
+            )
+        return drafts
+
+    def with_drafts(self, num_drafts: int) -> ModelConfig:
+        """The model with its first multi-token-prediction layers behind its own, as more layers."""
+        kinds = self.mtp_layers[:num_drafts]
+        behind = range(self.num_layers, self.num_layers + len(kinds))
+        more = tuple(i for i, kind in zip(behind, kinds, strict=True) if kind == "global")
+        return replace(
+            self,
+            num_layers=behind.stop,
+            global_layers=(*self.global_layers, *more),
+            dense_layers=(*self.dense_layers, *behind),
             mtp_layers=(),
         )
 

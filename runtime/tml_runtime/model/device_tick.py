@@ -13,6 +13,7 @@ from torch import Tensor
 from .._tick import now_ns
 from .backbone import Backbone
 from .buffers import Bucket
+from .drafts import Drafter
 from .frontend import Frontend
 from .output import Done, Speaker
 from .passes import passes_of
@@ -27,10 +28,12 @@ class DeviceTick:
         self.backbone = backbone
         self.frontend = frontend
         self.speaker = Speaker(backbone, frontend)
+        self.drafter = Drafter(self.speaker)
 
     def run(self, state: ModelState, bucket: Bucket, done: Done) -> None:
         """Queue everything between the copy to the device and the copy back. What the host staged
-        is read from `state.buffers`, and what the rows say is left there.
+        is read from `state.buffers`, and what the rows say is left there. Where the state drafts,
+        `run_rest` may have to follow, see `has_rest`.
 
         done: called after each stage with its name and what it made, [tokens or rows, ...].
         """
@@ -44,8 +47,32 @@ class DeviceTick:
         h_T_D = self.backbone.run(state, x_T_D, passes[0])
         done("prefill", h_T_D)
         h_S_D = h_T_D.index_select(0, inputs.last_S)
-        self.speaker.run_steps(state, h_S_D, passes, inputs, buffers.said(bucket), done)
+        said = buffers.said(bucket)
+        if state.num_drafts:
+            self.drafter.run_first(state, h_S_D, passes[0], inputs, said, done)
+        else:
+            self.speaker.run_steps(state, h_S_D, passes, inputs, said, done)
         buffers.receive(bucket)
+
+    def run_rest(self, state: ModelState, bucket: Bucket, done: Done) -> None:
+        """Queue the output steps of rows whose drafts were wrong, and the copy back."""
+        buffers = state.buffers
+        self.drafter.run_rest(state, buffers.inputs(bucket), buffers.said(bucket), done)
+        buffers.receive(bucket)
+
+    def run_all(self, state: ModelState, bucket: Bucket, done: Done) -> None:
+        """`run`, and `run_rest` where it has to be; returns once what was said is on the host."""
+        self.run(state, bucket, done)
+        wait(state.device)
+        if has_rest(state, bucket):
+            self.run_rest(state, bucket, done)
+            wait(state.device)
+
+
+def has_rest(state: ModelState, bucket: Bucket) -> bool:
+    """Whether a row has output steps left, once what `run` did is on the host."""
+    known_S = state.buffers.heard(bucket).known_S  # no rows where ticks do not draft
+    return bool((known_S < state.config.layout.num_steps).any())
 
 
 class Ran(NamedTuple):
@@ -87,8 +114,7 @@ class DirectRunner:
 
     def run(self, bucket: Bucket) -> Ran:
         laps = Laps()
-        self._device_tick.run(self._state, bucket, laps)
-        wait(self._state.device)
+        self._device_tick.run_all(self._state, bucket, laps)
         return Ran(laps.ns)
 
 

@@ -15,7 +15,7 @@ from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.precision import ACTIVATIONS
 
-from ..errors import InputTypeError
+from ..errors import InputTypeError, InputValueError
 from .backbone import Backbone
 from .config import ModelConfig
 from .converted import ConvertedModel
@@ -25,8 +25,9 @@ from .full import full_forward
 from .load import WeightReport, load_weights, random_weights
 from .output import TickOutput
 from .packing import Packing, pack_weights
+from .parts import KvBudget
 from .replay import PastTick, replay_tick
-from .state import KvBudget, ModelState
+from .state import ModelState
 from .tick import run_tick
 from .tick_input import TickInput, check_ids
 from .weights import ModelWeights
@@ -183,6 +184,7 @@ class InteractionModel:
         max_append: int | None = None,
         page_dtype: torch.dtype | None = None,
         global_pages: int | None = None,
+        drafts: bool = False,
     ) -> ModelState:
         """State of `num_slots` sessions, allocated here and never again.
 
@@ -190,7 +192,16 @@ class InteractionModel:
         block that `append` takes in one pass over the layers, by default the longest tick.
         page_dtype: of keys and values, by default the model's; float8_e4m3fn takes half of
         bfloat16. global_pages: of all sessions' global layers, by default as their budgets need.
+        drafts: ticks draft output steps with the model's multi-token-prediction layers and say the
+        same in fewer passes where these are right (docs/design.md). Raises InputValueError for a
+        model that lacks them, a layout with too few or too many steps, and ranks, which do not
+        share them.
         """
+        if drafts and self.ranks is not None:
+            raise InputValueError(
+                f"drafts: this model is shared by {self.ranks.size} ranks, which do not share "
+                "multi-token-prediction layers; use no drafts, or one rank"
+            )
         longest = self.config.layout.max_tokens_per_tick
         return ModelState.new(
             self.config,
@@ -201,6 +212,7 @@ class InteractionModel:
             dtype=self.dtype,
             page_dtype=self.dtype if page_dtype is None else page_dtype,
             global_pages=global_pages,
+            drafts=drafts,
         )
 
     def embed_text(self, ids: Sequence[int]) -> Tensor:

@@ -40,6 +40,8 @@ class TickOutput:
     tick's keys, and why; they are faults, and their state is as it was. tokens: that the tick
     appended, by class (anchor, text, audio, video, reply). kv_pages: that the rows' sessions hold
     in global layers, by class. kv_dropped: that they lost there since the last tick with live rows.
+    passes: over the model's layers. drafts: output steps of rows that were drafted; drafts_kept: of
+    these, those that came as drafted, and nothing wrong before them in their tick.
     """
 
     token_S_K: Tensor
@@ -53,6 +55,9 @@ class TickOutput:
     tokens: list[int] = field(default_factory=lambda: [0] * 5)
     kv_pages: list[int] = field(default_factory=lambda: [0] * 5)
     kv_dropped: list[int] = field(default_factory=lambda: [0] * 5)
+    passes: int = 0
+    drafts: int = 0
+    drafts_kept: int = 0
 
 
 class Drawing(NamedTuple):
@@ -118,12 +123,8 @@ class Speaker:
             if k > 0:
                 x_S_D = self.frontend.embed_step(spoken[-1].token_S, spoken[-1].levels_S_F_B)
                 h_S_D = self.backbone.run(state, x_S_D, step)
-            spoken.append(self._say(state, h_S_D, drawing, k, done))
-        for own_N, last_S in (
-            (state.token_N, spoken[-1].token_S.long()),
-            (state.levels_N_F_B, spoken[-1].levels_S_F_B),
-        ):
-            torch.index_select(torch.cat([own_N, last_S]), 0, inputs.said_N, out=own_N)
+            spoken.append(self.say(state, h_S_D, drawing, k, done))
+        self.remember(state, inputs, spoken[-1].token_S, spoken[-1].levels_S_F_B)
         state.draws_N.add_(inputs.steps_N)
         torch.stack([step.token_S for step in spoken], dim=1, out=said.token_S_O)
         torch.cat([step.mel_S_F_B for step in spoken], dim=1, out=said.mel_S_F_B)
@@ -131,8 +132,15 @@ class Speaker:
         faults = torch.stack([broken_S, *(step.fault_S for step in spoken)])
         torch.any(faults, 0, out=said.fault_S)
 
-    def _say(self, state: ModelState, h_S_D: Tensor, drawing: Drawing, k: int, done: Done) -> Step:
-        config, dmel = self.config, self.config.layout.dmel
+    def remember(
+        self, state: ModelState, inputs: TickInputs[Tensor], token_S: Tensor, levels_S_F_B: Tensor
+    ) -> None:
+        """What the rows said last opens their next tick's output."""
+        for own_N, last_S in ((state.token_N, token_S.long()), (state.levels_N_F_B, levels_S_F_B)):
+            torch.index_select(torch.cat([own_N, last_S]), 0, inputs.said_N, out=own_N)
+
+    def say(self, state: ModelState, h_S_D: Tensor, drawing: Drawing, k: int, done: Done) -> Step:
+        """Step k of the rows, from the hidden states of its input."""
         counter_S = drawing.draws_S + k
         logits_S_V = self.backbone.logits(h_S_D, state.scratch)
         token_S, fault_S = sample(
@@ -142,20 +150,30 @@ class Speaker:
             drawing.top_p_S,
             drawing.seed_S,
             counter_S,
-            fallback=config.vocab.silence,
+            fallback=self.config.vocab.silence,
             min_p_S=drawing.min_p_S,
             scratch_M=state.scratch.sample(logits_S_V),
         )
-        mel_S_FB = flow_head(
+        mel_S_FB = self.flow(h_S_D, drawing.seed_S, counter_S)
+        done(f"step {k}", mel_S_FB)
+        mel_S_F_B, levels_S_F_B, broken_S = self.heard(mel_S_FB)
+        return Step(token_S, mel_S_F_B, levels_S_F_B, fault_S | broken_S)
+
+    def flow(self, h_S_D: Tensor, seed_S: Tensor, counter_S: Tensor) -> Tensor:
+        """The speech of a step, [S, F * B], which may not be finite."""
+        return flow_head(
             h_S_D,
             self.backbone.weights.flow,
-            drawing.seed_S,
+            seed_S,
             counter_S,
-            num_steps=config.flow.num_steps,
-            guidance=config.flow.guidance,
+            num_steps=self.config.flow.num_steps,
+            guidance=self.config.flow.guidance,
         )
-        done(f"step {k}", mel_S_FB)
+
+    def heard(self, mel_S_FB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(mel [S, F, B], its levels, where it was not finite [S]); there it is quiet."""
+        dmel = self.config.layout.dmel
         finite_S = mel_S_FB.isfinite().all(1)
         mel_S_FB = mel_S_FB.where(finite_S[:, None], dmel.level_min)
         mel_S_F_B = mel_S_FB.unflatten(1, (-1, dmel.num_bands))
-        return Step(token_S, mel_S_F_B, quantise_ref(mel_S_F_B, dmel), fault_S | ~finite_S)
+        return mel_S_F_B, quantise_ref(mel_S_F_B, dmel), ~finite_S

@@ -124,10 +124,14 @@ def fill_passes(
     )
 
 
-def passes_of(state: ModelState, inputs: TickInputs[Tensor]) -> list[Pass]:
-    """The passes that `fill_passes` wrote, once they and the page lists are on the device."""
+def passes_of(
+    state: ModelState, inputs: TickInputs[Tensor], slot_S: Tensor | None = None
+) -> list[Pass]:
+    """The passes that `fill_passes` wrote, once they and the page lists are on the device. slot:
+    with more idle rows than there are."""
     num_rows, num_tokens = len(inputs.slot_S), len(inputs.kind_T)
-    plans = plan_all(state, inputs.slot_S)
+    slot_S = inputs.slot_S if slot_S is None else slot_S
+    plans = plan_all(state, slot_S)
     one_each_S1 = torch.arange(num_rows + 1, dtype=torch.int32, device=inputs.slot_S.device)
     starts = [inputs.start_S1, *[one_each_S1] * (len(inputs.length_O_S) - 1)]
     rows = [
@@ -135,9 +139,25 @@ def passes_of(state: ModelState, inputs: TickInputs[Tensor]) -> list[Pass]:
         *inputs.row_K_Z[:, num_tokens:].split(num_rows, dim=1),
     ]
     return [
-        Pass(start_S1, inputs.slot_S, length_S, row_K_T, plans, one_each=start_S1 is one_each_S1)
+        Pass(start_S1, slot_S, length_S, row_K_T, plans, one_each=start_S1 is one_each_S1)
         for start_S1, length_S, row_K_T in zip(starts, inputs.length_O_S, rows, strict=False)
     ]
+
+
+def pass_of_steps(inputs: TickInputs[Tensor], plans: tuple[PagePlan, ...], num_steps: int) -> Pass:
+    """Output steps 1 to `num_steps` of every row in one pass, which `fill_passes` wrote as passes
+    of their own."""
+    (later, num_rows), num_tokens = inputs.length_O_S[1:].shape, len(inputs.kind_T)
+    row_K_O_S = inputs.row_K_Z[:, num_tokens:].unflatten(1, (later, num_rows))
+    first = torch.arange(num_rows + 1, dtype=torch.int32, device=inputs.slot_S.device)
+    return Pass(
+        num_steps * first,
+        inputs.slot_S,
+        inputs.length_O_S[num_steps],
+        row_K_O_S[:, :num_steps].transpose(1, 2).flatten(1),
+        plans,
+        one_each=num_steps == 1,
+    )
 
 
 def plan_all(state: ModelState, slot_S: Tensor) -> tuple[PagePlan, ...]:

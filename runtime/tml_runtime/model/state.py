@@ -16,54 +16,18 @@ from torch import Tensor
 from tml_kernels.kv_cache import (
     CLASSES,
     CacheError,
-    CacheGroup,
     GroupPages,
     PageClass,
     RollingKVCache,
     Session,
-    SlotTensor,
 )
 
 from .buffers import TickBuffers, TickShape
-from .config import HeadSpec, ModelConfig
+from .config import ModelConfig
+from .parts import KvBudget, cache_groups, conv_name, places_of, slot_tensors
 from .scratch import Scratch
 
-CONV_TAPS = 3  # tokens before the current one that a convolution of four taps sees
-PAGE_ROWS = 64
-
 Run = tuple[PageClass, int]  # tokens of one class, in their order
-
-
-@dataclass(frozen=True)
-class KvBudget:
-    """How many tokens of each class a session's global layers keep at least, in whole pages.
-
-    When a class has more, its oldest page goes; anchors stay, and more of them are refused. Local
-    layers keep their window and `rewind` tokens before it, which bounds how far a rewind can go.
-    """
-
-    anchor: int = 64
-    text: int = 1024
-    audio: int = 1536
-    video: int = 1024
-    reply: int = 1536
-    rewind: int = 256
-
-    def __post_init__(self) -> None:
-        for name, tokens in vars(self).items():
-            if type(tokens) is not int or tokens < 1:
-                raise ValueError(f"{name}={tokens!r}: expected a positive number of tokens")
-
-    def pages(self) -> dict[PageClass, int]:
-        """One page more than the tokens fill: the newest is still being filled."""
-        tokens = {
-            PageClass.ANCHOR: self.anchor,
-            PageClass.TEXT: self.text,
-            PageClass.AUDIO: self.audio,
-            PageClass.VIDEO: self.video,
-            PageClass.REPLY: self.reply,
-        }
-        return {page_class: -(-n // PAGE_ROWS) + 1 for page_class, n in tokens.items()}
 
 
 @dataclass(frozen=True)
@@ -98,6 +62,7 @@ class ModelState:
     _sessions: list[Session]  # by slot
     _paged: int | None  # the group of the global layers
     _dropped: list[int]  # its pages by class, until the last take_dropped
+    places: tuple[tuple[int, int], ...]  # of each layer: its group, and where it is there
     attn_conv_L_N_3_D: Tensor
     mlp_conv_L_N_3_D: Tensor
     tail_N_W: Tensor  # float32, the newest samples heard, which the next dMel frame needs
@@ -109,6 +74,10 @@ class ModelState:
     top_p_N: Tensor  # float32, 1: off
     min_p_N: Tensor  # float32, 0: off
     seed_N: Tensor  # int64
+    num_drafts: int = (
+        0  # multi-token-prediction layers that follow the model's; 0: ticks do not draft
+    )
+    carry_L_N_D: Tensor | None = None  # what each of these takes of the last token
 
     @classmethod
     def new(
@@ -122,14 +91,21 @@ class ModelState:
         dtype: torch.dtype,
         page_dtype: torch.dtype,
         global_pages: int | None = None,
+        drafts: bool = False,
     ) -> ModelState:
         """Everything allocated, every slot as after `reset`. global_pages: of all sessions, by
-        default as many as their budgets; fewer are shared as far as they go."""
+        default as many as their budgets; fewer are shared as far as they go. drafts: ticks draft
+        (`drafts`), which needs more layers' keys and taps."""
         _check_positive(num_slots=num_slots, max_append=max_append)
         longest = max(max_append, config.layout.max_tokens_per_tick)
-        specs = cache_groups(config, num_slots, budget, longest, global_pages)
+        num_drafts = config.num_drafts if drafts else 0
+        specs = cache_groups(
+            config.with_drafts(num_drafts), num_slots, budget, longest, global_pages
+        )
 
-        by_slot = slot_tensors(config, specs, num_slots, device=device, dtype=dtype)
+        by_slot = slot_tensors(
+            config, specs, num_slots, device=device, dtype=dtype, num_drafts=num_drafts
+        )
         cache = RollingKVCache(
             specs,
             max_sessions=num_slots,
@@ -137,18 +113,19 @@ class ModelState:
             device=device,
             slot_tensors=by_slot,
         )
-        convs = [by_slot.pop(_conv_name(g)).tensor for g in range(len(specs))]
+        convs = [by_slot.pop(conv_name(g)).tensor for g in range(len(specs))]
         groups = tuple(map(LayerState, cache.groups, convs))
         sessions = [cache.open(budget.pages()) for _ in range(num_slots)]
         assert [session.slot for session in sessions] == list(range(num_slots))
         tensors = {name: x.tensor for name, x in by_slot.items()}
         dropped = [0] * len(CLASSES)
-        buffers = TickBuffers(TickShape.of(config, specs, num_slots), device)
+        shape = TickShape.of(config, specs, num_slots, drafts=drafts)
+        buffers = TickBuffers(shape, device)
         scratch = Scratch(device)
         paged = next((g for g, spec in enumerate(specs) if spec.window is None), None)
         return cls(
             config, budget, max_append, cache, groups, scratch, buffers, sessions, paged, dropped,
-            **tensors,
+            places_of(config.with_drafts(num_drafts)), num_drafts=num_drafts, **tensors,
         )  # fmt: skip
 
     @property
@@ -162,6 +139,17 @@ class ModelState:
     @property
     def device(self) -> torch.device:
         return self.cache.device
+
+    def taps(self, layer: int = 0) -> list[Tensor]:
+        """Of all convolutions of the layers from `layer` on: [layers, N, ..., 3, width] each."""
+        begin = [
+            sum(g == place[0] for place in self.places[:layer]) for g in range(len(self.groups))
+        ]
+        return [
+            self.attn_conv_L_N_3_D[layer:],
+            self.mlp_conv_L_N_3_D[layer:],
+            *(group.conv_L_N_2_3_W[i:] for group, i in zip(self.groups, begin, strict=True)),
+        ]
 
     def session(self, slot: int) -> Session:
         self._check_slot(slot)
@@ -314,88 +302,6 @@ class ModelState:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot={slot} is not in 0..{self.num_slots - 1}")
-
-
-def slot_tensors(
-    config: ModelConfig,
-    specs: Sequence[CacheGroup],
-    num_slots: int,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> dict[str, SlotTensor]:
-    """All that slots hold beside their pages: `ModelState`'s tensors by name, and the taps of each
-    group's K and V. On device "meta" they take no memory."""
-    layout = config.layout
-
-    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    taps = (config.num_layers, num_slots, CONV_TAPS, config.width)
-    speech = (num_slots, layout.mel_frames_per_step, layout.dmel.num_bands)
-    by_slot = {
-        "attn_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
-        "mlp_conv_L_N_3_D": SlotTensor(zeros(*taps), axis=1),
-        "tail_N_W": SlotTensor(zeros(num_slots, layout.dmel.tail, dtype=torch.float32)),
-        "token_N": SlotTensor(zeros(num_slots, dtype=torch.int64), reset=config.vocab.silence),
-        "levels_N_F_B": SlotTensor(zeros(*speech, dtype=torch.uint8)),
-        "draws_N": SlotTensor(zeros(num_slots, dtype=torch.int64)),
-        "temperature_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
-        "top_k_N": _setting(zeros(num_slots, dtype=torch.int32), 0),
-        "top_p_N": _setting(zeros(num_slots, dtype=torch.float32), 1.0),
-        "min_p_N": _setting(zeros(num_slots, dtype=torch.float32), 0.0),
-        "seed_N": _setting(zeros(num_slots, dtype=torch.int64), 0),
-    }
-    for g, spec in enumerate(specs):
-        width = spec.num_kv_heads * spec.head_width
-        conv = zeros(spec.num_layers, num_slots, 2, CONV_TAPS, width)
-        by_slot[_conv_name(g)] = SlotTensor(conv, axis=1)
-    return by_slot
-
-
-def _conv_name(group: int) -> str:
-    return f"conv_{group}"
-
-
-def _setting(tensor: Tensor, reset: float) -> SlotTensor:
-    return SlotTensor(tensor, reset=reset, is_setting=True)
-
-
-def cache_groups(
-    config: ModelConfig,
-    num_slots: int,
-    budget: KvBudget,
-    longest: int,
-    global_pages: int | None = None,
-) -> list[CacheGroup]:
-    """Of the local and the global layers, where there are any; in the order of `group_of`. longest:
-    the most tokens that one session appends in one transaction."""
-    num_global = len(config.global_layers)
-    budgets = budget.pages()
-    appended = -(-longest // PAGE_ROWS)
-    window = config.local_heads.window
-    assert window is not None
-    reach = -(-(window + budget.rewind) // PAGE_ROWS)
-    shapes: list[tuple[HeadSpec, int, int]] = [
-        (config.local_heads, config.num_layers - num_global, reach + appended + 2),
-        (config.global_heads, num_global, sum(budgets.values()) + appended + len(budgets)),
-    ]
-    return [
-        CacheGroup(
-            num_layers=num_layers,
-            num_kv_heads=heads.num_kv_heads,
-            head_width=heads.head_width,
-            pages=global_pages
-            if global_pages and heads.window is None
-            else 1 + num_slots * columns,
-            columns=columns,
-            window=heads.window,
-            history=0 if heads.window is None else budget.rewind,
-            page_rows=PAGE_ROWS,
-        )
-        for heads, num_layers, columns in shapes
-        if num_layers > 0
-    ]
 
 
 def _check_positive(**values: int) -> None:

@@ -68,6 +68,14 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
     output.token_S_K.numpy()[live] = said.token_S_O[: len(rows)]
     output.mel_S_K_B.numpy()[live] = said.mel_S_F_B[: len(rows)]
     output.fault_S.numpy()[live] = said.fault_S[: len(rows)]
+    if state.num_drafts:
+        known_S = said.known_S[: len(rows)]
+        drafts = state.num_drafts * len(rows)
+        kept = int(known_S.sum()) - 2 * len(rows)
+        passes = 2 if kept == drafts else config.layout.num_steps
+        output = replace(output, passes=passes, drafts=drafts, drafts_kept=kept)
+    else:
+        output = replace(output, passes=config.layout.num_steps)
     shed = 0 if heard is tick else tick.num_frames() - heard.num_frames()
     return replace(output, bucket=bucket, gpu_ns=ran.gpu_ns, shed_frames=shed)
 
