@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,12 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make_model(args: argparse.Namespace) -> tuple[InteractionModel, dict[str, Any]]:
     """The model, and what names it in a result."""
     from tml_runtime import InteractionModel, ModelConfig, TurnLayout
+    from tml_runtime.model.config import MTP_LAYERS
 
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
     config = ModelConfig.preset(args.preset, layout=TurnLayout.preset(args.layout))
+    if getattr(args, "drafts", False):
+        config = replace(config, mtp_layers=MTP_LAYERS[: max(0, config.layout.num_steps - 2)])
     model = InteractionModel.random(
         config,
         seed=args.seed,

@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disturb", action="store_true", help="busy Python and garbage collections beside the loop"
     )
     parser.add_argument(
+        "--drafts",
+        action="store_true",
+        help="draft output steps, with random layers: what wrong drafts cost",
+    )
+    parser.add_argument(
         "--kernels",
         type=int,
         default=0,
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     realtime = args.ticks is None
     frame = FRAME if args.video else None
     memory = models.memory_options(args, model.config, frame)
+    memory["drafts"] = args.drafts
     runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime, **memory)
     layout = runtime.layout
     media = Media(layout, seed=args.seed, frame=frame)
@@ -192,6 +198,11 @@ def show(result: dict[str, Any]) -> str:
             f"  a tick's GPU p50 {result['gpu_ms']['p50']:.3f} ms, launch gap p50 "
             f"{result['launch_gap_ms']['p50']:.3f}, host p50 {result['host_ms']['p50']:.3f}; the "
             f"GPU idles for {result['gpu_idle_share']:.2%} of it"
+        )
+    if result["drafts"]:
+        lines.append(
+            f"  {result['drafts_kept']} of {result['drafts']} drafted steps kept, "
+            f"{result['passes'] / result['ticks']:.2f} passes a tick"
         )
     if result["kernels"] is not None:
         lines.append(kernels.show(result["kernels"]))

@@ -53,6 +53,7 @@ class Plan:
     page_dtype: torch.dtype
     gpu_bytes: int
     frame: tuple[int, int] | None
+    drafts: bool = False  # ticks draft, see `InteractionModel.new_state`
 
     @cached_property
     def weights(self) -> WeightBytes:
@@ -60,11 +61,14 @@ class Plan:
 
     @cached_property
     def state(self) -> StateBytes:
-        return state_bytes(self.config, self.packing, self.sessions, self.budget, self.page_dtype)
+        return state_bytes(
+            self.config, self.packing, self.sessions, self.budget, self.page_dtype,
+            drafts=self.drafts,
+        )  # fmt: skip
 
     @cached_property
     def allowance(self) -> AllowanceBytes:
-        return allowance_bytes(self.config, self.sessions)
+        return allowance_bytes(self.config, self.sessions, drafts=self.drafts)
 
     @property
     def total_bytes(self) -> int:
@@ -102,6 +106,7 @@ def plan(
     page_dtype: torch.dtype,
     gpu_bytes: int,
     frame: tuple[int, int] | None = FRAME,
+    drafts: bool = False,
 ) -> Plan:
     """A plan of one GPU, which may not fit it: `Plan.fits`. experts, rest: what
     `InteractionModel.random` takes, for a model in bfloat16. Pure.
@@ -122,7 +127,9 @@ def plan(
         raise InputValueError(str(error)) from None
     if video > most:
         raise InputValueError(f"frame={frame}: a pair is {video} tokens, and a tick takes {most}")
-    return Plan(config, packing, sessions, budget, page_dtype, gpu_bytes, frame)
+    if drafts:
+        _ = config.num_drafts  # raises where a tick cannot draft
+    return Plan(config, packing, sessions, budget, page_dtype, gpu_bytes, frame, drafts)
 
 
 def nearest(wanted: Plan) -> list[Plan]:

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputValueError
@@ -86,6 +87,11 @@ def add_plan(commands: Any) -> None:
         help="of keys and values; a runtime's are the model's, fp8 ones those of "
         "`InteractionModel.new_state` (default: %(default)s)",
     )
+    plan.add_argument(
+        "--drafts",
+        action="store_true",
+        help="with the multi-token-prediction layers that a tick drafts with, and what they keep",
+    )
     _add_memory(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(run=_plan)
@@ -113,10 +119,13 @@ def _add_memory(plan: argparse.ArgumentParser) -> None:
 
 def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .model import ModelConfig
+    from .model.config import MTP_LAYERS
     from .plan import PAGE_DTYPES, as_dict, nearest, parse_bytes, plan
 
     try:
         config, frame = ModelConfig.preset(args.preset), _frame(args.video)
+        if args.drafts:
+            config = replace(config, mtp_layers=MTP_LAYERS[: config.layout.num_steps - 2])
         wanted = plan(
             config,
             experts=None if args.experts == "bf16" else args.experts,
@@ -126,6 +135,7 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             page_dtype=PAGE_DTYPES[args.page_dtype],
             gpu_bytes=parse_bytes(args.gpu_memory),
             frame=frame,
+            drafts=args.drafts,
         )
     except ValueError as error:
         print(f"error: {error}; see `tml-runtime plan --help`", file=sys.stderr)

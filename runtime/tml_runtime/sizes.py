@@ -165,12 +165,18 @@ def state_bytes(
     budget: KvBudget,
     page_dtype: torch.dtype,
     dtype: torch.dtype = DTYPE,
+    *,
+    drafts: bool = False,
 ) -> StateBytes:
     """Of `InteractionModel.new_state` with as many pages as the budgets need, and of the scratch
     that ticks in the buckets of `num_slots` rows make it take on a GPU."""
-    specs = cache_groups(config, num_slots, budget, config.layout.max_tokens_per_tick)
-    slots = slot_tensors(config, specs, num_slots, device=META, dtype=dtype).values()
-    shape = TickShape.of(config, specs, num_slots)
+    num_drafts = config.num_drafts if drafts else 0
+    longest = config.layout.max_tokens_per_tick
+    specs = cache_groups(config.with_drafts(num_drafts), num_slots, budget, longest)
+    slots = slot_tensors(
+        config, specs, num_slots, device=META, dtype=dtype, num_drafts=num_drafts
+    ).values()
+    shape = TickShape.of(config, specs, num_slots, drafts=drafts)
     pages = {
         is_local: sum(
             spec.pages * spec.page_bytes(page_dtype)
@@ -189,7 +195,7 @@ def state_bytes(
         snapshots=(NUM_SNAPSHOTS + 1)  # one more is that of the mark
         * _bytes_of(*(x.tensor for x in slots if not x.is_setting)),
         buffers=size_of(shape.inputs(shape.largest)) + size_of(shape.said(num_slots)),
-        scratch=scratch_bytes(config, packing, specs, num_slots, page_dtype, dtype),
+        scratch=scratch_bytes(config, packing, specs, num_slots, page_dtype, dtype, num_drafts),
     )
 
 
@@ -200,15 +206,18 @@ def scratch_bytes(
     num_slots: int,
     page_dtype: torch.dtype,
     dtype: torch.dtype = DTYPE,
+    num_drafts: int = 0,
 ) -> int:
     """What `Scratch` comes to hold: one buffer for all products and one for attention, as large as
     the largest call, and one for each number of rows that draw or are routed by themselves."""
     buckets = buckets_of(config.layout, num_slots)
     passes = {(b.rows, tokens) for b in buckets for tokens in (b.tokens, b.rows)}
+    if num_drafts:  # those of several steps, of which the last draws for all of them
+        passes |= {(b.rows, n * b.rows) for b in buckets for n in range(2, 2 + num_drafts)}
     products = {
         linear_configs.scratch_bytes(linear_configs.Problem(tokens, columns, rows, form))
         for tokens in {tokens for _, tokens in passes}
-        for rows, columns, form in _products(config, packing)
+        for rows, columns, form in _products(config, packing, num_drafts)
     }
     attention = {
         attention_configs.scratch_bytes(_attention(config, spec, *p, page_dtype, dtype))
@@ -216,14 +225,15 @@ def scratch_bytes(
         for spec in specs
     }
     rows = {bucket.rows for bucket in buckets}
-    drawn = sum(4 * sample_configs.scratch_words(n, config.vocab.size) for n in rows)
+    draws = rows | ({(1 + num_drafts) * n for n in rows} if num_drafts else set())
+    drawn = sum(4 * sample_configs.scratch_words(n, config.vocab.size) for n in draws)
     routed = 0
     if len(config.dense_layers) < config.num_layers:
         routed = sum(_routing_bytes(config, n) for n in rows)
     return max(products) + max(attention) + drawn + routed
 
 
-def _products(config: ModelConfig, packing: Packing) -> set[tuple[int, int, str]]:
+def _products(config: ModelConfig, packing: Packing, num_drafts: int) -> set[tuple[int, int, str]]:
     """(rows, columns, format) of all matrices that `linear` multiplies by."""
     width, form = config.width, packing.rest or "plain"
     found = {(config.vocab.size, width, form)}
@@ -234,6 +244,14 @@ def _products(config: ModelConfig, packing: Packing) -> set[tuple[int, int, str]
         }
     if config.dense_layers:
         found |= {(2 * config.dense_width, width, form), (width, config.dense_width, form)}
+    if num_drafts:  # by layers that are never packed
+        found.add((width, 2 * width, "plain"))
+        found |= {(2 * config.dense_width, width, "plain"), (width, config.dense_width, "plain")}
+        for heads in {config.mtp_blocks.heads(layer) for layer in range(num_drafts)}:
+            found |= {
+                (heads.qkvr_width(config.d_rel), width, "plain"),
+                (width, heads.num_heads * heads.head_width, "plain"),
+            }
     return found
 
 
@@ -278,25 +296,27 @@ def _routing_bytes(config: ModelConfig, num_tokens: int) -> int:
     return _bytes_of(*parts)
 
 
-def allowance_bytes(config: ModelConfig, num_slots: int) -> AllowanceBytes:
+def allowance_bytes(config: ModelConfig, num_slots: int, *, drafts: bool = False) -> AllowanceBytes:
     """For what is not counted: graphs of `num_slots` rows, what their ops make on the way, and what
     is there before and beside."""
     buckets = buckets_of(config.layout, num_slots)
+    drawn = 1 + config.num_drafts if drafts else 1
     return AllowanceBytes(
-        activations=max(_activations(config, bucket) for bucket in buckets),
-        graphs=GRAPH * len(buckets),
+        activations=max(_activations(config, bucket, drawn) for bucket in buckets),
+        graphs=GRAPH * len(buckets) * (2 if drafts else 1),
         context=CONTEXT,
         margin=MARGIN,
     )
 
 
-def _activations(config: ModelConfig, bucket: Bucket) -> int:
+def _activations(config: ModelConfig, bucket: Bucket, drawn: int) -> int:
     """Roughly: a few rows of the stream for each token, the widest matrices' outputs, pixels in
-    float32 before and after the first fold, and logits twice."""
+    float32 before and after the first fold, and logits of `drawn` steps in one pass twice."""
     experts, patch = config.experts, config.patch
     heads = (config.local_heads, config.global_heads)
     assigned = (experts.top_k + experts.num_shared) * (experts.width + config.width)
     projected = max(h.qkvr_width(config.d_rel) + h.num_heads * h.head_width for h in heads)
     token = DTYPE.itemsize * (8 * config.width + projected + max(config.dense_width, assigned))
     pixels = 4 * 2 * patch.frames * patch.patch**2 * 3
-    return bucket.tokens * token + bucket.patches * pixels + bucket.rows * 4 * 2 * config.vocab.size
+    logits = bucket.rows * drawn * 4 * 2 * config.vocab.size
+    return bucket.tokens * token + bucket.patches * pixels + logits

@@ -20,9 +20,10 @@ from tml_runtime.budget import budget_for, tokens_per_tick
 from tml_runtime.errors import InputTypeError, InputValueError
 from tml_runtime.graph import TickGraphs, buckets_of
 from tml_runtime.model import KvBudget, ModelState
+from tml_runtime.model.config import MTP_LAYERS
 from tml_runtime.model.packing import EXPERTS, REST, Packing
-from tml_runtime.model.scratch import Scratch
 from tml_runtime.model.parts import cache_groups
+from tml_runtime.model.scratch import Scratch
 from tml_runtime.model.weights import DenseWeights
 from tml_runtime.plan import FP8, Plan, nearest, parse_bytes, plan
 from tml_runtime.sizes import scratch_bytes, total, weight_bytes
@@ -88,17 +89,17 @@ def test_weights_are_the_bytes_that_a_model_has(
     assert vars(weight_bytes(config, Packing(experts, rest))) == found
 
 
-@pytest.mark.parametrize("config", [SMALL, TINY], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [SMALL, TINY, DRAFTS], ids=lambda config: config.name)
 @pytest.mark.parametrize("page_dtype", [torch.bfloat16, FP8], ids=str)
 @pytest.mark.parametrize("sessions", [1, 5])
 def test_state_is_the_bytes_that_sessions_have(
     config: ModelConfig, page_dtype: torch.dtype, sessions: int
 ) -> None:
+    options: dict[str, Any] = {"budget": BUDGET, "page_dtype": page_dtype}
+    options["drafts"] = config is DRAFTS
     model = InteractionModel.random(config, dtype=torch.bfloat16)
-    state = model.new_state(sessions, budget=BUDGET, page_dtype=page_dtype)
-    planned = wanted(
-        config, sessions=sessions, budget=BUDGET, page_dtype=page_dtype, frame=None
-    ).state
+    state = model.new_state(sessions, **options)
+    planned = wanted(config, sessions=sessions, frame=None, **options).state
     pages = {True: 0, False: 0}
     lists = 0
     for group in state.groups:
@@ -176,16 +177,20 @@ def routing_bytes(routing: Any) -> int:
 
 
 @pytest.mark.gpu
-def test_gpu_scratch_is_as_large_as_planned() -> None:
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_gpu_scratch_is_as_large_as_planned(drafts: int) -> None:
+    config, packing = replace(TINY, mtp_layers=MTP_LAYERS[:drafts]), Packing("int4", "fp8")
     model = InteractionModel.random(
-        TINY, device="cuda", dtype=torch.bfloat16, experts="int4", rest="fp8"
+        config, device="cuda", dtype=torch.bfloat16, experts="int4", rest="fp8"
     )
-    state = model.new_state(6, budget=BUDGET)
+    state = model.new_state(6, budget=BUDGET, drafts=drafts > 0)
     TickGraphs(model, state)
-    specs = cache_groups(TINY, 6, BUDGET, TINY.layout.max_tokens_per_tick)
+    longest = config.layout.max_tokens_per_tick
+    specs = cache_groups(config.with_drafts(drafts), 6, BUDGET, longest)
     found = sum(buffer.nbytes for buffer in state.scratch.buffers())
     found += sum(map(routing_bytes, state.scratch._routings.values()))
-    assert found == scratch_bytes(TINY, Packing("int4", "fp8"), specs, 6, torch.bfloat16)
+    planned = scratch_bytes(config, packing, specs, 6, torch.bfloat16, num_drafts=drafts)
+    assert found == planned
 
 
 @pytest.mark.parametrize(
@@ -340,6 +345,7 @@ def test_other_sizes_are_refused(text: str) -> None:
         ({"gpu_bytes": -5}, "gpu_bytes=-5"),
         ({"experts": "int3"}, "experts: 'int3' is not None or one of fp8"),
         ({"rest": "mxfp4"}, "rest: 'mxfp4' is not None or one of fp8"),
+        ({"drafts": True}, "drafts: model 'inkling-small' has 0 multi-token-prediction layers"),
         ({"page_dtype": torch.float16}, "page_dtype=torch.float16: expected torch.bfloat16 or"),
         ({"budget": 5}, "budget=5: expected a KvBudget"),
         ({"frame": (240, 321)}, "frame width 321 is not a multiple of 40"),

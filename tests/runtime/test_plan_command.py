@@ -72,6 +72,17 @@ def test_the_small_preset_fits_a_small_gpu(capsys: pytest.CaptureFixture[str]) -
     assert status == 0 and "  video  " in out
 
 
+def test_drafts_take_weights_and_state_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, drafting = (
+        json.loads(run(capsys, f"{H200} --sessions 8 --json {drafts}")[1])
+        for drafts in ("", "--drafts")
+    )
+    assert plain["weights"]["mtp_layers"] == 0 < drafting["weights"]["mtp_layers"]
+    for part in ("local_rings", "global_pages", "taps", "snapshots"):
+        assert plain["state"][part] < drafting["state"][part], part
+    assert drafting["allowance"]["graphs"] == 2 * plain["allowance"]["graphs"]
+
+
 def test_nothing_near_fits(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--gpu-memory 80GiB")
     assert status == 1 and "Nothing near it does." in out
