@@ -210,9 +210,34 @@ def test_varied_pictures_are_never_taken_for_a_flash(seed: int) -> None:
     varied = Footage(FOOTAGE.clips, SIDE, varied=True)
     frames = varied.excerpt(np.random.default_rng(seed), 50)
     assert frames.shape == (50, SIDE, SIDE, 3) and frames.dtype == np.uint8
-    assert frames.max() <= 230 and frames.min(axis=(1, 2, 3)).max() < 225
+    assert frames.max() <= 250 and frames.min(axis=(1, 2, 3)).max() < 225
     again = varied.excerpt(np.random.default_rng(seed), 50)
     np.testing.assert_array_equal(frames, again)
+
+
+def test_varied_pictures_are_cut_between_scenes() -> None:
+    """A film that jumps to another scene for some frames is no flash."""
+    varied = Footage(FOOTAGE.clips, SIDE, varied=True)
+    jumps = []
+    for seed in range(12):
+        frames = varied.excerpt(np.random.default_rng(seed), 120).astype(float)
+        jumps.append(np.abs(np.diff(frames.mean(axis=(1, 2)), axis=0)).max())
+    assert sum(jump > 15 for jump in jumps) >= 2
+
+
+@pytest.mark.parametrize("task", ["count_tone", "count_flash", "count_motion"])
+def test_at_a_slow_pace_there_are_gaps_beyond_a_local_window(task: str) -> None:
+    """And bursts, so that not only small numbers have to be remembered."""
+    window = CONFIG.local_heads.window
+    assert window is not None
+    gaps, last = [], []
+    for seed in range(6):
+        due = [tick for tick, _ in said(make(task, 150, seed, pace=4.0))]
+        gaps += np.diff(due).tolist()
+        last.append(len(due))
+    assert sum(gap * 9 > window for gap in gaps) >= 6  # tokens
+    assert sum(gap < 12 for gap in gaps) > len(gaps) / 3
+    assert max(last) >= 6
 
 
 def test_at_a_quick_pace_there_is_more_to_answer() -> None:

@@ -52,7 +52,7 @@ def test_the_report_is_that_of_these_weights(model: InteractionModel) -> None:
 @torch.inference_mode()
 def test_streaming_equals_the_full_forward(model: InteractionModel) -> None:
     """An episode longer than every window and extent, in ticks of the size that ticks have."""
-    episode = make_episode("speak", 36, 4, *MEDIA)
+    episode = make_episode("speak", 120, 4, *MEDIA)
     x_T_D = make_batch([episode], np.random.default_rng(0)).embed(model.weights)[0]
     assert len(x_T_D) > CONFIG.global_heads.extent
     state = model.new_state(1)

@@ -180,3 +180,12 @@ def test_what_is_not_learnt_yet_is_drawn_more_often() -> None:
     drawn = draw_tasks(losses, 3000, np.random.default_rng(0))
     assert set(drawn) == set(TASKS)
     assert 0.88 < drawn.count("wait_tone") / 3000 < 0.96  # 1 of 1.08
+
+
+def test_a_lesson_may_say_how_often_there_is_counting() -> None:
+    losses = dict.fromkeys(TASKS, 0.0) | {"wait_tone": 0.9, "count_flash": 0.3}
+    drawn = draw_tasks(losses, 3000, np.random.default_rng(0), counting=0.6)
+    assert set(drawn) == set(TASKS)
+    counts = [task for task in drawn if task.startswith("count")]
+    assert 0.56 < len(counts) / 3000 < 0.64
+    assert 0.84 < counts.count("count_flash") / len(counts) < 0.94  # 16 of 18

@@ -304,7 +304,7 @@ _PRESETS = {
         width=128,
         num_layers=4,
         local_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=32, extent=128, window=128),
-        global_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=32, extent=256),
+        global_heads=HeadSpec(num_heads=4, num_kv_heads=2, head_width=32, extent=1024),
         global_layers=(1, 3),
         d_rel=16,
         dense_layers=(0,),

@@ -19,7 +19,8 @@ class Lesson:
     garble: least and most of the share of speech levels fed back that are off, and by how much;
     slips: the most of either share; for both see `make_batch`. varied: of the film, which is short.
     paces: see `make_episode`. lengths: the shares of batches of five short episodes, of three, of
-    two and of a single long one.
+    two, of a single long one and of one of a minute. counting: the share of episodes that count;
+    None: as their losses are.
     """
 
     begin: float
@@ -27,7 +28,8 @@ class Lesson:
     slips: tuple[float, float] = (0.4, 0.04)
     varied: bool = True
     paces: tuple[float, ...] = (0.05, 0.2, 1.0)
-    lengths: tuple[float, float, float, float] = (0.45, 0.3, 0.15, 0.1)
+    lengths: tuple[float, ...] = (0.45, 0.3, 0.15, 0.1, 0.0)
+    counting: float | None = None
 
     def draw_garble(self, rng: np.random.Generator) -> tuple[float, int]:
         least, most, reach = self.garble
@@ -49,8 +51,13 @@ LESSONS = (
     Lesson(0.2, varied=False),
     # other films look different
     Lesson(0.35),
-    # long after a word it has to be remembered
-    Lesson(0.9, paces=(0.2, 1.0, 3.0), lengths=(0.15, 0.15, 0.3, 0.4)),
+    # long after a word it has to be remembered; few words are due then, so there is more of it
+    Lesson(
+        0.6,
+        paces=(1.0, 2.5, 4.0, 7.0),
+        lengths=(0.1, 0.05, 0.35, 0.35, 0.15),
+        counting=0.6,
+    ),
 )
 
 
@@ -59,7 +66,18 @@ def lesson_at(done: float) -> Lesson:
     return next(lesson for lesson in reversed(LESSONS) if lesson.begin <= done)
 
 
-def draw_tasks(losses: Mapping[str, float], count: int, rng: np.random.Generator) -> list[str]:
-    """A task comes up by the square of its loss. losses: a running mean for every task."""
+def draw_tasks(
+    losses: Mapping[str, float],
+    count: int,
+    rng: np.random.Generator,
+    counting: float | None = None,
+) -> list[str]:
+    """A task comes up by the square of its loss. losses: a running mean for every task. counting:
+    see `Lesson`."""
     often = (LEAST + np.array([losses[task] for task in TASKS])) ** 2
-    return [str(name) for name in rng.choice(list(TASKS), count, p=often / often.sum())]
+    often /= often.sum()
+    if counting is not None:
+        counts = np.array([task.startswith("count") for task in TASKS])
+        for those, share in ((counts, counting), (~counts, 1 - counting)):
+            often[those] *= share / often[those].sum()
+    return [str(name) for name in rng.choice(list(TASKS), count, p=often)]

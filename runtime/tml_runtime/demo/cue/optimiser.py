@@ -15,6 +15,8 @@ from torch import Tensor
 
 MUON_LR, MOMENTUM = 0.02, 0.95
 ADAM_LR, BETAS, EPS = 3e-3, (0.9, 0.98), 1e-8
+GAINS = ("q_norm_C", "k_norm_C")  # bound the scores: how sharp attention can be
+GAIN_LR = 6.0  # times ADAM_LR
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 4  # bring singular values near enough to one
 WARM_UP = 40  # steps
@@ -73,7 +75,8 @@ class Optimiser:
                 mean.lerp_(tensor.grad, 1 - BETAS[0])
                 square.lerp_(tensor.grad.square(), 1 - BETAS[1])
                 bias = math.sqrt(1 - BETAS[1] ** (step + 1)) / (1 - BETAS[0] ** (step + 1))
-                tensor.addcdiv_(mean, square.sqrt().add_(EPS), value=-ADAM_LR * rate * bias)
+                lr = ADAM_LR * (GAIN_LR if name.endswith(GAINS) else 1.0)
+                tensor.addcdiv_(mean, square.sqrt().add_(EPS), value=-lr * rate * bias)
             tensor.grad = None
 
 

@@ -100,7 +100,7 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         f"{report['cpu_seconds']:.0f} CPU seconds on",
         f"{report['torch_threads']} thread(s). Written by `python -m tml_runtime.demo.train`.",
         "",
-        "| task | loss of first-step tokens, last steps |",
+        "| task | loss of first-step tokens for each word due, last steps |",
         "| --- | --- |",
         *(f"| {task} | {value:.4f} |" for task, value in report["loss"].items()),
         "",

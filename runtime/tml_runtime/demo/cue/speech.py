@@ -61,7 +61,18 @@ class Footage:
         return {name: digest(frames) for name, frames in self.clips.items()}
 
     def excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """uint8 [count, side, side, 3] to be drawn on: a clip, or a still picture with noise."""
+        """uint8 [count, side, side, 3] to be drawn on: a clip, or a still picture with noise;
+        varied ones may be cut between two scenes."""
+        frames = self._scene(rng, count)
+        if self.varied and rng.random() < 0.5:
+            other, at = self._scene(rng, count), int(rng.integers(1, 80))
+            while at < count:
+                end = at + int(rng.integers(2, 40))
+                frames[at:end] = other[at:end]
+                at = end + int(rng.integers(2, 80))
+        return frames
+
+    def _scene(self, rng: np.random.Generator, count: int) -> np.ndarray:
         if self.varied and rng.random() < 0.7:
             return self._clip_changed(rng, count) if rng.random() < 0.5 else self._pan(rng, count)
         if self.clips and rng.random() < 0.5:
@@ -83,12 +94,16 @@ class Footage:
         frames = np.rot90(frames, int(rng.integers(4)), axes=(1, 2))
         frames = np.roll(frames, tuple(rng.integers(self.side, size=2)), axis=(1, 2))
         gain, lift = rng.uniform(0.2, 1.0, 3), rng.uniform(-40, 60)
-        return np.clip(frames * gain + lift, 0, 230).astype(np.uint8)
+        if rng.random() < 0.4:  # over-exposed
+            gain, lift = rng.uniform(0.8, 1.6) * rng.uniform(0.85, 1.0, 3), rng.uniform(0, 60)
+        return np.clip(frames * gain + lift, 0, 250).astype(np.uint8)
 
     def _pan(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """A camera that moves over coloured fields."""
         cells = int(rng.integers(2, 12))
         field = rng.uniform(0, 230, (cells, cells, 3)) * rng.uniform(0.3, 1.0)
+        if rng.random() < 0.4:  # pale
+            field = 255 - (255 - field) * rng.uniform(0.35, 1.0)
         size = -(-2 * self.side // cells)
         fields = np.kron(field, np.ones((size, size, 1)))
         way = (
@@ -100,7 +115,7 @@ class Footage:
             for y, x in way.astype(int)
         ]
         noise = rng.normal(0, rng.uniform(0, 8), (count, self.side, self.side, 1))
-        return np.clip(np.stack(frames) + noise, 0, 230).astype(np.uint8)
+        return np.clip(np.stack(frames) + noise, 0, 250).astype(np.uint8)
 
 
 def digest(array: np.ndarray) -> str:

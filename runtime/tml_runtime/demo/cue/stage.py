@@ -56,7 +56,7 @@ class Stage:
     rng: np.random.Generator
     speech: Speech
     footage: Footage
-    pace: float = 1.0  # of events: below 1, they lie closer together, above 1 further apart
+    pace: float = 1.0  # of events, see `make_episode`
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from .words import NOW, NUMBERS, SCALE, TICK, YES
 
 MAX_DELAY = 8  # ticks
 MAX_COUNT = len(NUMBERS) - 1
+GAP = 15  # ticks between bursts at least, and so many times the pace at most: beyond local windows
 Task = Callable[[Stage, int, int], None]  # stage, first tick, end
 
 
@@ -32,8 +33,8 @@ def make_episode(
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
     lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
-    events lie closer together, above 1 further apart. Raises KeyError for a task that is not in
-    TASKS, ValueError for fewer than 24 ticks a section.
+    events lie closer together; above 1, in bursts with long gaps between them. Raises KeyError for
+    a task that is not in TASKS, ValueError for fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")
@@ -74,7 +75,7 @@ def count_motion(stage: Stage, begin: int, end: int) -> None:
     """Each time that the square has gone up and come down again; it never rests but below."""
     rng, heights, done = stage.rng, [0.0] * 4, 0
     stage.read(begin, "count", "motion")
-    wanted = int(rng.integers(1, MAX_COUNT + 1))
+    wanted = _wanted(stage)
     while len(heights) < 2 * (end - begin):
         half = int(rng.integers(3, 6))  # frames up, and as many down
         room = 2 * (end - begin) - len(heights) - 2 * half
@@ -85,7 +86,11 @@ def count_motion(stage: Stage, begin: int, end: int) -> None:
         heights += [*way, *way[-2::-1], 0.0]
         done += 1
         stage.say(begin + (len(heights) - 1) // 2, NUMBERS[done])
-        heights += [0.0] * int(rng.integers(2, 2 + max(3, 2 * room // (wanted + 1 - done) // 3)))
+        if stage.pace > 1:
+            heights += [0.0] * (2 * _slow_gap(stage, 1))
+        else:
+            longest = max(3, 2 * room // (wanted + 1 - done) // 3)
+            heights += [0.0] * int(rng.integers(2, 2 + longest))
     stage.move(begin, heights[: 2 * (end - begin)])
     stage.events.append(Event("count", end - 1, done))
     _sounds(stage, begin, end)
@@ -182,7 +187,7 @@ def _wait(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int],
 
 def _count(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int], None]) -> None:
     stage.read(begin, "count", what)
-    done, wanted = 0, int(stage.rng.integers(1, MAX_COUNT + 1))
+    done, wanted = 0, _wanted(stage)
     longest = max(3, int(1.8 * (end - begin) / (wanted + 1)))
     for tick in _spread(stage, begin + 1, end, 2, longest):
         if done < wanted and stage.rng.random() < 0.8:
@@ -191,9 +196,26 @@ def _count(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int]
             stage.say(tick, NUMBERS[done])
         else:
             _distract(stage, tick, what)
+    if stage.pace > 1:
+        _fill(stage, begin + 1, end, what)
     stage.events.append(Event("count", end - 1, done))
     if stage.rng.random() < 0.5:
         stage.talk(begin, end)
+
+
+def _wanted(stage: Stage) -> int:
+    """How many to count; where events are slow, as many as there is room for."""
+    wanted = int(stage.rng.integers(1, MAX_COUNT + 1))
+    return MAX_COUNT if stage.pace > 1 else wanted
+
+
+def _fill(stage: Stage, begin: int, end: int, what: str) -> None:
+    """Distractors in long gaps, in which nothing else happens."""
+    tick = begin
+    while tick < end:
+        tick += int(stage.rng.integers(4, 16))
+        if not stage.busy[tick - 1 : tick + 3].any() and tick < end:
+            _distract(stage, tick, what)
 
 
 def _distract(stage: Stage, tick: int, what: str) -> None:
@@ -221,9 +243,18 @@ def _backchannels(stage: Stage, begin: int, end: int) -> None:
 
 
 def _spread(stage: Stage, begin: int, end: int, least: int, most: int) -> Iterator[int]:
-    """Ticks in begin..end-1, `least` to `most` apart, or closer where the stage's pace is quick."""
-    rng, most = stage.rng, least + max(1, round((most - least) * stage.pace))
-    tick = begin + int(rng.integers(most))
+    """Ticks in begin..end-1, `least` to `most` apart, or closer where the stage's pace is quick.
+    Where it is slow they come in bursts, with long gaps between these."""
+    rng, slow = stage.rng, stage.pace > 1
+    most = least + max(1, round((most - least) * min(stage.pace, 1.0)))
+    tick = begin + int(rng.integers(12 if slow else most))
     while tick < end:
         yield tick
-        tick += int(rng.integers(least, most + 1))
+        tick += _slow_gap(stage, least) if slow else int(rng.integers(least, most + 1))
+
+
+def _slow_gap(stage: Stage, least: int) -> int:
+    """Ticks: a few in a burst, many between two of them."""
+    if stage.rng.random() < 0.65:
+        return least + int(stage.rng.integers(3))
+    return int(stage.rng.integers(GAP, int(GAP * stage.pace)))

@@ -36,7 +36,8 @@ from .words import CONFIG, SILENT_LEVEL
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
 SPEECH_WEIGHT = 0.1  # of the speech head's loss beside that of tokens
 LATER_WEIGHT = 0.1  # of a tick's later steps, whose token is always silence
-WORD_WEIGHT = 3.0  # of a word that is due
+WORD_WEIGHT = 2.0  # of a word that is due
+CHOICE_WEIGHT = 9.0  # of which word is due, given that one is: says nothing about when
 QUIET_ROWS = 24  # of the speech head per batch, of steps that are silent
 NEWEST = 0.05  # what an episode's loss counts in the mean of its task
 UNKNOWN = 100_000  # steps, for the schedules of the first ones, by which a run's number is set
@@ -49,7 +50,8 @@ class TrainingError(TmlRuntimeError):
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one step: of all, of tokens alone, of speech alone; and of tokens by task."""
+    """Of one step: of all, of tokens alone, of speech alone; and by task, of first-step tokens for
+    each word that is due: silence is easy, and no measure of what is left to learn."""
 
     total: float
     tokens: float
@@ -64,7 +66,7 @@ class Trainer:
         self.seed, self.speech, self.footage = seed, speech, footage
         self.step, self.num_steps = 0, 0
         self.cpu_seconds = 0.0  # of all steps so far
-        self.losses = dict.fromkeys(TASKS, 1.0)  # of tokens, running means
+        self.losses = dict.fromkeys(TASKS, 1.0)  # running means, as of `Loss.tasks`
         self.weights = new_weights(seed)
         self.leaves = dict(leaves(self.weights))
         for tensor in self.leaves.values():
@@ -177,18 +179,20 @@ def draw_episodes(
     speech: Speech,
     footage: Footage,
 ) -> list[Episode]:
-    """About 150 ticks of mixed tasks: from five short episodes to one long one."""
+    """Mixed tasks: 150 ticks of five short episodes to one long one, or one of a minute."""
     rng = np.random.default_rng([seed, 2, step])
-    shape = rng.choice(4, p=lesson.lengths)
+    shape = rng.choice(5, p=lesson.lengths)
     if shape == 0:
         lengths, sections = [int(rng.integers(26, 35))] * 5, 1
     elif shape == 1:
         lengths, sections = [int(rng.integers(44, 57))] * 3, 1
     elif shape == 2:
         lengths, sections = [int(rng.integers(64, 81))] * 2, int(rng.integers(1, 3))
-    else:
+    elif shape == 3:
         lengths, sections = [int(rng.integers(120, 181))], int(rng.integers(1, 4))
-    names = draw_tasks(losses, len(lengths), rng)
+    else:
+        lengths, sections = [int(rng.integers(240, 311))], 1
+    names = draw_tasks(losses, len(lengths), rng, lesson.counting)
     paces = lesson.draw_paces(len(lengths), rng)
     footage = replace(footage, varied=lesson.varied)
     return [
@@ -220,13 +224,18 @@ def batch_loss(
     is_first_M = torch.arange(len(loss_M)) % CONFIG.layout.num_steps == 0
     weight_M = torch.where(is_first_M, 1.0, LATER_WEIGHT)
     weight_M = weight_M * torch.where(batch.target_M == SILENCE, 1.0, WORD_WEIGHT)
-    tokens = (loss_M * weight_M).sum() / weight_M.sum()
+    due = torch.where(batch.target_M != SILENCE)[0]
+    silence_V = torch.arange(CONFIG.vocab.num_valid) == SILENCE
+    which = logits_M_V[due].masked_fill(silence_V, float("-inf"))
+    choice = F.cross_entropy(which, batch.target_M[due], reduction="sum")
+    tokens = ((loss_M * weight_M).sum() + CHOICE_WEIGHT * choice) / weight_M.sum()
     speech = speech_loss(w, batch, h_M_D, rng)
     total = tokens + SPEECH_WEIGHT * speech
     tasks = {}
     for n, episode in enumerate(episodes):
         of_n = (batch.episode_M == n) & is_first_M
-        tasks[episode.task] = float(loss_M.detach()[of_n].mean())
+        num_due = int((episode.said_T != SILENCE).sum())
+        tasks[episode.task] = float(loss_M.detach()[of_n].sum()) / (1 + num_due)
     return total, Loss(float(total.detach()), float(tokens.detach()), float(speech.detach()), tasks)
 
 
