@@ -194,13 +194,15 @@ class PageTableMachine(RuleBasedStateMachine):
             return
         page_class, left = model.runs[-1 if part == 0 else 0]
         tokens = min(part or 1, left)
-        # The first run that is long enough takes it, and those before it are given up.
-        while model.runs[0][0] != page_class or model.runs[0][1] < tokens:
+        # The first run that is long enough takes it, and those before it are given up; for nothing,
+        # nothing is.
+        while tokens and (model.runs[0][0] != page_class or model.runs[0][1] < tokens):
             del model.runs[0]
         rows_G_T = rows_buffer(len(GROUPS), tokens + 2)
         position = self.table.append(session, page_class, tokens, rows_G_T, column=1)
         assert position == model.length
-        model.runs[0] = (page_class, model.runs[0][1] - tokens)
+        if tokens:
+            model.runs[0] = (page_class, model.runs[0][1] - tokens)
         rows = rows_of(rows_G_T)
         assert all(row[0] == row[-1] == -1 for row in rows)
         model.append(page_class, self.device.write([row[1:-1] for row in rows], position))
