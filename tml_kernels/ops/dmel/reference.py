@@ -28,8 +28,8 @@ def log_mel_ref(signal_S_W: Tensor, spec: DmelSpec) -> Tensor:
     """
     constants = plain_constants(spec, signal_S_W.device)
     frame_S_F_X = signal_S_W.double().unfold(-1, spec.fft, spec.hop) * constants.window
-    spectrum = torch.view_as_real(torch.fft.rfft(frame_S_F_X))
-    magnitude = spectrum.square().sum(-1).clamp_min(POWER_FLOOR).sqrt()
+    spectrum = torch.fft.rfft(frame_S_F_X)
+    magnitude = (spectrum.real.square() + spectrum.imag.square()).clamp_min(POWER_FLOOR).sqrt()
 
     width = constants.weight_B_J.shape[1]
     bins_B_J = constants.first_B[:, None] + torch.arange(width, device=signal_S_W.device)
