@@ -35,7 +35,7 @@ def episodes(*names: str) -> list[Episode]:
     return [make_episode(name, 24 + 4 * n, n, *media, lose=0.2) for n, name in enumerate(names)]
 
 
-@pytest.mark.parametrize("num_tokens", [1, 100, 300])
+@pytest.mark.parametrize("num_tokens", [1, 100, 1100])
 def test_it_is_the_full_forward_of_each_episode(model: InteractionModel, num_tokens: int) -> None:
     """Shorter than an extent, and longer than both; with keys that global layers have dropped."""
     x_N_T_D = torch.randn(2, num_tokens, CONFIG.width)

@@ -5,9 +5,10 @@ the second. Sound, pictures and the speech head are here too, since `full_forwar
 embedded tokens and the ops' plain paths write in place.
 """
 
-# Dimension key: N episodes, T tokens, D model width, H query heads, G KV heads, C head width,
-# B d_rel or mel bands, X extent, E routed experts, K experts chosen, M = N * T, P patches,
-# L frames in a group, Q rows of the speech head, W its width.
+# Dimension key: N episodes, T tokens, b queries of a block, S keys that one sees, D model width,
+# H query heads, G KV heads, C head width, B d_rel or mel bands, X extent, E routed experts,
+# K experts chosen, M = N * T, P patches, L frames in a group, Q rows of the speech head,
+# W its width.
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from ...model import ModelConfig
 from ...model.config import HeadSpec
 from ...model.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, plain
 
+BLOCK = 128  # queries whose scores are in a cache together; later keys are not even looked at
+
 
 def hidden_states(
     config: ModelConfig,
@@ -38,19 +41,11 @@ def hidden_states(
     the number of tokens of each expert, int64 [E] per sparse layer.
     """
     assert config.tau_floor is None or x_N_T_D.shape[1] < config.tau_floor
-    position_T = torch.arange(x_N_T_D.shape[1], device=x_N_T_D.device)
-    distance_T_T = position_T[:, None] - position_T
-    window = config.local_heads.window
-    assert window is not None
-    local = _mask((distance_T_T < 0) | (distance_T_T >= window))
-    hidden_T_T = distance_T_T < 0
-    globally = _mask(hidden_T_T if dropped_N_T_T is None else hidden_T_T | dropped_N_T_T[:, None])
     x = x_N_T_D
     for layer, lw in enumerate(w.layers):
         heads = config.heads(layer)
         h = rms_norm(x, lw.attn_norm_D, config.norm_eps)
-        mask = local if heads.window is not None else globally
-        h = _attention(config, heads, lw.attention, h, mask)
+        h = _attention(config, heads, lw.attention, h, dropped_N_T_T)
         x = x + _short_conv(h, lw.attn_conv_D_4)
         h = rms_norm(x, lw.mlp_norm_D, config.norm_eps)
         if isinstance(lw.mlp, DenseWeights):
@@ -123,13 +118,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _mask(hidden: Tensor) -> Tensor:
-    """0 where a key is seen, -inf where it is not."""
-    return torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, float("-inf"))
-
-
 def _attention(
-    config: ModelConfig, heads: HeadSpec, w: AttentionWeights, x_N_T_D: Tensor, mask: Tensor
+    config: ModelConfig,
+    heads: HeadSpec,
+    w: AttentionWeights,
+    x_N_T_D: Tensor,
+    dropped_N_T_T: Tensor | None,
 ) -> Tensor:
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
     sizes = [num_heads * width, num_kv * width, num_kv * width, num_heads * config.d_rel]
@@ -141,23 +135,46 @@ def _attention(
     group = num_heads // num_kv
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     r = r.unflatten(2, (num_heads, config.d_rel)).transpose(1, 2)
-    bias = _by_distance(r @ w.rel_table_B_X.flip(1)) + mask
-    scores = torch.baddbmm(
-        bias.flatten(0, 1), (q / width).flatten(0, 1), k.transpose(2, 3).flatten(0, 1)
-    )
-    attended = (scores.softmax(dim=-1) @ v.flatten(0, 1)).unflatten(0, (-1, num_heads))
-    return F.linear(attended.transpose(1, 2).flatten(2), plain("out", w.out_D_I))
+    attended = []
+    for begin in range(0, q.shape[2], BLOCK):
+        end = min(begin + BLOCK, q.shape[2])
+        first = 0 if heads.window is None else max(0, begin + 1 - heads.window)
+        bias = _by_distance(r[:, :, begin:end], w.rel_table_B_X, end - first)
+        bias = bias + _mask(begin, end, first, heads.window, dropped_N_T_T)
+        keys, values = k[:, :, first:end].flatten(0, 1), v[:, :, first:end].flatten(0, 1)
+        queries = (q[:, :, begin:end] / width).flatten(0, 1)
+        scores = torch.baddbmm(bias.flatten(0, 1), queries, keys.transpose(1, 2))
+        attended.append((scores.softmax(dim=-1) @ values).unflatten(0, (-1, num_heads)))
+    attended_N_T_I = torch.cat(attended, dim=2).transpose(1, 2).flatten(2)
+    return F.linear(attended_N_T_I, plain("out", w.out_D_I))
 
 
-def _by_distance(bias_N_H_T_X: Tensor) -> Tensor:
-    """[N, H, T, T] from biases of distances X - 1 .. 0: entry (i, j) is that of i - j, and zero
-    beyond the extent. Entries with j > i are of no use.
+def _mask(
+    begin: int, end: int, first: int, window: int | None, dropped_N_T_T: Tensor | None
+) -> Tensor:
+    """0 where a query of begin..end-1 sees a key of first..end-1, -inf where it does not: [b, S],
+    or [N, 1, b, S] where keys are dropped."""
+    distance_b_S = torch.arange(begin, end)[:, None] - torch.arange(first, end)
+    hidden = distance_b_S < 0
+    if window is not None:
+        hidden = hidden | (distance_b_S >= window)
+    elif dropped_N_T_T is not None:
+        hidden = hidden | dropped_N_T_T[:, None, begin:end, first:end]
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
-    Rows of T + 1 values, read as rows of T, move by one a row.
+
+def _by_distance(r_N_H_b_B: Tensor, rel_table_B_X: Tensor, num_keys: int) -> Tensor:
+    """[N, H, b, S] biases of the last b of S tokens to all S: the table's of their distance, zero
+    beyond its extent. Entries with a key behind its query are of no use.
+
+    Rows of one more value than they are read as move by one a row.
     """
-    num_tokens, extent = bias_N_H_T_X.shape[2:]
-    padded = F.pad(bias_N_H_T_X, (num_tokens - extent + 1, 0))  # one column is eaten by the shift
-    return padded.flatten(2)[..., num_tokens:].unflatten(2, (num_tokens, num_tokens))
+    num_queries, extent = r_N_H_b_B.shape[2], min(num_keys, rel_table_B_X.shape[1])
+    bias = r_N_H_b_B @ rel_table_B_X[:, :extent].flip(1)  # distances extent - 1 .. 0
+    padded = F.pad(bias, (num_keys - extent, num_queries))
+    width = num_keys + num_queries - 1
+    shifted = padded.flatten(2)[..., num_queries - 1 : num_queries - 1 + num_queries * width]
+    return shifted.unflatten(2, (num_queries, width))[..., :num_keys]
 
 
 def _experts(
@@ -194,8 +211,8 @@ def _experts(
 
 
 def _swiglu(x: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
-    gate_up = F.linear(x, w13_J_D)
-    return F.linear(F.silu(gate_up[..., 0::2]) * gate_up[..., 1::2], w2_D_F)
+    gate, up = F.linear(x, w13_J_D[0::2]), F.linear(x, w13_J_D[1::2])
+    return F.linear(F.silu(gate) * up, w2_D_F)
 
 
 def _short_conv(x_N_T_W: Tensor, weight_W_4: Tensor) -> Tensor:
