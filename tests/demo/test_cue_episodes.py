@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -223,6 +224,34 @@ def test_varied_pictures_are_cut_between_scenes() -> None:
         frames = varied.excerpt(np.random.default_rng(seed), 120).astype(float)
         jumps.append(np.abs(np.diff(frames.mean(axis=(1, 2)), axis=0)).max())
     assert sum(jump > 15 for jump in jumps) >= 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_varied_speech_is_as_loud_as_any_and_has_other_pitches(seed: int) -> None:
+    varied = replace(SPEECH, varied=True)
+    plain_N, varied_N = (
+        speech.excerpt(np.random.default_rng(seed), 32_000) for speech in (SPEECH, varied)
+    )
+    assert varied_N.dtype == np.float32 and varied_N.shape == (32_000,)
+    assert 0.01 < np.sqrt(np.mean(varied_N**2)) < 0.3
+    again_N = varied.excerpt(np.random.default_rng(seed), 32_000)
+    np.testing.assert_array_equal(varied_N, again_N)
+    assert not np.allclose(varied_N, plain_N)
+    pitches = {_pitch_hz(varied.excerpt(np.random.default_rng(n), 32_000)) for n in range(12)}
+    assert max(pitches) > 1.4 * 130 and min(pitches) < 130 / 1.2
+
+
+def _pitch_hz(pcm_N: np.ndarray) -> float:
+    """Of the buzz: where its autocorrelation is largest beyond the first few lags."""
+    spectrum = np.abs(np.fft.rfft(pcm_N, 2 * len(pcm_N))) ** 2
+    return 16_000 / (60 + int(np.fft.irfft(spectrum)[60:300].argmax()))
+
+
+@pytest.mark.parametrize("task", ["wait_tone", "count_flash", "count_motion", "every"])
+def test_how_often_somebody_talks_changes_nothing_else(task: str) -> None:
+    never, always = (make(task, 60, 1, lose=0.0, talks=talks) for talks in (0.0, 1.0))
+    assert not never.speech_T.any() and always.speech_T.mean() > 0.9
+    np.testing.assert_array_equal(never.said_T, always.said_T)
 
 
 @pytest.mark.parametrize("task", ["count_tone", "count_flash", "count_motion"])

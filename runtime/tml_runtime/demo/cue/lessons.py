@@ -17,10 +17,10 @@ class Lesson:
     """How episodes are drawn from `begin` on, a share of a run's steps.
 
     garble: least and most of the share of speech levels fed back that are off, and by how much;
-    slips: the most of either share; for both see `make_batch`. varied: of the film, which is short.
-    paces: see `make_episode`. lengths: the shares of batches of five short episodes, of three, of
-    two, of a single long one and of one of a minute. counting: the share of episodes that count;
-    None: as their losses are.
+    slips: the most of either share; for both see `make_batch`. varied: of the recordings, which
+    are few. paces, talks: see `make_episode`. lengths: the shares of batches of five short
+    episodes, of three, of two, of a single long one and of one of a minute. counting: the share of
+    episodes that count; None: as their losses are.
     """
 
     begin: float
@@ -28,6 +28,7 @@ class Lesson:
     slips: tuple[float, float] = (0.4, 0.04)
     varied: bool = True
     paces: tuple[float, ...] = (0.05, 0.2, 1.0)
+    talks: float = 0.5
     lengths: tuple[float, ...] = (0.45, 0.3, 0.15, 0.1, 0.0)
     counting: float | None = None
 
@@ -49,12 +50,14 @@ LESSONS = (
     Lesson(0.0, garble=(0.03, 0.03, 1), slips=(0.0, 0.0), varied=False, paces=(0.05, 0.2)),
     # what is said can be read now, so it is fed back as the speech head says it
     Lesson(0.2, varied=False),
-    # other films look different
+    # other films look different, and other people sound different
     Lesson(0.35),
-    # long after a word it has to be remembered; few words are due then, so there is more of it
+    # long after a word it has to be remembered; few words are due then, so there is more of it, and
+    # more time to take speech for a tone
     Lesson(
-        0.6,
+        0.5,
         paces=(1.0, 2.5, 4.0, 7.0),
+        talks=0.7,
         lengths=(0.1, 0.05, 0.35, 0.35, 0.15),
         counting=0.6,
     ),

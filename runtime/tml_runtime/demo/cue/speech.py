@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+RATE = 16_000  # Hz
 FRAME = 1600  # samples of 100 ms, in which loudness is looked at
 TRIES = 8
 
@@ -17,6 +18,7 @@ class Speech:
     """Recordings at 16 kHz by name. No two excerpts are alike: pitch, loudness and tone differ."""
 
     recordings: Mapping[str, np.ndarray]
+    varied: bool = False  # far higher and lower, backwards, through other microphones, two at once
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -36,14 +38,24 @@ class Speech:
 
     def _excerpt(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Of unit power, as far as the recording's loudness is even."""
+        drawn = self._voice(rng, count)
+        if self.varied and rng.random() < 0.2:
+            drawn += rng.uniform(0.2, 1.0) * self._voice(rng, count)
+        return drawn
+
+    def _voice(self, rng: np.random.Generator, count: int) -> np.ndarray:
         pcm = self.recordings[sorted(self.recordings)[rng.integers(len(self.recordings))]]
         pace = rng.uniform(0.85, 1.18)
+        if self.varied and rng.random() < 0.6:
+            pace = (0.6 * 2.5 ** rng.random()) * rng.choice((1.0, 1.0, -1.0))
         at = rng.integers(len(pcm)) + pace * np.arange(count)
-        first = int(at[0])
-        raw = np.take(pcm, np.arange(first, int(at[-1]) + 2), mode="wrap")
-        drawn = np.interp(at - first, np.arange(len(raw)), raw)
+        low = int(np.floor(at.min()))
+        raw = np.take(pcm, np.arange(low, int(at.max()) + 2), mode="wrap")
+        drawn = np.interp(at - low, np.arange(len(raw)), raw)
         tilt = rng.uniform(-0.4, 0.6)  # of the spectrum, towards low or high
         drawn[1:] = drawn[1:] - tilt * drawn[:-1]
+        if self.varied and rng.random() < 0.6:
+            drawn = _equalised(drawn, rng)
         loud = np.sqrt(np.mean(np.square(pcm, dtype=np.float64))) * (1 - min(tilt, 0.5))
         return (drawn / max(loud, 1e-6)).astype(np.float32)
 
@@ -120,6 +132,16 @@ class Footage:
 
 def digest(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _equalised(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As loud as before, with gains of some 6 dB at frequencies an octave apart."""
+    knots_hz = 62.5 * 2.0 ** np.arange(8)
+    size = 1 << (len(pcm) - 1).bit_length()
+    hz = np.fft.rfftfreq(size, 1 / RATE)
+    gain_db = np.interp(np.log2(hz + 1), np.log2(knots_hz), rng.normal(0, 6, len(knots_hz)))
+    filtered = np.fft.irfft(np.fft.rfft(pcm, size) * 10 ** (gain_db / 20), size)[: len(pcm)]
+    return filtered * np.sqrt(np.mean(pcm**2) / max(np.mean(filtered**2), 1e-12))
 
 
 def _softest(pcm: np.ndarray) -> float:

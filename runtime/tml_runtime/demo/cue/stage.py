@@ -56,7 +56,8 @@ class Stage:
     rng: np.random.Generator
     speech: Speech
     footage: Footage
-    pace: float = 1.0  # of events, see `make_episode`
+    pace: float = 1.0  # of events; for this and `talks` see `make_episode`
+    talks: float = 0.5
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:

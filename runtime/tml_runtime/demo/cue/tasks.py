@@ -29,17 +29,19 @@ def make_episode(
     lose: float | None = None,
     sections: int = 1,
     pace: float = 1.0,
+    talks: float = 0.5,
 ) -> Episode:
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
     lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
-    events lie closer together; above 1, in bursts with long gaps between them. Raises KeyError for
-    a task that is not in TASKS, ValueError for fewer than 24 ticks a section.
+    events lie closer together; above 1, in bursts with long gaps between them. talks: how likely
+    somebody talks all along, where that is to be ignored. Raises KeyError for a task that is not in
+    TASKS, ValueError for fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")
     rng = np.random.default_rng(seed)
-    stage = Stage(num_ticks, rng, speech, footage, pace)
+    stage = Stage(num_ticks, rng, speech, footage, pace, talks)
     names = [str(rng.choice([n for n in TASKS if _follows(n, name)])) for _ in range(sections - 1)]
     names.append(name)
     ends = np.linspace(0, num_ticks, sections + 1).astype(int)
@@ -155,7 +157,7 @@ def ask(stage: Stage, begin: int, end: int) -> None:
         if back < end:
             stage.read(back, "[result]", number, "[/result]")
             stage.say(back, NUMBERS[number])
-    if rng.random() < 0.5:
+    if rng.random() < stage.talks:
         stage.talk(begin, end)
 
 
@@ -181,7 +183,7 @@ def _wait(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int],
             stage.say(tick + delay, NOW)
         else:
             _distract(stage, tick, what)
-    if stage.rng.random() < 0.5:
+    if stage.rng.random() < stage.talks:
         stage.talk(begin, end)
 
 
@@ -199,7 +201,7 @@ def _count(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int]
     if stage.pace > 1:
         _fill(stage, begin + 1, end, what)
     stage.events.append(Event("count", end - 1, done))
-    if stage.rng.random() < 0.5:
+    if stage.rng.random() < stage.talks:
         stage.talk(begin, end)
 
 
@@ -228,7 +230,7 @@ def _distract(stage: Stage, tick: int, what: str) -> None:
 
 def _sounds(stage: Stage, begin: int, end: int) -> None:
     """What is to be ignored: speech, tones."""
-    if stage.rng.random() < 0.5:
+    if stage.rng.random() < stage.talks:
         stage.talk(begin, end)
     elif stage.rng.random() < 0.5:
         for tick in _spread(stage, begin + 1, end, 4, 12):

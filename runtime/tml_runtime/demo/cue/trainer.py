@@ -194,7 +194,7 @@ def draw_episodes(
         lengths, sections = [int(rng.integers(240, 311))], 1
     names = draw_tasks(losses, len(lengths), rng, lesson.counting)
     paces = lesson.draw_paces(len(lengths), rng)
-    footage = replace(footage, varied=lesson.varied)
+    speech, footage = (replace(media, varied=lesson.varied) for media in (speech, footage))
     return [
         make_episode(
             names[n],
@@ -204,6 +204,7 @@ def draw_episodes(
             footage,
             sections=sections,
             pace=paces[n],
+            talks=lesson.talks,
         )
         for n, num_ticks in enumerate(lengths)
     ]
