@@ -1,9 +1,9 @@
 """`python -m bench compile`: every Triton kernel x shipped configuration, without a GPU.
 
-Compiles for sm_90, and one configuration of each kernel for sm_80 and sm_100 (all with --full);
-reads registers, local and shared memory, the matrix instructions and the main loops' instructions
-per weight from the cubins, and compares them with bench/kernel_table.json. A row is cached under
-.cache/ by a digest of all that decides it.
+Compiles for sm_90, and one configuration of each kernel for sm_80 and sm_100 (--quick: of sm_90
+too; --full: all); reads registers, local and shared memory, the matrix instructions and the main
+loops' instructions per weight from the cubins, and compares them with bench/kernel_table.json. A
+row is cached under .cache/ by a digest of all that decides it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ class Outcome:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--full", action="store_true", help="all configurations for all chips")
+    how_many = parser.add_mutually_exclusive_group()
+    how_many.add_argument("--full", action="store_true", help="all configurations for all chips")
+    how_many.add_argument(
+        "--quick", action="store_true", help="one configuration of each kernel for all chips"
+    )
     parser.add_argument("--arch", help="only these, for instance 80,90", type=_archs)
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -65,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
     started = time.monotonic()
     jobs, outcome = discover(args.op or op_names(with_kernel=True))
-    chosen = select(jobs, full=args.full or args.update, archs=args.arch)
+    chosen = select(jobs, full=args.full or args.update, quick=args.quick, archs=args.arch)
     run(chosen, outcome, max(1, args.jobs))
 
     table = Table.load(args.table)
@@ -104,14 +108,22 @@ def discover(ops: Sequence[str]) -> tuple[list[Job], Outcome]:
 
 
 def select(
-    jobs: list[Job], *, full: bool = False, archs: tuple[int, ...] | None = None
+    jobs: list[Job],
+    *,
+    full: bool = False,
+    quick: bool = False,
+    archs: tuple[int, ...] | None = None,
 ) -> list[Job]:
-    """All of sm_90; of the others the last configuration of each kernel, the widest by custom.
-    All of `archs` where they are given."""
-    if archs is not None:
-        return [job for job in jobs if job.arch in archs]
+    """All of sm_90, or with `quick` and of the others the last configuration of each kernel, the
+    widest by custom. Of `archs` alone, where they are given: all, but for `quick`."""
     last = {_kernel_of(job): job for job in jobs}
-    return [job for job in jobs if full or job.arch == MAIN_ARCH or last[_kernel_of(job)] is job]
+    whole = set() if quick else set(archs or (ARCHS if full else (MAIN_ARCH,)))
+    return [
+        job
+        for job in jobs
+        if (archs is None or job.arch in archs)
+        and (job.arch in whole or last[_kernel_of(job)] is job)
+    ]
 
 
 def _kernel_of(job: Job) -> tuple[str, int]:

@@ -153,6 +153,9 @@ def test_short_matrix_has_all_of_sm90_and_the_last_of_each_kernel() -> None:
     assert select(everything, full=True) == everything
     assert {job.arch for job in select(everything, archs=(80,))} == {80}
     assert len(select(everything, archs=(80,))) == 3
+    quick = [job.key.removeprefix("op/") for job in select(everything, quick=True)]
+    assert quick == [name for name in chosen if name != "a/1/sm_90"]
+    assert [job.arch for job in select(everything, quick=True, archs=(90,))] == [90, 90]
 
 
 def test_update_takes_new_rows_and_drops_stale_ones() -> None:
