@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _env
 from ._optional import MissingExtraError
 from .convert_command import add_convert
 from .errors import InputValueError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 CUE = "cue"
-CUE_HINT = "speak, count motion, wait flash 3, every 4, stop"
+CUE_HINT = "speak, count flash, count motion, wait flash 3, every 4, stop"
 
 _DEMO_TEXT = """\
 Play recordings to an interaction model as if they were a live microphone and camera: 20 ms of
@@ -202,7 +203,7 @@ def _add_top_arguments(top: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how often to ask (default: %(default)g)",
     )
-    top.add_argument("--token", help="of a server that asks for one")
+    top.add_argument("--token", help="that it wants (default: TML_SERVE_TOKEN)")
     top.set_defaults(run=_top)
 
 
@@ -267,7 +268,8 @@ def _top(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not 0.1 <= args.every <= 3600:  # also refuses nan
         parser.error(f"--every {args.every:g} is not in 0.1..3600")
     try:
-        run_top(args.url, once=args.once, as_json=args.json, every_s=args.every, token=args.token)
+        token = args.token if args.token is not None else _env.serve_token()
+        run_top(args.url, once=args.once, as_json=args.json, every_s=args.every, token=token)
     except StatusError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -24,6 +24,7 @@ from tml_kernels.quant.packed import packed_bytes
 from .graph import MARGIN, buckets_of
 from .model import KvBudget, ModelConfig
 from .model.buffers import Bucket, TickShape, size_of
+from .model.config import CONV_TAPS
 from .model.packing import Packing
 from .model.parts import cache_groups, slot_tensors
 from .model.weights import (
@@ -301,8 +302,9 @@ def allowance_bytes(config: ModelConfig, num_slots: int, *, drafts: bool = False
     is there before and beside."""
     buckets = buckets_of(config.layout, num_slots)
     drawn = 1 + config.num_drafts if drafts else 1
+    saved = _saved_taps(config, num_slots) if drafts else 0
     return AllowanceBytes(
-        activations=max(_activations(config, bucket, drawn) for bucket in buckets),
+        activations=saved + max(_activations(config, bucket, drawn) for bucket in buckets),
         graphs=GRAPH * len(buckets) * (2 if drafts else 1),
         context=CONTEXT,
         margin=MARGIN,
@@ -320,3 +322,16 @@ def _activations(config: ModelConfig, bucket: Bucket, drawn: int) -> int:
     pixels = 4 * 2 * patch.frames * patch.patch**2 * 3
     logits = bucket.rows * drawn * 4 * 2 * config.vocab.size
     return bucket.tokens * token + bucket.patches * pixels + logits
+
+
+def _saved_taps(config: ModelConfig, num_slots: int) -> int:
+    """Of convolutions, which a tick that drafts copies to put them back: the largest stack of them
+    beside two more copies of it."""
+    drafting = config.with_drafts(config.num_drafts)
+    num_global = len(drafting.global_layers)
+    stacks = [
+        *2 * [drafting.num_layers * config.width],
+        2 * (drafting.num_layers - num_global) * config.local_heads.kv_width,
+        2 * num_global * config.global_heads.kv_width,
+    ]
+    return DTYPE.itemsize * num_slots * CONV_TAPS * (sum(stacks) + 2 * max(stacks))

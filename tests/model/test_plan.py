@@ -26,7 +26,7 @@ from tml_runtime.model.parts import cache_groups
 from tml_runtime.model.scratch import Scratch
 from tml_runtime.model.weights import DenseWeights
 from tml_runtime.plan import FP8, Plan, nearest, parse_bytes, plan
-from tml_runtime.sizes import scratch_bytes, total, weight_bytes
+from tml_runtime.sizes import allowance_bytes, scratch_bytes, total, weight_bytes
 
 META = torch.device("meta")
 MIB = 1 << 20
@@ -115,6 +115,16 @@ def test_state_is_the_bytes_that_sessions_have(
     assert planned.taps == sum(held)
     assert planned.snapshots == sum(x.nbytes for kept in past for x in kept)
     assert planned.buffers == state.buffers.num_bytes
+
+
+def test_a_tick_that_drafts_copies_the_taps_that_sessions_have() -> None:
+    model = InteractionModel.random(DRAFTS, dtype=torch.bfloat16)
+    stacks = [x.nbytes for x in model.new_state(5, budget=BUDGET, drafts=True).taps()]
+    drafting, alone = (
+        allowance_bytes(DRAFTS, 5, drafts=drafts).activations for drafts in (True, False)
+    )
+    logits = DRAFTS.num_drafts * 5 * 4 * 2 * DRAFTS.vocab.size
+    assert drafting - alone == sum(stacks) + 2 * max(stacks) + logits
 
 
 def takes_scratch(model: InteractionModel, state: ModelState, scratch: Scratch) -> None:

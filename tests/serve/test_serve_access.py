@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 from local_service import LIMITS, eventually, serve
 
-from tml_runtime import prometheus
+from tml_runtime import cli, prometheus
 from tml_runtime.errors import InputValueError
 from tml_runtime.serve.client import connect
 from tml_runtime.serve.events import ServiceError
@@ -94,6 +94,20 @@ def test_metrics_and_top_read_it(run) -> None:
             assert "sessions 1 of 2" in shown.getvalue()
 
     run(talk())
+
+
+def test_top_takes_the_token_of_the_environment(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def talk() -> None:
+        async with serve(token=TOKEN) as served:
+            ask = partial(cli.main, ["top", served.http, "--once"])
+            assert await asyncio.to_thread(ask) == 1
+            monkeypatch.setenv("TML_SERVE_TOKEN", TOKEN)
+            assert await asyncio.to_thread(ask) == 0
+
+    run(talk())
+    assert "sessions 0 of 2" in capsys.readouterr().out
 
 
 def test_pages_of_other_origins_are_refused(run) -> None:
