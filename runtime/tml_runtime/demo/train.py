@@ -39,7 +39,7 @@ training.safetensors, by which a run that was stopped goes on: give the same arg
 """
 _EXAMPLES = """\
 examples:
-  python -m tml_runtime.demo.train --out out/cue              30 minutes on two cores
+  python -m tml_runtime.demo.train --out out/cue --threads 1 --steps 5000     an hour of one core
   python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
 
 --minutes sets the number of steps once, at the start, from the time of the first ones; --steps
@@ -150,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--long-episodes",
         type=int,
-        default=8,
+        default=32,
         help="of a minute, in which it counts (default: %(default)s)",
     )
     return parser
