@@ -194,7 +194,8 @@ def draw_episodes(
         lengths, sections = [int(rng.integers(240, 311))], 1
     names = draw_tasks(losses, len(lengths), rng, lesson.counting)
     paces = lesson.draw_paces(len(lengths), rng)
-    speech, footage = (replace(media, varied=lesson.varied) for media in (speech, footage))
+    speech = replace(speech, varied=lesson.varied)
+    footage = replace(footage, varied=lesson.varied)
     return [
         make_episode(
             names[n],
