@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="only these, for instance 80,90", type=_archs)
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--update", action="store_true", help="write the table (implies --full)")
+    how_many.add_argument("--update", action="store_true", help="--full, and write the table")
     parser.add_argument("--table", type=Path, default=TABLE, help="default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and findings")
 

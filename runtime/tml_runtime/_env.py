@@ -36,9 +36,9 @@ def background_key() -> str | None:
     return os.environ.get("TML_BACKGROUND_KEY") or None
 
 
-def serve_token() -> str | None:
-    """TML_SERVE_TOKEN: what a client of `tml-runtime serve` must know; None where it is not set."""
-    return os.environ.get("TML_SERVE_TOKEN") or None
+def serve_token(given: str | None = None) -> str | None:
+    """What a client of `tml-runtime serve` must know: as given, else TML_SERVE_TOKEN, else None."""
+    return given if given is not None else os.environ.get("TML_SERVE_TOKEN") or None
 
 
 def _is_set(name: str) -> bool:

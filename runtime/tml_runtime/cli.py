@@ -268,7 +268,7 @@ def _top(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not 0.1 <= args.every <= 3600:  # also refuses nan
         parser.error(f"--every {args.every:g} is not in 0.1..3600")
     try:
-        token = args.token if args.token is not None else _env.serve_token()
+        token = _env.serve_token(args.token)
         run_top(args.url, once=args.once, as_json=args.json, every_s=args.every, token=token)
     except StatusError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,6 @@ from tml_kernels.quant.packed import packed_bytes
 from .graph import MARGIN, buckets_of
 from .model import KvBudget, ModelConfig
 from .model.buffers import Bucket, TickShape, size_of
-from .model.config import CONV_TAPS
 from .model.packing import Packing
 from .model.parts import cache_groups, slot_tensors
 from .model.weights import (
@@ -325,13 +324,10 @@ def _activations(config: ModelConfig, bucket: Bucket, drawn: int) -> int:
 
 
 def _saved_taps(config: ModelConfig, num_slots: int) -> int:
-    """Of convolutions, which a tick that drafts copies to put them back: the largest stack of them
-    beside two more copies of it."""
-    drafting = config.with_drafts(config.num_drafts)
-    num_global = len(drafting.global_layers)
-    stacks = [
-        *2 * [drafting.num_layers * config.width],
-        2 * (drafting.num_layers - num_global) * config.local_heads.kv_width,
-        2 * num_global * config.global_heads.kv_width,
-    ]
-    return DTYPE.itemsize * num_slots * CONV_TAPS * (sum(stacks) + 2 * max(stacks))
+    """A tick that drafts copies all taps of convolutions; while it puts the largest of them back,
+    these are there twice more."""
+    drafts, longest = config.num_drafts, config.layout.max_tokens_per_tick
+    specs = cache_groups(config.with_drafts(drafts), num_slots, KvBudget(), longest)
+    slots = slot_tensors(config, specs, num_slots, device=META, dtype=DTYPE, num_drafts=drafts)
+    taps = [x.tensor.nbytes for name, x in slots.items() if "conv" in name]
+    return sum(taps) + 2 * max(taps)

@@ -182,7 +182,7 @@ def _serve(
     from ..model.checkpoint import CheckpointError
     from .server import run_service
 
-    token = args.token if args.token is not None else _env.serve_token()
+    token = _env.serve_token(args.token)
     try:
         limits = _check(args, token)
         preset = args.preset or (next(iter(trained)) if args.demo else "tiny")

@@ -127,7 +127,7 @@ def _run(
     """With a progress bar; returns each session's SessionLoad."""
     from .load import FRAME_MS, Caller, run_load
 
-    token = args.token if args.token is not None else _env.serve_token()
+    token = _env.serve_token(args.token)
     callers = [
         Caller(
             number,

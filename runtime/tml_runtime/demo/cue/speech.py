@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-RATE = 16_000  # Hz
+from ..decode import SAMPLE_RATE
+
 FRAME = 1600  # samples of 100 ms, in which loudness is looked at
 TRIES = 8
 
@@ -138,7 +139,7 @@ def _equalised(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """As loud as before, with gains of some 6 dB at frequencies an octave apart."""
     knots_hz = 62.5 * 2.0 ** np.arange(8)
     size = 1 << (len(pcm) - 1).bit_length()
-    hz = np.fft.rfftfreq(size, 1 / RATE)
+    hz = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
     gain_db = np.interp(np.log2(hz + 1), np.log2(knots_hz), rng.normal(0, 6, len(knots_hz)))
     filtered = np.fft.irfft(np.fft.rfft(pcm, size) * 10 ** (gain_db / 20), size)[: len(pcm)]
     return filtered * np.sqrt(np.mean(pcm**2) / max(np.mean(filtered**2), 1e-12))
