@@ -189,7 +189,8 @@ class TickGraphs:
         if self.mode == "graph":
             self._capture(side)
         torch.cuda.synchronize()
-        self._bytes = free_bytes - torch.cuda.mem_get_info()[0]
+        # Of the GPU, not of this process: what another takes or gives back meanwhile counts too.
+        self._bytes = max(0, free_bytes - torch.cuda.mem_get_info()[0])
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
         self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(3)]

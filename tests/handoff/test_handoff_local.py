@@ -336,7 +336,8 @@ def test_a_stream_of_its_own(kind: str) -> None:
         contexts = pytest.importorskip("torch.cuda.green_contexts")
         if not contexts.SUPPORTED or not hasattr(contexts.GreenContext, "Stream"):
             pytest.skip("this torch has no streams of green contexts")
-        stream = contexts.GreenContext.create(num_sms=16).Stream()
+        context = contexts.GreenContext.create(num_sms=16)  # to live as long as its stream
+        stream = context.Stream()
 
     def answer(request: Request) -> str:
         # By number: a green context's stream is of another class than the current one.

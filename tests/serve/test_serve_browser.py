@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from devtools import CHROMIUM, Page, chromium
 from fake_model import DELEGATE, FakeModel
 from local_service import FAST, Served, serve
@@ -25,6 +24,8 @@ from tml_runtime.serve.child import local_service
 TOKEN = "a token of some length"
 TONE_HZ = 1000
 eventually = partial(within, seconds=60.0)  # a browser beside other tests takes its time
+
+soundfile = pytest.importorskip("soundfile")
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="chromium is not installed: the page is not tested in a browser"

@@ -28,7 +28,8 @@ class LocalModel:
 
     stream: the CUDA stream that a plain function's kernels go to. None: torch's default one, which
     is the ticks' too, so that they wait for what is queued there; beside ticks on the same GPU give
-    it one of its own, of low priority, or of a green context with some of the multiprocessors.
+    it one of its own, of low priority, or of a green context with some of the multiprocessors;
+    keep that context, since torch's stream of it does not.
     """
 
     def __init__(
