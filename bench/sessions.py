@@ -128,16 +128,16 @@ def _sweep(
     from .sessions_report import plot, show
     from .sessions_run import measure
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    result = {"kind": "sessions", **about, "seconds": args.seconds, "rows": rows}
     with progress(len(combinations) * (args.seconds + setting.warm_up_s)) as (begin, on_second):
         for combination in combinations:
             begin(str(combination))
             seconds = args.seconds
             rows.append(measure(model, combination, setting, seconds=seconds, on_second=on_second))
-    result = {"kind": "sessions", **about, "seconds": args.seconds, "rows": rows}
+            if args.json:  # after each: a run that is stopped leaves what it found
+                write_json(args.json, result)
     print(show(result))
-    if args.json:
-        write_json(args.json, result)
     if args.plot:
         plot(args.plot, result)
     return 0 if any(row["error"] is None for row in rows) else 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from tml_kernels.ops.sample.configs import Config
 from tml_kernels.ops.sample.kernel import launch_sample
 
-SMALL = Config(run_v=16, block_v=64, num_warps=2)
+SMALL = Config(run_v=16, block_v=64, look_v=32, num_warps=2)
 PER_ROW = ("logits_S_V", "temperature_S", "top_k_S", "top_p_S", "seed_S", "counter_S")
 
 OPTIONS = ("min_p_S", "bias_id_S_N", "bias_S_N", "seen_S_W", "penalty_S")

@@ -283,7 +283,7 @@ def seen(num_words: int, penalty: float) -> dict:
         (seen(1, INF), ValueError, "penalty_S: .*got inf"),
         (seen(2, 1.0), ValueError, "seen_S_W: V=8 takes 1 words, got W=2"),
         ({"scratch_M": torch.zeros(99)}, TypeError, "scratch_M.*float32"),
-        ({"scratch_M": torch.zeros(45).int()}, ValueError, "scratch_M: 78 words.*M=45"),
+        ({"scratch_M": torch.zeros(45).int()}, ValueError, "scratch_M: 258 words.*M=45"),
         ({"logits_S_V": torch.zeros(2, 8, requires_grad=True)}, RuntimeError, "no backward"),
     ],
 )

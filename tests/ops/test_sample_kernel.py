@@ -54,11 +54,27 @@ def test_kernel_over_the_whole_vocabulary(device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Config(16, 16, 1), Config(16, 128, 1), Config(4, 32, 1)], ids=str
+    "config", [Config(16, 16, 16, 1), Config(16, 128, 64, 1), Config(4, 32, 8, 1)], ids=str
 )
 def test_every_cut_gives_the_same(config: Config, device: str) -> None:
     inputs = few_rows(Case(8, 90), device)
     assert_as_oracle(take_rows(inputs, slice(4, 6)), config)
+
+
+def contested(num_rows: int, vocabulary: int, device: str) -> dict:
+    """Rows from flat to peaked, cold and hot: draws that are won by much and by little."""
+    logits = randn(num_rows, vocabulary, device=device)
+    s = torch.arange(num_rows, device=device)
+    logits *= torch.tensor([0.0, 0.3, 2.0, 20.0], device=device)[s % 4][:, None]
+    logits[s % 5 == 1, 3] = logits.max() + 2.0  # one that takes most of the mass
+    inputs = rows_of(logits[0], num_rows) | {"logits_S_V": logits}
+    temperature = torch.tensor([1e-38, 0.01, 0.7, 1.0, 30.0, 1e35], device=device)[s % 6]
+    return inputs | {"temperature_S": temperature}
+
+
+def test_bounds_never_leave_out_the_best_draw(device: str) -> None:
+    num_rows = 120 if device == "cpu" else 12_000
+    assert_as_oracle(contested(num_rows, 150, device))
 
 
 @pytest.mark.parametrize(
@@ -226,6 +242,7 @@ def test_every_vocabulary_has_a_config() -> None:
         assert sum(scratch_sizes(3, vocabulary, config)) == scratch_words(3, vocabulary)
     assert SHIPPED[0].why_not(Problem(262145)) is not None
     assert Config(run_v=128, block_v=64).why_not(Problem(320)) is not None
+    assert Config(run_v=128, look_v=64).why_not(Problem(320)) is not None
     with pytest.raises(ValueError, match="V=1048577"):
         choose_config(Problem((1 << 20) + 1))
 

@@ -22,18 +22,25 @@ class Problem:
 @dataclass(frozen=True)
 class Config:
     """A program takes `block_v` columns of a row. What finishes a row skips runs of `run_v` columns
-    whose largest logit says that they do not matter, and takes the others `block_v` at a time."""
+    that do not matter, and takes the others `look_v` columns at a time."""
 
     run_v: int
-    block_v: int = 2048
-    num_warps: int = 16
+    block_v: int = 4096
+    look_v: int = 1024
+    num_warps: int = 8
+    maxnreg: int = 80
+
+    def registers(self, *, edited: bool) -> int:
+        """That a thread may take. What finishes a row, one program of many, would like more than
+        what all do; with edits of logits in every look it has to."""
+        return 255 if edited else self.maxnreg
 
     def why_not(self, p: Problem) -> str | None:
         """The one statement of what is legal; used by the chooser and the tests."""
         if self.run_v < p.min_run:
             return f"{p.vocabulary=} has over {MAX_RUNS} runs of {self.run_v=}"
-        if self.block_v % self.run_v:
-            return f"{self.block_v=} is not a multiple of {self.run_v=}"
+        if self.block_v % self.run_v or self.look_v % self.run_v:
+            return f"{self.block_v=} or {self.look_v=} is not a multiple of {self.run_v=}"
         return None
 
 
@@ -49,19 +56,14 @@ def choose_config(p: Problem) -> Config:
     raise ValueError(f"sample: V={p.vocabulary} is over {MAX_RUNS * SHIPPED[-1].run_v}")
 
 
-# Of a block: largest logit, NaN if it has one; sum of exponentials from that; logit and noise of
-# the best draw. Columns of the largest and of the best draw.
-BLOCK_FLOATS, BLOCK_IDS = 4, 2
+RUN_FLOATS = 3  # of a run: largest logit, bound of its best draw, sum of exponentials
 
 
-def scratch_sizes(num_rows: int, vocabulary: int, config: Config) -> tuple[int, int, int, int, int]:
-    """Words of the scratch's parts: arrival counters, zero between calls; floats and ids of blocks;
-    maxima of runs; the runs that matter."""
-    blocks = -(-vocabulary // config.block_v)
-    runs = blocks * config.block_v // config.run_v
-    per_row = (1, BLOCK_FLOATS * blocks, BLOCK_IDS * blocks, runs, runs)
-    counters, floats, ids, maxima, listed = (num_rows * words for words in per_row)
-    return counters, floats, ids, maxima, listed
+def scratch_sizes(num_rows: int, vocabulary: int, config: Config) -> tuple[int, int, int]:
+    """Words of the scratch's parts: arrival counters, zero between calls; floats of runs; the runs
+    that matter."""
+    runs = -(-vocabulary // config.block_v) * config.block_v // config.run_v
+    return num_rows, num_rows * RUN_FLOATS * runs, num_rows * runs
 
 
 def scratch_words(num_rows: int, vocabulary: int) -> int:

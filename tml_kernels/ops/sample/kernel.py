@@ -1,14 +1,14 @@
 """Triton kernel of sample: one launch, one read of the logits from memory.
 
-A program takes a block of a row's columns: its largest logit, the best of its logits with noise,
-its mass, and the maxima of its runs of columns. The last program of a row to arrive puts the blocks
-together in order; where top-k, top-p or min-p narrow the draw it looks again at what it has to, in
-L2. No program waits for another.
+A program takes a block of a row's columns and leaves three numbers for each run of them: its
+largest logit, a bound of its best draw (`tiles.may_win`), and its mass where top-p asks for it. The
+last program of a row to arrive draws in full where the bounds allow the best draw to be, as a rule
+in one run; where top-k, top-p or min-p narrow the draw it looks again at what it has to, in L2. No
+program waits for another.
 
 Logits order the columns as they are; the plain path orders them after the division, where float32
-may have made two of them equal. Scores of one block are compared relative to its own maximum, then
-those of the row as the plain path has them. So a draw differs from the oracle's only where the two
-best scores, or p and the mass before a column, are within rounding: about 1e-6, relative.
+may have made two of them equal. So a draw differs from the oracle's only where the two best scores,
+or p and the mass before a column, are within rounding: about 1e-6, relative.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -27,51 +27,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._triton.arrival import is_last
 from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import MAX_RUNS, SHIPPED, Config, Problem, choose_config, scratch_sizes
-from .narrow import narrow
-from .tiles import NO_ID, gumbel_tile, load_tile, scale_logit
+from .narrow import best_draw, list_where, narrow
+from .tiles import NO_ID, first_column, load_tile, may_win, scale_logit, slope_of, uniform_tile
 
 
 @triton.jit
-def _is_last(counter_ptr, num_arrivals):
-    """Whether all other programs arrived before. Then it sees all they stored, through loads that
-    pass by the L1 cache, and the counter is zero again."""
-    tl.debug_barrier()  # one thread arrives for all: their stores come first
-    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_arrivals - 1
-    tl.debug_barrier()
-    if last:
-        tl.store(counter_ptr, 0)
-    return last
-
-
-@triton.jit
-def _draw_block(
-    row, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter, V, B,
+def _look_at_block(
+    row, max_ptr, race_ptr, mass_ptr, b, temperature, top_p, seed, counter, V,
     RUN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """Store what the row needs of block b."""
+    """Store what the row needs of the runs of block b. A run is within a warp: nobody waits."""
     run_n = b * TILE_N + tl.arange(0, TILE_N)
-    x_n_v, v_n_v = load_tile(row, run_n, V, RUN)
+    x_n_v, _v_n_v = load_tile(row, run_n, V, RUN)
     max_n = tl.max(x_n_v, axis=1)
     tl.store(max_ptr + run_n, max_n)
-    x_max = tl.max(max_n, axis=0)
-    largest = tl.min(tl.where(x_n_v == x_max, v_n_v, NO_ID))
-    has_nan = tl.max((x_n_v != x_n_v).to(tl.int32)) > 0
-    tl.store(block_f_ptr + b, tl.where(has_nan, float("nan"), x_max))
-    tl.store(block_id_ptr + b, largest)
     if temperature > 0:
-        mask_n_v = x_n_v > float("-inf")
-        scaled_n_v = scale_logit(x_n_v, x_max, temperature)
-        p_n_v = tl.where(mask_n_v, tl.exp(scaled_n_v), 0.0)
-        noise_n_v = gumbel_tile(seed, counter, run_n, RUN)
-        score_n_v = tl.where(mask_n_v, scaled_n_v + noise_n_v, float("-inf"))
-        best = tl.min(tl.where(score_n_v == tl.max(score_n_v), v_n_v, NO_ID))
-        is_best_n_v = v_n_v == best
-        tl.store(block_f_ptr + B + b, tl.sum(p_n_v.to(tl.float64)).to(tl.float32))
-        tl.store(block_f_ptr + 2 * B + b, tl.max(tl.where(is_best_n_v, x_n_v, float("-inf"))))
-        tl.store(block_f_ptr + 3 * B + b, tl.max(tl.where(is_best_n_v, noise_n_v, float("-inf"))))
-        tl.store(block_id_ptr + B + b, best)
+        u_n_v = uniform_tile(seed, counter, run_n, RUN)
+        race_n_v = u_n_v * tl.exp2((max_n[:, None] - x_n_v) * slope_of(temperature))
+        is_empty_n = max_n == float("-inf")
+        tl.store(race_ptr + run_n, tl.where(is_empty_n, float("inf"), tl.min(race_n_v, axis=1)))
+        if top_p < 1.0:
+            p_n_v = tl.exp(scale_logit(x_n_v, max_n[:, None], temperature))
+            tl.store(mass_ptr + run_n, tl.where(is_empty_n, 0.0, tl.sum(p_n_v, axis=1)))
 
 
 @triton.jit(do_not_specialize=["fallback", "num_biases"])
@@ -82,19 +62,17 @@ def sample_kernel(
     bias_id_ptr, bias_ptr,    # in   [S, J]  or None
     seen_ptr, penalty_ptr,    # in   [S, W], [S], or None
     arrived_ptr,              # work [S]        zeros before and after
-    block_f_ptr,              # work [S, 4, B]  see `configs`
-    block_id_ptr,             # work [S, 2, B]
-    max_ptr, list_ptr,        # work [S, N]
+    run_ptr,                  # work [S, 3, N]  largest logits, races and masses
+    list_ptr,                 # work [S, N]
     token_ptr, fault_ptr,     # out  [S]
     V, num_biases, fallback,
-    RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr, TILE_N: tl.constexpr, LOOK_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     wait_for_inputs()
     B = tl.cdiv(V, RUN * TILE_N)
     N = B * TILE_N
     s = (tl.program_id(0) // B).to(tl.int64)
     b = tl.program_id(0) % B
-    temperature = tl.load(temperature_ptr + s)
     logits_ptr += s * V
     biased, seen = (), ()
     if bias_id_ptr is not None:
@@ -102,61 +80,60 @@ def sample_kernel(
     if seen_ptr is not None:
         seen = (seen_ptr + s * tl.cdiv(V, 32), tl.load(penalty_ptr + s))
     row = (logits_ptr, biased, seen)
-    block_f_ptr += s * 4 * B
-    block_id_ptr += s * 2 * B
-    max_ptr += s * N
+    max_ptr = run_ptr + s * 3 * N
+    race_ptr, mass_ptr = max_ptr + N, max_ptr + 2 * N
+    temperature = tl.load(temperature_ptr + s)
+    top_p = tl.load(top_p_ptr + s)
     seed = tl.load(seed_ptr + s)
     counter = tl.load(counter_ptr + s)
-    _draw_block(row, block_f_ptr, block_id_ptr, max_ptr, b, temperature, seed, counter,
-                V, B, RUN, TILE_N)  # fmt: skip
-    if _is_last(arrived_ptr + s, B):
-        offs_b = tl.arange(0, BLOCK_B)
-        mask_b = offs_b < B
-        max_b = tl.load(block_f_ptr + offs_b, mask=mask_b, other=float("-inf"),
+    _look_at_block(row, max_ptr, race_ptr, mass_ptr, b, temperature, top_p, seed, counter, V,
+                   RUN, TILE_N)  # fmt: skip
+    if is_last(arrived_ptr + s, B):
+        offs_n = tl.arange(0, BLOCK_N)
+        max_n = tl.load(max_ptr + offs_n, mask=offs_n < N, other=float("-inf"),
                         cache_modifier=".cg")  # fmt: skip
-        largest_b = tl.load(block_id_ptr + offs_b, mask=mask_b, other=NO_ID, cache_modifier=".cg")
-        has_nan = tl.max((max_b != max_b).to(tl.int32), axis=0) > 0
-        x_max = tl.max(max_b, axis=0)
-        fault = has_nan | (x_max == float("-inf"))
-        token = tl.min(tl.where(max_b == x_max, largest_b, NO_ID), axis=0)
-        min_p = 0.0
-        if min_p_ptr is not None:
-            min_p = tl.load(min_p_ptr + s)
-        if (temperature > 0) & (fault == 0):
-            token = _draw_row(
-                row, block_f_ptr, block_id_ptr, max_ptr, list_ptr + s * N, max_b, x_max, token,
-                tl.load(top_k_ptr + s), tl.load(top_p_ptr + s), min_p, temperature, seed, counter,
-                V, N, B, RUN, TILE_N, BLOCK_N,
-            )  # fmt: skip
-        tl.store(token_ptr + s, tl.where(fault, fallback, token))
+        x_max = tl.max(max_n, axis=0)
+        fault = (x_max == float("-inf")) | (x_max == float("inf"))
+        token = fallback
+        if fault == 0:
+            token = first_column(row, tl.min(tl.where(max_n == x_max, offs_n, N), axis=0), x_max,
+                                 V, RUN)  # fmt: skip
+            if temperature > 0:
+                min_p = 0.0
+                if min_p_ptr is not None:
+                    min_p = tl.load(min_p_ptr + s)
+                token = _draw_row(
+                    row, max_ptr, race_ptr, mass_ptr, list_ptr + s * N, max_n, x_max, token,
+                    tl.load(top_k_ptr + s), top_p, min_p, temperature, seed, counter,
+                    V, N, RUN, LOOK_N, BLOCK_N,
+                )  # fmt: skip
+        tl.store(token_ptr + s, token)
         tl.store(fault_ptr + s, fault.to(tl.uint8))
 
 
 @triton.jit
 def _draw_row(
-    row, block_f_ptr, block_id_ptr, max_ptr, list_ptr, max_b, x_max, largest,
-    top_k, top_p, min_p, temperature, seed, counter, V, N, B,
-    RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr,
+    row, max_ptr, race_ptr, mass_ptr, list_ptr, max_n, x_max, largest,
+    top_k, top_p, min_p, temperature, seed, counter, V, N,
+    RUN: tl.constexpr, LOOK_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row, whose last block has been stored."""
-    offs_b = tl.arange(0, max_b.shape[0])
-    mask_b = offs_b < B
-    mass_b = tl.load(block_f_ptr + B + offs_b, mask=mask_b, other=0.0, cache_modifier=".cg")
-    x_b = tl.load(block_f_ptr + 2 * B + offs_b, mask=mask_b, other=float("-inf"),
-                  cache_modifier=".cg")  # fmt: skip
-    noise_b = tl.load(block_f_ptr + 3 * B + offs_b, mask=mask_b, other=0.0, cache_modifier=".cg")
-    best_b = tl.load(block_id_ptr + B + offs_b, mask=mask_b, other=NO_ID, cache_modifier=".cg")
-    is_drawn_b = x_b > float("-inf")
-    score_b = tl.where(is_drawn_b, scale_logit(x_b, x_max, temperature) + noise_b, float("-inf"))
-    token = tl.min(tl.where(score_b == tl.max(score_b, axis=0), best_b, NO_ID), axis=0)
-    x = tl.max(tl.where(best_b == token, x_b, float("-inf")), axis=0)
+    """The token of a row, all of whose blocks have been looked at."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    race_n = tl.load(race_ptr + offs_n, mask=mask_n, other=float("inf"), cache_modifier=".cg")
+    listed_n = may_win(race_n, max_n, x_max, temperature)
+    num_listed = list_where(list_ptr, listed_n, BLOCK_N)
+    x, token = best_draw(list_ptr, num_listed, row, float("-inf"), NO_ID,
+                         x_max, temperature, seed, counter, V, RUN, LOOK_N)  # fmt: skip
     if ((top_k > 0) & (top_k < V)) | (top_p < 1.0) | (min_p > 0.0):
-        share_b = tl.exp(scale_logit(max_b, x_max, temperature))
-        mass_b = tl.where(is_drawn_b, mass_b * share_b, 0.0)
+        mass = tl.full([], 0.0, tl.float64)
+        if top_p < 1.0:
+            mass_n = tl.load(mass_ptr + offs_n, mask=mask_n, other=0.0, cache_modifier=".cg")
+            mass_n *= tl.exp(scale_logit(max_n, x_max, temperature))
+            mass = tl.sum(mass_n.to(tl.float64), axis=0)
         token = narrow(
-            x, token, tl.sum(mass_b.to(tl.float64), axis=0), largest, x_max,
-            top_k, top_p, min_p, temperature, seed, counter,
-            row, max_ptr, list_ptr, V, N, RUN, TILE_N, BLOCK_N,
+            x, token, mass, largest, x_max, top_k, top_p, min_p, temperature, seed, counter,
+            row, max_ptr, list_ptr, V, N, RUN, LOOK_N, BLOCK_N,
         )  # fmt: skip
     return token
 
@@ -186,13 +163,14 @@ def launch_sample(
     if scratch is None:
         scratch = torch.empty(sum(sizes), dtype=torch.int32, device=logits.device)
         scratch[: sizes[0]].zero_()
-    arrived, block_f, block_id, run_max, listed = scratch[: sum(sizes)].split(sizes)
+    arrived, runs, listed = scratch[: sum(sizes)].split(sizes)
     sample_kernel[(num_rows * triton.cdiv(vocabulary, config.block_v),)](
         logits, temperature, top_k, top_p, seed, counter,
         min_p, bias_id, bias, seen, penalty,
-        arrived, block_f.view(torch.float32), block_id, run_max.view(torch.float32), listed,
+        arrived, runs.view(torch.float32), listed,
         out, fault.view(torch.uint8), vocabulary, 0 if bias is None else bias.shape[1], fallback,
-        **_constexprs(vocabulary, config), num_warps=config.num_warps, **LAUNCH,
+        **_constexprs(vocabulary, config), num_warps=config.num_warps,
+        maxnreg=config.registers(edited=bias_id is not None or seen is not None), **LAUNCH,
     )  # fmt: skip
 
 
@@ -202,7 +180,7 @@ def _constexprs(vocabulary: int, config: Config) -> dict[str, Any]:
     return {
         "RUN": config.run_v,
         "TILE_N": tile_n,
-        "BLOCK_B": triton.next_power_of_2(blocks),
+        "LOOK_N": config.look_v // config.run_v,
         "BLOCK_N": triton.next_power_of_2(blocks * tile_n),
     }
 
@@ -227,8 +205,8 @@ def _spec(config: Config, vocabulary: int, options: dict[str, str]) -> AotSpec:
     types = {
         "logits_ptr": "*fp32", "temperature_ptr": "*fp32", "top_p_ptr": "*fp32",
         "top_k_ptr": "*i32", "seed_ptr": "*i64", "counter_ptr": "*i64",
-        "arrived_ptr": "*i32", "block_f_ptr": "*fp32", "block_id_ptr": "*i32",
-        "max_ptr": "*fp32", "list_ptr": "*i32", "token_ptr": "*i32", "fault_ptr": "*u8",
+        "arrived_ptr": "*i32", "run_ptr": "*fp32", "list_ptr": "*i32",
+        "token_ptr": "*i32", "fault_ptr": "*u8",
         "V": "i32", "num_biases": "i32", "fallback": "i32", **options,
     }  # fmt: skip
     return AotSpec(
@@ -237,6 +215,7 @@ def _spec(config: Config, vocabulary: int, options: dict[str, str]) -> AotSpec:
         signature=types,
         constexprs=constexprs,
         num_warps=config.num_warps,
+        maxnreg=config.registers(edited=bool(options)),
         aligned=("logits_ptr", "V") if vocabulary % 16 == 0 else ("logits_ptr",),
         label=f"V{vocabulary}" + ("-options" if options else ""),
     )

@@ -31,7 +31,14 @@ def list_runs(max_ptr, list_ptr, least, N, BLOCK_N: tl.constexpr):
     """Write the runs with a logit of `least` or more, in order; returns how many."""
     offs_n = tl.arange(0, BLOCK_N)
     max_n = tl.load(max_ptr + offs_n, mask=offs_n < N, other=0.0, cache_modifier=".cg")
-    listed_n = ((max_n >= least) & (offs_n < N)).to(tl.int32)
+    return list_where(list_ptr, (max_n >= least) & (offs_n < N), BLOCK_N)
+
+
+@triton.jit
+def list_where(list_ptr, mask_n, BLOCK_N: tl.constexpr):
+    """Write the runs of a mask, in order; returns how many."""
+    offs_n = tl.arange(0, BLOCK_N)
+    listed_n = mask_n.to(tl.int32)
     place_n = tl.cumsum(listed_n, axis=0) - listed_n
     tl.debug_barrier()  # others may still be reading the last list
     tl.store(list_ptr + place_n, offs_n, mask=listed_n > 0)
