@@ -99,9 +99,9 @@ def may_win(race_n, max_n, x_max, temperature):
 
     The best draw has the least ln(1 / (1 - u)) / p, where p = exp((x - x_max) / temperature): the
     race of exponentials. u / p bounds that from below; from above it is 1 / (1 - u) times as much,
-    and 1 - u is at least one less u / p, since p <= 1; or 34 times, as u ends at 1 - 2**-24. A run's
-    race is its least u / p with its own maximum for x_max. Rounding of both ways to the score is
-    under 2e-5, relative, for whatever comes near to winning; 1e-4 is allowed.
+    and u is at most u / p, since p <= 1; or 34 times, as u ends at 1 - 2**-24. A run's race is its
+    least u / p with its own maximum for x_max. Rounding of both ways to the score is under 2e-5,
+    relative, for whatever comes near to winning; 1e-4 is allowed.
     """
     upper_n = race_n * tl.where(race_n < 0.5, 1.0 / (1.0 - race_n), 34.0)
     rest_n = tl.exp2((x_max - max_n) * slope_of(temperature))
