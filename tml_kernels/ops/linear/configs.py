@@ -113,15 +113,15 @@ class Config:
 @chooser
 def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock. Taken from the cubins' registers and
-    shared memory, not from timings. The tile is always one of the matrix unit's wide instructions
-    (64 rows and 4 warps, or multiples): narrower ones add up in another order."""
+    shared memory, and from `bench tune`. The tile is always one of the matrix unit's wide
+    instructions (64 rows and 4 warps, or multiples): narrower ones add up in another order."""
     block_n = next(n for n in (16, 32, 64, 128) if n >= min(p.num_tokens, WIDEST[p.format]))
     blocks = -(-p.num_tokens // block_n)
     lowest = 64 if p.format == "plain" else 128
     parallel = p.splits > 1 and -(-p.rows // lowest) * blocks < HALF_FULL
     programs = -(-p.rows // 128) * blocks * (p.splits if parallel else 1)
     block_m = 128 if lowest == 128 or programs > HALF_FULL else 64
-    num_warps = 8 if block_m == 128 and block_n >= 64 else 4
+    num_warps = 8 if block_n == 128 or (block_m == 128 and block_n == 64) else 4
     return Config(block_m, block_n, parallel, num_warps, _stages(p.format, block_m, block_n))
 
 
