@@ -73,8 +73,18 @@ def contested(num_rows: int, vocabulary: int, device: str) -> dict:
 
 
 def test_bounds_never_leave_out_the_best_draw(device: str) -> None:
-    num_rows = 120 if device == "cpu" else 12_000
+    num_rows = 48 if device == "cpu" else 12_000
     assert_as_oracle(contested(num_rows, 150, device))
+
+
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_top_p_decides_by_runs_as_by_columns(top_k: int, device: str) -> None:
+    num_rows = 30 if device == "cpu" else 12_000
+    inputs = contested(num_rows, 150, device)
+    s = torch.arange(num_rows, device=device)
+    inputs["top_p_S"] = torch.tensor([0.02, 0.3, 0.6, 0.9, 0.99], device=device)[s % 5]
+    inputs["top_k_S"] = torch.full_like(inputs["top_k_S"], top_k)
+    assert_as_oracle(inputs)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 What is kept is a prefix of the order, so the best draw of all columns is the token if it is kept.
 If not, nothing after it is kept either: the best draw of the columns before it is next. Each look
-at the row takes only runs of columns that have one of those, which their maxima tell.
+at the row takes only runs of columns that have one of those, which their maxima tell; and where
+the masses of runs tell that top-p keeps a column, there is none.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
@@ -18,12 +19,16 @@ import triton.language as tl
 from .tiles import (
     NO_ID,
     gumbel_tile,
+    has_slope,
     in_prefix,
     key_value,
     load_tile,
     order_key,
     scale_logit,
+    slope_of,
 )
+
+ROUNDING = tl.constexpr(3e-5)  # of float32 sums and of exp2, and more
 
 
 @triton.jit
@@ -135,6 +140,18 @@ def prefix_mass(
 
 
 @triton.jit
+def most_before(run_ptr, x, x_max, temperature, N, BLOCK_N: tl.constexpr):
+    """A bound of the mass before a column with the logit x: all of each run that reaches x."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    max_n = tl.load(run_ptr + offs_n, mask=mask_n, other=float("-inf"), cache_modifier=".cg")
+    mass_n = tl.load(run_ptr + 2 * N + offs_n, mask=mask_n, other=0.0, cache_modifier=".cg")
+    mass_n *= tl.exp2((max_n - x_max) * slope_of(temperature))
+    most = tl.sum(tl.where(max_n >= x, mass_n, 0.0), axis=0)
+    return tl.where(has_slope(temperature), most, float("inf"))
+
+
+@triton.jit
 def best_draw(
     list_ptr, num_listed, row, last_x, last_id, x_max, temperature, seed, counter, V,
     RUN: tl.constexpr, TILE_N: tl.constexpr,
@@ -163,7 +180,7 @@ def narrow(
     largest, x_max,           # the column of the largest logit, and that
     top_k, top_p, min_p, temperature, seed, counter,
     row,                      # see `load_tile`
-    max_ptr,                  # in   [N]  maxima of the runs
+    max_ptr,                  # in   [3, N]  maxima of the runs; last their masses where top_p < 1
     list_ptr,                 # work [N]
     V, N,
     RUN: tl.constexpr, TILE_N: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -187,8 +204,10 @@ def narrow(
         last_x, last_id = x, token - 1
         num_listed = list_runs(max_ptr, list_ptr, x, N, BLOCK_N)
         if (token != largest) & (top_p < 1.0) & (drawing == 0):
-            before = prefix_mass(list_ptr, num_listed, row, last_x, last_id,
-                                 x_max, temperature, V, RUN, TILE_N)  # fmt: skip
-            drawing = before >= top_p.to(tl.float64) * mass
+            most = most_before(max_ptr, x, x_max, temperature, N, BLOCK_N)
+            if most >= (1.0 - ROUNDING) * top_p * mass.to(tl.float32):  # else it is kept
+                before = prefix_mass(list_ptr, num_listed, row, last_x, last_id,
+                                     x_max, temperature, V, RUN, TILE_N)  # fmt: skip
+                drawing = before >= top_p.to(tl.float64) * mass
         searching = drawing
     return token

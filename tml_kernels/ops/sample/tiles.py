@@ -94,6 +94,12 @@ def slope_of(temperature):
 
 
 @triton.jit
+def has_slope(temperature):
+    """Whether exp2(d * slope_of) is exp(d / temperature)."""
+    return (temperature >= MIN_T) & (temperature <= MAX_T)
+
+
+@triton.jit
 def may_win(race_n, max_n, x_max, temperature):
     """Which runs may have the row's best draw, without a logarithm of any column.
 
@@ -106,8 +112,7 @@ def may_win(race_n, max_n, x_max, temperature):
     upper_n = race_n * tl.where(race_n < 0.5, 1.0 / (1.0 - race_n), 34.0)
     rest_n = tl.exp2((x_max - max_n) * slope_of(temperature))
     may_n = race_n * rest_n <= 1.0001 * tl.min(upper_n * rest_n, axis=0)
-    in_range = (temperature >= MIN_T) & (temperature <= MAX_T)
-    return tl.where(in_range, may_n, max_n > float("-inf"))
+    return tl.where(has_slope(temperature), may_n, max_n > float("-inf"))
 
 
 @triton.jit
