@@ -275,3 +275,11 @@ def test_at_a_quick_pace_there_is_more_to_answer() -> None:
         for pace in (1.0, 0.1)
     ]
     assert due[1] > 1.5 * due[0]
+
+
+@pytest.mark.parametrize(("task", "least"), [("wait_tone", 1), ("every", 2)])
+def test_delays_are_bounded(task: str, least: int) -> None:
+    for delays, most in ((1, max(1, least)), (2, 2), (4, 4), (8, 8)):
+        episodes = [make(task, 40, seed, delays=delays) for seed in range(60)]
+        given = {NUMBERS.index(read(episode)[0][1][-1]) for episode in episodes}
+        assert given == set(range(least, most + 1))

@@ -15,6 +15,7 @@ from .words import CONFIG, ID, NUMBERS
 RATE = CONFIG.layout.sample_rate
 WINDOW = CONFIG.layout.samples_per_tick
 SIDE = CONFIG.patch.patch  # one patch a frame pair: one token
+MAX_DELAY = 8  # ticks
 CUE_HZ, ASK_HZ = 1000.0, 2200.0
 OTHER_HZ = ((420.0, 800.0), (1300.0, 1750.0), (2800.0, 3400.0))
 SQUARE = 10  # side of what moves, in pixels
@@ -56,8 +57,9 @@ class Stage:
     rng: np.random.Generator
     speech: Speech
     footage: Footage
-    pace: float = 1.0  # of events; for this and `talks` see `make_episode`
+    pace: float = 1.0  # of events; for this and the next two see `make_episode`
     talks: float = 0.5
+    delays: int = MAX_DELAY
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .speech import Footage, Speech
-from .stage import ASK_HZ, CUE_HZ, Episode, Event, Stage
+from .stage import ASK_HZ, CUE_HZ, MAX_DELAY, Episode, Event, Stage
 from .words import NOW, NUMBERS, SCALE, TICK, YES
 
-MAX_DELAY = 8  # ticks
 MAX_COUNT = len(NUMBERS) - 1
 GAP = 15  # ticks between bursts at least, and so many times the pace at most: beyond local windows
 Task = Callable[[Stage, int, int], None]  # stage, first tick, end
@@ -30,18 +29,19 @@ def make_episode(
     sections: int = 1,
     pace: float = 1.0,
     talks: float = 0.5,
+    delays: int = MAX_DELAY,
 ) -> Episode:
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
     lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
     events lie closer together; above 1, in bursts with long gaps between them. talks: how likely
-    somebody talks all along, where that is to be ignored. Raises KeyError for a task that is not in
-    TASKS, ValueError for fewer than 24 ticks a section.
+    somebody talks all along, where that is to be ignored. delays: ticks to wait for, at most.
+    Raises KeyError for a task that is not in TASKS, ValueError for fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")
     rng = np.random.default_rng(seed)
-    stage = Stage(num_ticks, rng, speech, footage, pace, talks)
+    stage = Stage(num_ticks, rng, speech, footage, pace, talks, delays)
     names = [str(rng.choice([n for n in TASKS if _follows(n, name)])) for _ in range(sections - 1)]
     names.append(name)
     ends = np.linspace(0, num_ticks, sections + 1).astype(int)
@@ -133,7 +133,7 @@ def cue(stage: Stage, begin: int, end: int) -> None:
 
 def every(stage: Stage, begin: int, end: int) -> None:
     """Reads "every 4": says "tick" every four ticks, until "stop"."""
-    period = int(stage.rng.integers(2, MAX_DELAY + 1))
+    period = int(stage.rng.integers(2, max(2, stage.delays) + 1))
     stage.read(begin, "every", period)
     stop = end if stage.rng.random() < 0.3 else int(stage.rng.integers(begin + 8, end))
     for tick in range(begin + period, stop, period):
@@ -175,7 +175,7 @@ def _follows(before: str, last: str) -> bool:
 
 
 def _wait(stage: Stage, begin: int, end: int, what: str, happen: Callable[[int], None]) -> None:
-    delay = int(stage.rng.integers(1, MAX_DELAY + 1))
+    delay = int(stage.rng.integers(1, stage.delays + 1))
     stage.read(begin, "wait", what, delay)
     for tick in _spread(stage, begin + 1, end - delay, 2, 12):
         if stage.rng.random() < 0.65:

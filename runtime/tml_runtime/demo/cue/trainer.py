@@ -36,8 +36,6 @@ from .words import CONFIG, SILENT_LEVEL
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
 SPEECH_WEIGHT = 0.1  # of the speech head's loss beside that of tokens
 LATER_WEIGHT = 0.1  # of a tick's later steps, whose token is always silence
-WORD_WEIGHT = 2.0  # of a word that is due
-CHOICE_WEIGHT = 9.0  # of which word is due, given that one is: says nothing about when
 QUIET_ROWS = 24  # of the speech head per batch, of steps that are silent
 NEWEST = 0.05  # what an episode's loss counts in the mean of its task
 UNKNOWN = 100_000  # steps, for the schedules of the first ones, by which a run's number is set
@@ -91,7 +89,7 @@ class Trainer:
             keep_ticks=keep,
         )
         loads: list[Tensor] = []
-        total, loss = batch_loss(self.weights, batch, episodes, rng, loads)
+        total, loss = batch_loss(self.weights, batch, episodes, rng, lesson, loads)
         total.backward()
         self.optimiser.step(self.step, num_steps)
         self._balance(loads)
@@ -206,6 +204,7 @@ def draw_episodes(
             sections=sections,
             pace=paces[n],
             talks=lesson.talks,
+            delays=lesson.delays,
         )
         for n, num_ticks in enumerate(lengths)
     ]
@@ -216,6 +215,7 @@ def batch_loss(
     batch: Batch,
     episodes: list[Episode],
     rng: np.random.Generator,
+    lesson: Lesson,
     loads: list[Tensor] | None = None,
 ) -> tuple[Tensor, Loss]:
     """What is minimised, with a graph, and its parts."""
@@ -225,12 +225,12 @@ def batch_loss(
     loss_M = F.cross_entropy(logits_M_V, batch.target_M, reduction="none")
     is_first_M = torch.arange(len(loss_M)) % CONFIG.layout.num_steps == 0
     weight_M = torch.where(is_first_M, 1.0, LATER_WEIGHT)
-    weight_M = weight_M * torch.where(batch.target_M == SILENCE, 1.0, WORD_WEIGHT)
+    weight_M = weight_M * torch.where(batch.target_M == SILENCE, 1.0, lesson.word)
     due = torch.where(batch.target_M != SILENCE)[0]
     silence_V = torch.arange(CONFIG.vocab.num_valid) == SILENCE
     which = logits_M_V[due].masked_fill(silence_V, float("-inf"))
     choice = F.cross_entropy(which, batch.target_M[due], reduction="sum")
-    tokens = ((loss_M * weight_M).sum() + CHOICE_WEIGHT * choice) / weight_M.sum()
+    tokens = ((loss_M * weight_M).sum() + lesson.choice * choice) / weight_M.sum()
     speech = speech_loss(w, batch, h_M_D, rng)
     total = tokens + SPEECH_WEIGHT * speech
     tasks = {}
