@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .paths import ROOT
 from .process import Finished
 from .report import clip, rate, read_json
 
@@ -39,15 +40,20 @@ class Check:
     fraction: float | None = None
 
 
+def _output(text: str) -> str:
+    """Of a command, without this machine's folders, since results are shared."""
+    return clip(text.replace(f"{ROOT}/", ""), TEXT_LIMIT)
+
+
 def unfinished(section: str, done: Finished) -> Check:
     """For a command that left no readable result."""
-    detail = f"{done.why()}\n{clip(done.output, TEXT_LIMIT)}"
+    detail = f"{done.why()}\n{_output(done.output)}"
     return Check(section, " ".join(done.command[-4:]), "failed", detail)
 
 
 def from_build(section: str, done: Finished) -> list[Check]:
     ok = done.rc == 0
-    detail = "" if ok else f"{done.why()}\n{clip(done.output, TEXT_LIMIT)}"
+    detail = "" if ok else f"{done.why()}\n{_output(done.output)}"
     return [Check(section, "extensions build in place", "passed" if ok else "failed", detail)]
 
 
@@ -82,7 +88,7 @@ def from_pytest(section: str, done: Finished, report: Path, *, all_needed: bool)
             if bad is not None:
                 name = f"{case.get('classname', '')}::{case.get('name', '')}"
                 text = f"{bad.get('message', '')}\n{bad.text or ''}"
-                checks.append(Check(section, name, "failed", clip(text.strip(), TEXT_LIMIT)))
+                checks.append(Check(section, name, "failed", _output(text.strip())))
             elif skipped is not None:
                 reasons[skipped.get("message") or "no reason given"] += 1
             else:

@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "numpy": _version("numpy"),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "gpu": _gpu(),

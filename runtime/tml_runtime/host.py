@@ -29,7 +29,7 @@ def host_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": version("numpy"),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         "cpu": _cpu_name(),
         "cores": _num_cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
