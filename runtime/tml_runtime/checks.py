@@ -12,6 +12,8 @@ import numpy as np
 
 from .errors import InputTypeError, InputValueError
 
+MAX_TEMPERATURE = 1e6  # any distribution is flat long before
+
 
 @dataclass(frozen=True)
 class FrameGrid:
@@ -137,8 +139,10 @@ class Sampling:
         for name in ("temperature", "top_p", "min_p"):
             if type(getattr(self, name)) not in (int, float):
                 raise InputTypeError(f"{name}={getattr(self, name)!r}: expected a float")
-        if not 0.0 <= self.temperature < math.inf:
-            raise InputValueError(f"temperature={self.temperature} is not a finite number >= 0")
+        if not 0.0 <= self.temperature <= MAX_TEMPERATURE:
+            raise InputValueError(
+                f"temperature={_shown(self.temperature)} is not in 0..{MAX_TEMPERATURE:g}"
+            )
         if not 0 <= self.top_k < 2**31:
             raise InputValueError(f"top_k={self.top_k} is not in 0..2**31-1 (0: off)")
         if not 0.0 < self.top_p <= 1.0:
@@ -147,3 +151,8 @@ class Sampling:
             raise InputValueError(f"min_p={self.min_p} is not in 0..1 (0: off)")
         if not -(2**63) <= self.seed < 2**63:
             raise InputValueError(f"seed={self.seed} does not fit 64 bits")
+
+
+def _shown(number: float) -> str:
+    """An int may have more digits than anybody wants to read, or Python to write."""
+    return "(above 1e300)" if number > 1e300 else str(number)

@@ -198,7 +198,7 @@ class Runtime:
                 words = np.random.SeedSequence([self._seed, self._num_opened])
                 seed = int(words.generate_state(1, np.uint64)[0] >> np.uint64(1))
             sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-            check_int("priority", priority, at_least=-(2**31))
+            check_int("priority", priority, at_least=-(2**31), at_most=2**31 - 1)
             vocab, anchor = self._model.config.vocab, self._budget.anchor
             ids = checked_prompt(prompt, self._tokenizer, vocab, anchor)
             if self._thread is None:  # no thread is in a tick, so slots can be freed right here
@@ -317,7 +317,7 @@ class Runtime:
         deadline_ns = self._open_record(tick)
         seats = self._admit(tick)
         shed = self._overload.shed
-        inputs = self._batch.fill(seats, tick, self._metrics, shed)  # what comes now is late
+        seats, inputs = self._batch.fill(seats, tick, self._metrics, shed)  # what comes now is late
         self._metrics.lap("take")
         if seats:
             self._metrics.launch()
@@ -346,13 +346,24 @@ class Runtime:
 
     def _admit(self, tick: int) -> list[Seat]:
         self._release()
-        seats = self._slots.due(tick)
+        seats, absent = self._slots.due(tick)
+        for seat in absent:
+            self._guard(seat, tick, seat.sit_out, tick)
         for seat in seats:
             if not seat.admitted:
-                self._upkeep.begin(seat)
+                self._guard(seat, tick, self._upkeep.begin, seat)
         for seat in self._slots.seats():  # the paused too: the cache will not remember for long
-            self._upkeep.take_back(seat, tick)
+            if not seat.over:
+                self._guard(seat, tick, self._upkeep.take_back, seat)
         return [seat for seat in seats if not seat.over]
+
+    def _guard(self, seat: Seat, tick: int, call: Callable[..., object], *args: object) -> None:
+        """What goes wrong for one session ends that one."""
+        try:
+            call(*args)
+        except Exception as error:
+            seat.fail(tick, error)
+            self._metrics.add("faults", 1)
 
     def _release(self) -> None:
         """Free the slots of sessions that are over, and give back all that they hold."""

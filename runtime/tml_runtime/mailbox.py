@@ -220,8 +220,10 @@ class Inbox:
 
     def pass_by(self, window: int) -> tuple[int, int]:
         """Close all windows up to `window` unheard; (samples dropped, frames shed). Text waits."""
-        dropped = self._samples.drain(self._audio) + self._samples.forget_before(window + 1)
-        return dropped, self._sort_frames() + self._frames.forget_before(window + 1)
+        dropped = self._samples.forget_before(window) + self._samples.drain(self._audio)
+        shed = self._frames.forget_before(window) + self._sort_frames()
+        dropped += self._samples.forget_before(window + 1)
+        return dropped, shed + self._frames.forget_before(window + 1)
 
     def _sort_frames(self) -> int:
         shed = 0

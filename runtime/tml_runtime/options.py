@@ -14,11 +14,13 @@ from .recall import PAST_TICKS
 from .text import Tokenizer
 
 
-def check_int(name: str, value: Any, *, at_least: int) -> None:
+def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
     if type(value) is not int:
         raise InputTypeError(f"{name}={value!r}: expected an int")
     if value < at_least:
         raise InputValueError(f"{name}={value} is less than {at_least}")
+    if at_most is not None and value > at_most:
+        raise InputValueError(f"{name}={value} is more than {at_most}")
 
 
 def checked_layout(config: ModelConfig, layout: TurnLayout | None) -> TurnLayout:

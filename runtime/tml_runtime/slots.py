@@ -165,9 +165,10 @@ class Slots:
     def claim(self, seat: Seat, admission: Admission) -> None:
         """Give `seat` a slot. Raises ResourceExhausted, with figures, when there is none for it."""
         seats = list(self._seats)
-        closing = sum(s is not None and s.over for s in seats)
+        held = [s for s in seats if s is not None]
         try:
-            admission.check(len(seats) - self.num_free, closing)
+            # of one moment: the tick thread may free slots meanwhile, and these count as held
+            admission.check(len(held), sum(s.over for s in held))
         except ResourceExhausted:
             self.num_refused += 1
             raise
@@ -187,17 +188,14 @@ class Slots:
         """Everybody who holds a slot now, by slot; any thread may ask."""
         return [seat for seat in self._seats if seat is not None]
 
-    def due(self, tick: int) -> list[Seat]:
-        """The sessions that take part in `tick`, by slot; for the others it passes."""
-        due = []
-        for seat in self._seats:
-            if seat is None or seat.open_tick > tick:
-                continue
-            if seat.present:
-                due.append(seat)
-            else:
-                seat.sit_out(tick)
-        return due
+    def due(self, tick: int) -> tuple[list[Seat], list[Seat]]:
+        """The sessions that take part in `tick`, and those for which it passes, by slot."""
+        begun = [seat for seat in self._seats if seat is not None and seat.open_tick <= tick]
+        present = [seat.present for seat in begun]  # asked once: a client may change it
+        return (
+            [seat for seat, is_present in zip(begun, present, strict=True) if is_present],
+            [seat for seat, is_present in zip(begun, present, strict=True) if not is_present],
+        )
 
 
 class Batch:
@@ -210,22 +208,33 @@ class Batch:
         self._frames: list[np.ndarray | None] = [None] * num_slots
         self._text: list[list[int]] = [[]] * num_slots
 
-    def fill(self, seats: list[Seat], tick: int, metrics: Metrics, shed: int = 0) -> TickInput:
-        """Row s is `seats[s]`: its window of `tick`, which is closed from here on."""
+    def fill(
+        self, seats: list[Seat], tick: int, metrics: Metrics, shed: int = 0
+    ) -> tuple[list[Seat], TickInput]:
+        """Row s is that of the s-th seat returned: its window of `tick`, which is closed from here
+        on. Those whose window could not be taken are left out, and have failed."""
         dropped_samples = shed_frames = 0
-        for row, seat in enumerate(seats):
-            window, missing = seat.take(tick, self._pcm_S_N[row], shed)
+        taken: list[Seat] = []
+        for seat in seats:
+            row = len(taken)
+            try:
+                window, missing = seat.take(tick, self._pcm_S_N[row], shed)
+            except Exception as error:
+                seat.fail(tick, error)
+                continue
+            taken.append(seat)
             self._missing_S[row] = missing
             self._frames[row] = window.pairs
             self._text[row] = window.text
             dropped_samples += window.dropped_samples
             shed_frames += window.shed_frames
-        self._slot_S[: len(seats)] = [seat.slot for seat in seats]
-        metrics.add("missing", int(self._missing_S[: len(seats)].sum()))
+        self._slot_S[: len(taken)] = [seat.slot for seat in taken]
+        metrics.add("faults", len(seats) - len(taken))
+        metrics.add("missing", int(self._missing_S[: len(taken)].sum()))
         metrics.add("dropped_samples", dropped_samples)
         metrics.add("shed_frames", shed_frames)
-        metrics.add("rows", len(seats))
-        return self._input(len(seats))
+        metrics.add("rows", len(taken))
+        return taken, self._input(len(taken))
 
     def silent(self, num_rows: int | None = None) -> TickInput:
         """The first slots, or all of them, hearing a whole window of zeros."""
@@ -233,7 +242,7 @@ class Batch:
         self._slot_S[:num_rows] = np.arange(num_rows)
         self._pcm_S_N[:] = 0.0
         self._missing_S[:] = False
-        self._frames, self._text = [None] * num_rows, [[]] * num_rows
+        self._frames[:num_rows], self._text[:num_rows] = [None] * num_rows, [[]] * num_rows
         return self._input(num_rows)
 
     def _input(self, num_rows: int) -> TickInput:

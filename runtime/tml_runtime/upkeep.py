@@ -18,7 +18,8 @@ FORGET = 16  # a tick without time for a kind of work takes one part of so many 
 
 
 class Upkeep:
-    """For the tick thread. `begin` and `take_back` come before a tick, `rest` after its output.
+    """For the tick thread. `begin` and `take_back` come before a tick and may raise, which is the
+    session's own fault; `rest` comes after its output.
 
     Prompts are read and keys put away only in time that nobody waits for: each is taken to cost
     twice what the costliest of its kind has cost lately, and must fit. A prompt of which nothing
@@ -54,7 +55,7 @@ class Upkeep:
         self._state.set_sampling(seat.slot, **vars(seat.sampling))
         seat.admitted = True
 
-    def take_back(self, seat: Seat, tick: int) -> None:
+    def take_back(self, seat: Seat) -> None:
         """What was not heard before an interruption was never said, as far as that can be undone.
 
         What happened meanwhile happens again, with silence in the place of that speech.
@@ -69,8 +70,6 @@ class Upkeep:
             self._replay(seat)
         except (NoSnapshot, WindowPassed):  # nothing has changed
             seat.stats.unforgotten += 1
-        except Exception as error:
-            self._fail(seat, tick, error)
 
     def rest(self, seats: Sequence[Seat], tick: int, end_ns: int) -> int:
         """Everything that fits before `end_ns`: one piece of each prompt, keys of the paused.
@@ -89,8 +88,9 @@ class Upkeep:
                 if not had_time:
                     late.add(kind)
             except Exception as error:
-                self._fail(seat, tick, error)
+                seat.fail(tick, error)
                 num_faults += 1
+        self._metrics.add("faults", num_faults)
         for kind in late:  # else one slow piece would stop all prompts for ever
             self._cost_ns[kind] -= self._cost_ns[kind] // FORGET
         return num_faults
@@ -136,10 +136,6 @@ class Upkeep:
         begin_ns = self._now_ns()
         call(*args)
         self._cost_ns[kind] = max(self._cost_ns[kind], self._now_ns() - begin_ns)
-
-    def _fail(self, seat: Seat, tick: int, error: Exception) -> None:
-        seat.fail(tick, error)
-        self._metrics.add("faults", 1)
 
 
 ALWAYS = sys.maxsize  # ns: on a virtual clock there is all the time in the world

@@ -226,6 +226,44 @@ def test_an_interruption_that_comes_during_another_hides_nothing_of_it() -> None
     assert requests[0].epoch == 2
 
 
+def test_what_a_client_asked_before_an_interruption_is_dropped_before_a_tick_sees_it() -> None:
+    triggers: list[str] = []
+    background = LocalModel(lambda request: triggers.append(request.trigger) or "42")
+    runtime, model = make(background, script())
+    with runtime, runtime.open_session() as session:
+        runtime.run_ticks(2)
+        for text in ("old", "old too"):
+            session.delegate(text)
+        session.interrupt(0.2)
+        session.delegate("new")
+        runtime.run_ticks(12)
+        assert triggers == ["new"]
+        assert "".join(read(model)) == NO_ANSWER + "it was interrupted[result] 42 [/result]"
+        assert runtime.report()["handoff"]["stale"] == 2
+
+
+def test_what_a_client_asks_after_an_interruption_that_no_tick_has_seen_waits() -> None:
+    """Both come after the tick began, which took the epoch, and before it takes what was asked."""
+    triggers: list[str] = []
+    background = LocalModel(lambda request: triggers.append(request.trigger) or "42")
+    runtime, _ = make(background, script())
+    with runtime, runtime.open_session() as session:
+        runtime.run_ticks(2)
+        seat = session._seat
+        take = seat.take
+
+        def interrupted(*args):
+            seat.take = take
+            session.interrupt(0.2)
+            session.delegate("new")
+            return take(*args)
+
+        seat.take = interrupted
+        runtime.run_ticks(3)
+        assert triggers == ["new"]
+        assert runtime.report()["handoff"]["stale"] == 0
+
+
 def test_a_finished_answer_of_an_older_epoch_is_dropped_too() -> None:
     runtime, model = make(ANSWER, script(ASK, SPEAK, SPEAK))
     with runtime, runtime.open_session() as session:

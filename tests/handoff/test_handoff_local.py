@@ -186,6 +186,21 @@ def test_threads_are_bounded() -> None:
     assert (report["timed_out"], report["failed"]) == (1, 1)
 
 
+def test_a_thread_that_cannot_start_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        if thread.name.startswith("tml-handoff-"):
+            raise RuntimeError("can't start new thread")
+        run(thread)
+
+    run = threading.Thread.start
+    background = LocalModel(lambda request: "42", max_threads=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(3):
+            assert "it failed with RuntimeError" in heard(background, "it failed", OPTIONS)
+    assert heard(background, "42", OPTIONS) == "[result] 42 [/result]"
+
+
 def test_stop_ends_what_runs() -> None:
     began, cancelled = threading.Event(), threading.Event()
 

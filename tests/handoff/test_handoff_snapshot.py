@@ -127,3 +127,27 @@ def test_a_fork_without_pages_is_a_request_without_a_snapshot(
         session.delegate("and now?")
         runtime.run_ticks(2)
     assert [request.snapshot is None for request in requests] == [True, False]
+
+
+def test_who_was_away_may_ask_as_it_comes_back(model: InteractionModel) -> None:
+    requests: list[Request] = []
+
+    def answer(request: Request) -> str:
+        requests.append(request)
+        return "42"
+
+    options = HandoffOptions(snapshots=1, **NEVER)
+    runtime = Runtime(
+        model, realtime=False, background=LocalModel(answer), handoff=options, num_slots=2
+    )
+    with runtime:
+        session, other = runtime.open_session(), runtime.open_session()
+        runtime.run_ticks(2)
+        session.pause()
+        runtime.run_ticks(2)
+        assert runtime._state.cache.is_suspended(runtime._state.session(0))
+        session.delegate("what?")
+        session.resume()
+        runtime.run_ticks(2)
+        assert [request.snapshot is None for request in requests] == [False]
+        assert len(other.poll()) > 0 and len(session.poll()) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fake_model import MS40, FakeModel, make_runtime
@@ -11,6 +13,7 @@ from tml_runtime.admission import Admission, measure
 from tml_runtime.handoff import HandoffOptions, LocalModel
 from tml_runtime.model import KvBudget
 from tml_runtime.overload import CALM, Overload
+from tml_runtime.slots import Slots
 
 
 @pytest.mark.parametrize(
@@ -122,3 +125,34 @@ def test_under_overload_only_audio_is_heard() -> None:
     assert read[5:8] == [[], [], []]
     assert [token for ids in read for token in ids] == list(range(texts))  # none is lost
     assert all(rows[0].pcm.any() for rows in model.heard[4:])
+
+
+def test_a_slot_that_is_freed_while_somebody_asks_is_not_given_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime, _ = make_runtime(num_slots=4)
+    with runtime:
+        runtime._admission = replace(runtime._admission, by_time=2)
+        first, closing = runtime.open_session(), runtime.open_session()
+        runtime.run_ticks(1)
+        monkeypatch.setattr(runtime, "_release", lambda: None)  # as in real time: nobody waits
+        closing.close()
+        second = runtime.open_session()  # two, and one that closes
+
+        def swept(slots: Slots) -> int:
+            slots.sweep()
+            return len(slots._free)
+
+        monkeypatch.setattr(Slots, "num_free", property(swept))
+        with pytest.raises(errors.ResourceExhausted):
+            runtime.open_session()
+        assert first.poll() is not None and second.poll() == []  # both are there still
+
+
+def test_after_a_probe_of_few_rows_all_fit() -> None:
+    runtime, _ = make_runtime(num_slots=4)
+    with runtime:
+        runtime._batch.silent(2)
+        sessions = [runtime.open_session() for _ in range(4)]
+        runtime.run_ticks(2)
+        assert all(len(session.poll()) > 0 for session in sessions)

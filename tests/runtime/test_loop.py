@@ -181,6 +181,79 @@ def test_a_broken_vocoder_ends_only_its_session(pcm: np.ndarray | None) -> None:
         assert runtime.report()["faults"] == 1
 
 
+def test_a_vocoder_that_cannot_begin_ends_only_its_session() -> None:
+    class Broken(FakeVocoder):
+        resets = 0
+
+        def reset(self) -> None:
+            super().reset()
+            self.resets += 1  # the first is of its making
+            if self.resets in (2, 4):
+                raise KeyError("no such voice")
+
+    vocoders: list[FakeVocoder] = [FakeVocoder(), Broken()]
+    runtime, _ = make_runtime(num_slots=2, vocoder=lambda: vocoders.pop(0))
+    with runtime:
+        other = runtime.open_session()
+        runtime.run_ticks(1)
+        for first_ticks in (0, 2):  # as it is let in, and as it is interrupted
+            broken = runtime.open_session()
+            runtime.run_ticks(first_ticks)
+            broken.interrupt(0.0)
+            runtime.run_ticks(1)
+            with pytest.raises(errors.SessionFault, match="no such voice"):
+                broken.push_text("x")
+        runtime.run_ticks(1)
+        assert len(speech(other)) == 6 * N
+        assert runtime.report()["faults"] == 2
+
+
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_what_comes_while_a_skipped_window_passes_a_paused_session(kind: str) -> None:
+    """A client's push between what raises the bound and what closes the windows below it."""
+    runtime, _ = make_runtime()
+    with runtime, runtime.open_session() as session:
+        runtime.run_ticks(2)
+        session.pause()
+        runtime.run_ticks(1)
+        seat = session._seat
+        pass_by = seat.inbox.pass_by
+
+        def pushed(window: int) -> tuple[int, int]:
+            t = (seat.open_window + 15) * 0.2
+            if kind == "audio":
+                session.push_audio(noise(0), t)
+            else:
+                session.push_video(np.zeros((40, 40, 3), np.uint8), t)
+            return pass_by(window)
+
+        seat.inbox.pass_by = pushed
+        assert runtime.clock is not None
+        runtime.clock.advance(3 * 200_000_000)
+        runtime.run_ticks(1)
+        session.push_text("x")  # it lives
+
+
+def test_a_session_whose_window_cannot_be_taken_ends_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runtime, model = make_runtime(num_slots=3)
+    with runtime:
+        sessions = [runtime.open_session() for _ in range(3)]
+        runtime.run_ticks(1)
+
+        def take(*_: object) -> None:
+            raise RuntimeError("a ring is damaged")
+
+        monkeypatch.setattr(sessions[1]._seat, "take", take)
+        runtime.run_ticks(2)
+        with pytest.raises(errors.SessionFault, match="a ring is damaged"):
+            sessions[1].poll()
+        assert [len(speech(sessions[i])) for i in (0, 2)] == [3 * N, 3 * N]
+        assert [row.slot for row in model.heard[-1]] == [0, 2]
+        assert runtime.report()["faults"] == 1
+
+
 def test_who_does_not_poll_loses_its_own_newest_output_only() -> None:
     runtime, _ = make_runtime(num_slots=2, output_queue_ticks=5)
     with runtime:

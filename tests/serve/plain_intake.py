@@ -36,6 +36,9 @@ class PlainIntake:
         self.counts["text"] += 1
         self._session.push_text(text)
 
+    def poll(self) -> None:
+        pass
+
     def stats(self) -> dict[str, int]:
         return dict(self.counts)
 

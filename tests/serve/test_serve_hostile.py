@@ -109,6 +109,16 @@ async def too_many(served: Served, raw: Raw) -> None:
         await raw.say(type="position", played=0)
 
 
+async def too_many_pings(served: Served, raw: Raw) -> None:
+    for _ in range(1000):
+        await raw.ws.ping()
+
+
+async def too_many_pongs(served: Served, raw: Raw) -> None:
+    for _ in range(1000):
+        await raw.ws.pong()
+
+
 async def too_much(served: Served, raw: Raw) -> None:
     for number in range(40):
         await raw.media(Kind.RGB, number, 0, bytes(40 * 80 * 3), 80, 40)
@@ -119,6 +129,8 @@ async def too_much(served: Served, raw: Raw) -> None:
     [
         (too_large, aiohttp.WSCloseCode.MESSAGE_TOO_BIG),
         (too_many, CloseCode.RATE_LIMITED),
+        (too_many_pings, CloseCode.RATE_LIMITED),
+        (too_many_pongs, CloseCode.RATE_LIMITED),
         (too_much, CloseCode.RATE_LIMITED),
     ],
 )
@@ -159,6 +171,37 @@ def test_a_wrong_first_message_opens_nothing(run, first, code: int) -> None:
                 assert await raw.closed() == code
             assert served.service.counts.sessions == 0
             await eventually(lambda: not served.service.connections)
+
+    run(talk())
+
+
+def test_who_pings_and_never_says_hello_is_cut(run) -> None:
+    async def talk() -> None:
+        async with serve(limits=replace(LIMITS, handshake_s=0.5)) as served, served.raw() as raw:
+
+            async def ping() -> None:
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        await raw.ws.ping()
+                        await asyncio.sleep(0.1)
+
+            pinging = asyncio.create_task(ping())
+            assert (await raw.until("error"))["code"] == "handshake_timeout"
+            assert await raw.closed() == CloseCode.HANDSHAKE_TIMEOUT
+            pinging.cancel()
+
+    run(talk())
+
+
+def test_a_ping_is_answered(run) -> None:
+    async def talk() -> None:
+        async with serve() as served, served.raw(hello={}, autoping=False) as raw:
+            await raw.until("welcome")
+            await raw.ws.ping(b"are you there")
+            message = await raw.ws.receive()
+            while message.type is not aiohttp.WSMsgType.PONG:
+                message = await asyncio.wait_for(raw.ws.receive(), 10)
+            assert message.data == b"are you there"
 
     run(talk())
 

@@ -158,3 +158,31 @@ def test_a_client_that_cannot_come_back_says_so(run) -> None:
                 await client.__anext__()  # and again
 
     run(talk())
+
+
+def test_who_closes_without_a_connection_waits_for_nobody(run) -> None:
+    async def talk() -> None:
+        async with serve() as served:
+            events: list[Event] = []
+            async with connect(served.url) as client:
+                listening = asyncio.create_task(listen(client, events))
+                client._url = "ws://127.0.0.1:9/v1/session"  # nobody answers any more
+                client.drop_connection()
+                await eventually(lambda: any(isinstance(e, Notice) for e in events))
+            await asyncio.wait_for(listening, 10)
+
+    run(talk())
+
+
+def test_who_closes_while_it_comes_back_still_says_bye(run) -> None:
+    async def talk() -> None:
+        async with serve() as served:
+            events: list[Event] = []
+            async with connect(served.url) as client:
+                listening = asyncio.create_task(listen(client, events))
+                cut(served)
+                await eventually(lambda: any(isinstance(e, Notice) for e in events))
+            await asyncio.wait_for(listening, 10)
+            await eventually(lambda: not served.service.sessions)  # long before the grace is over
+
+    run(talk())

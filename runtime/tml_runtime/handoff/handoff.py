@@ -119,6 +119,7 @@ class Handoff:
             return None
         spare = self._spare.popleft()
         try:
+            self._state.bring_back(slot)  # it may have been away until this tick
             self._state.fork(slot, spare)
         except CacheError:  # no pages left: this request goes without
             self._spare.append(spare)

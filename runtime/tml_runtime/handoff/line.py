@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 MAX_ASKED = 8  # texts of `Session.delegate` that wait for the next tick
 
 
+class Interruption(Protocol):
+    @property
+    def epoch(self) -> int: ...
+
+
 class Seated(Protocol):
-    """What a line needs of its session. An interruption raises the epoch before a tick; what was
-    said from media time `played_ns` on was not heard."""
+    """What a line needs of its session. `interruption` is the client's newest; a tick begins by
+    raising the epoch to it, and what was said from media time `played_ns` on was not heard."""
 
     slot: int
 
@@ -30,6 +35,9 @@ class Seated(Protocol):
 
     @property
     def played_ns(self) -> int: ...
+
+    @property
+    def interruption(self) -> Interruption: ...
 
     @property
     def over(self) -> bool: ...
@@ -53,7 +61,7 @@ class Line:
         self._policy = policy
         self._markers = handoff.markers[policy]
         self._epoch = seat.epoch  # of this tick
-        self._asked: deque[tuple[int, str]] = deque()
+        self._asked: deque[tuple[int, int, str]] = deque()  # number, epoch, text
         self.transcript = Transcript(prompt, handoff.options.transcript_tokens)
         self._answers: list[Answer] = []
         self._current: Answer | None = None
@@ -70,15 +78,18 @@ class Line:
         if len(self._asked) >= MAX_ASKED:
             return None
         number = self._handoff.next_id()
-        self._asked.append((number, text))
+        self._asked.append((number, self._seat.interruption.epoch, text))
         return number
 
     def take(self, window: int, room: int) -> list[int]:
         """At most `room` ids for the model to read in this tick."""
         self._fence()
-        for _ in range(len(self._asked)):
-            number, text = self._asked.popleft()
-            self._submit(number, window, text)
+        while self._asked and self._asked[0][1] <= self._epoch:
+            number, epoch, text = self._asked.popleft()
+            if epoch == self._epoch:
+                self._submit(number, window, text)
+            else:
+                self._tell_stale(1, number, (window + 1) * self._handoff.window_ns)
         limit = min(room, self._options.tokens_per_tick)
         while len(self._out) < limit and self._move(window):
             pass
@@ -133,9 +144,13 @@ class Line:
         self._out.clear()
         self._current, self._opened, self._told = None, False, False
         if stale:
-            self._handoff.counts["stale"] += len(stale)
-            told = Answer(stale[-1].id, self._epoch, stale[-1].t_ns)
-            self._tell(told, self._handoff.interrupted_notice)
+            self._tell_stale(len(stale), stale[-1].id, stale[-1].t_ns)
+
+    def _tell_stale(self, count: int, number: int, t_ns: int) -> None:
+        notice = self._handoff.interrupted_notice
+        self._handoff.counts["stale"] += count
+        if all(a.notice is not notice for a in self._answers):  # one is enough for many
+            self._tell(Answer(number, self._epoch, t_ns), notice)
 
     def _move(self, window: int) -> bool:
         """Bring more of the current answer to `_out`; whether there was any."""

@@ -71,7 +71,11 @@ class LocalModel:
         if not self._threads.acquire(blocking=False):
             raise HandoffError(f"all its {self._max_threads} threads are busy")
         worker = _Worker(self._answer, request, self._stream, self._threads.release)
-        worker.thread.start()
+        try:
+            worker.thread.start()
+        except BaseException:
+            self._threads.release()  # nobody else will
+            raise
         try:
             while (item := await worker.queue.get()) is not None:
                 if isinstance(item, BaseException):

@@ -283,8 +283,8 @@ class ModelState:
     ) -> None:
         """How a slot draws its tokens and its speech. The default is the model's distribution."""
         self._check_slot(slot)
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature} is not a finite number >= 0")
+        if not 0.0 <= temperature <= torch.finfo(self.temperature_N.dtype).max:
+            raise ValueError(f"temperature={temperature} is not a finite float32 >= 0")
         if not 0 <= top_k < 2**31:
             raise ValueError(f"top_k={top_k} is not in 0..2**31-1 (0: off)")
         if not 0.0 < top_p <= 1.0:

@@ -100,8 +100,12 @@ class Intake:
         self._frames.mark(seq)
         self._count["frames_dropped"] += not pushed
 
+    def poll(self) -> None:
+        """Call it now and then: what waits goes on though nothing else comes from the client."""
+        self._push_texts()
+
     def text(self, text: str) -> None:
-        """For the next tick, or, while the session's queue is full, for later.
+        """For the next tick, or, while the session's queue is full, for later (see `poll`).
 
         Raises InputBackpressure when MAX_WAITING_TEXTS wait already.
         """

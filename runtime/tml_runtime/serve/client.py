@@ -193,15 +193,22 @@ class Client:
         if self._closed:
             return
         self._closed = True
+        await self._say_bye()
+        if self._reader is not None:
+            self._make_room()
+            await asyncio.wait([self._reader], timeout=1.0)
+            if not self._reader.done():  # no answer; whoever iterates must not wait for one
+                self._reader.cancel()
+                await asyncio.wait([self._reader])
+                self._make_room()
+                self._events.put_nowait(None)
+        if self._ws is not None:
+            await self._ws.close()
+
+    async def _say_bye(self) -> None:
         with contextlib.suppress(ConnectionError, RuntimeError):
             if self._ws is not None and not self._ws.closed:
                 await self._ws.send_str(encode_control("bye"))
-        if self._reader is not None:
-            with contextlib.suppress(asyncio.TimeoutError, asyncio.CancelledError):
-                self._make_room()
-                await asyncio.wait_for(self._reader, 1.0)
-        if self._ws is not None:
-            await self._ws.close()
 
     def drop_connection(self) -> None:
         """Cut the connection, as a bad line does. The session is resumed."""
@@ -255,6 +262,8 @@ class Client:
         self._epoch = max(self._epoch, welcome.epoch)
         self._ws = ws
         for seq, text in [kept for kept in self._texts if kept[0] > welcome.text_seq]:
+            if self._closed:
+                break
             await self._send(encode_control("text", seq=seq, text=text))
 
     async def _await_welcome(self, ws: aiohttp.ClientWebSocketResponse[Any]) -> Welcome:
@@ -275,7 +284,8 @@ class Client:
                     if self._closed:
                         break
                     await self._events.put(Notice("connection_lost", str(error)))
-                    await self._resume()
+                    if not await self._resume():
+                        break
                 else:
                     break
         except Exception as error:  # whoever iterates gets it: a reader that died is no silence
@@ -283,12 +293,13 @@ class Client:
             return
         await self._events.put(None)
 
-    async def _resume(self) -> None:
-        """Raises ServiceError when the session is gone, or cannot be reached for too long."""
+    async def _resume(self) -> bool:
+        """Whether there is a connection again; False once the client was closed. Raises
+        ServiceError when the session is gone, or cannot be reached for too long."""
         give_up_s = time.monotonic() + self.welcome.grace_s
         self._ws = None
         attempt = 0
-        while True:
+        while not self._closed:
             await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
             attempt += 1
             try:
@@ -299,7 +310,10 @@ class Client:
                 continue
             self.resumes += 1
             await self._events.put(Notice("resumed", f"after {attempt} attempts"))
-            return
+            if self._closed:  # meanwhile, when there was nothing to say it on
+                await self._say_bye()
+            return True
+        return False
 
     async def _read(self) -> None:
         """Until the session ends. Raises _ConnectionLostError, ServiceError, ProtocolError."""

@@ -14,7 +14,7 @@ import socket
 from collections import deque
 
 import numpy as np
-from aiohttp import WebSocketError, WSMsgType, web
+from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
 from .._tick import now_ns
 from .frames import decode_jpeg
@@ -44,6 +44,7 @@ from .service import Refusal, Service
 # second, so it is noticed in seconds and not in minutes.
 _SOCKET_BYTES = 65_536
 _MAX_URGENT = 64  # control messages that wait to be sent
+_LEFT = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED)
 logger = logging.getLogger("tml_runtime.serve")
 
 
@@ -63,6 +64,7 @@ class Connection:
             protocols=(SUBPROTOCOL,),
             compress=False,
             max_msg_size=service.max_message_bytes,
+            autoping=False,  # `_next` answers, and counts them
             writer_limit=_SOCKET_BYTES // 4,
         )
         self._urgent: deque[str] = deque()  # control messages, before any output
@@ -142,14 +144,14 @@ class Connection:
     async def _hello(self) -> Hello:
         limit_s = self.service.limits.handshake_s
         try:
-            message = await self._ws.receive(timeout=limit_s)
+            message = await asyncio.wait_for(self._next(), limit_s)
         except asyncio.TimeoutError:
             raise Refusal(
                 ErrorCode.HANDSHAKE_TIMEOUT,
                 CloseCode.HANDSHAKE_TIMEOUT,
                 f"no hello within {limit_s:g} s",
             ) from None
-        if message.type in (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR):
+        if message.type in (*_LEFT, WSMsgType.ERROR):
             raise ConnectionResetError("left before hello")
         try:
             if message.type is not WSMsgType.TEXT or len(message.data) > MAX_CONTROL_BYTES:
@@ -199,7 +201,7 @@ class Connection:
         )
 
     async def _receive_all(self) -> None:
-        async for message in self._ws:
+        while (message := await self._next()).type not in _LEFT:
             if self._close_code is not None:
                 continue  # what comes now is read so that the closing handshake can end
             if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -217,6 +219,18 @@ class Connection:
                     self._on_media(decode_media(message.data), now_ns())
             except ProtocolError as error:
                 self._refuse_message(error)
+
+    async def _next(self) -> WSMessage:
+        """The next message but pings and pongs, which count as any other."""
+        while True:
+            message = await self._ws.receive()
+            if message.type not in (WSMsgType.PING, WSMsgType.PONG):
+                return message
+            await asyncio.sleep(0)  # else who sends nothing else would have the thread to himself
+            if self._close_code is None:
+                self._check_rate(len(message.data))
+                if message.type is WSMsgType.PING:
+                    await self._ws.pong(message.data)
 
     def _check_rate(self, num_bytes: int) -> None:
         now_s = asyncio.get_running_loop().time()

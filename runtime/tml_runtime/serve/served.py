@@ -38,6 +38,8 @@ class MediaIntake(Protocol):
 
     def text(self, text: str) -> object: ...
 
+    def poll(self) -> object: ...
+
     def stats(self) -> Any: ...
 
 
@@ -110,7 +112,9 @@ class ServedSession:
         return epoch
 
     def poll(self) -> int:
-        """Move what the session said to the outbox; returns how much of it found no room there."""
+        """Move what the session said to the outbox; returns how much of it found no room there.
+        And on with texts that wait for the session."""
+        self.intake.poll()
         return sum(self.outbox.put(out, out.epoch) for out in self.session.poll())
 
     def want_ticks(self, wanted: bool) -> None:
