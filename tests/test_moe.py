@@ -131,6 +131,12 @@ def test_explain_counts_what_must_move() -> None:
         explain(weights, num_tokens=1, top_k=17)
 
 
+def test_explain_knows_that_few_tokens_have_a_block_for_each_assignment() -> None:
+    weights = Case(1, 256, 256, 4, 2, precision="int4").make_weights("cpu")
+    for num_tokens, num_warps in ((1, 8), (16, 4)):
+        assert f" {num_warps} warps, " in str(explain(weights, num_tokens=num_tokens, top_k=2))
+
+
 def test_int4_experts_stay_near_their_float_weights() -> None:
     """End to end: what int4 loses is what its quantiser reports, not more."""
     case = Case(8, 256, 256, 4, 2)

@@ -97,3 +97,11 @@ def refuse_grad(*tensors: torch.Tensor | None) -> None:
             "tml_kernels ops are for inference and have no backward: call under torch.no_grad(), "
             "or use the op's reference (tml_kernels.ops.<op>.reference), which torch differentiates"
         )
+
+
+def is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same elements. torch.compile cannot ask that: there, whether they are
+    one tensor."""
+    if torch.compiler.is_compiling():
+        return tensor is other
+    return tensor.numel() > 0 and tensor.is_set_to(other)

@@ -146,7 +146,8 @@ def explain(
         ("gate-up", weights.w13, shared.w13),
         ("down", weights.w2, shared.w2),
     ):
-        config = choose_config(Problem(kind_of(routed), kind_of(other), blocking.size))
+        kinds = kind_of(routed), kind_of(other)
+        config = choose_config(Problem(*kinds, blocking.size, alone=not blocking.scheduled))
         launches.append(
             f"{name}: {routed.format.name} weights, tile {config.block_m} x {config.block_n}, "
             f"{config.num_warps} warps, {config.num_stages} stages, "

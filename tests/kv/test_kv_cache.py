@@ -103,6 +103,60 @@ def test_an_idle_session_makes_room_by_going_to_host_memory() -> None:
     cache.check_invariants()
 
 
+def test_without_host_memory_nothing_is_suspended(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, session = opened(ticks=3)
+    before = keys(cache, session, 0)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tml_kernels.kv_cache.cache.gather", refuse)
+        with pytest.raises(MemoryError):
+            cache.suspend(session)
+    assert not cache.is_suspended(session) and keys(cache, session, 0) == before
+    cache.suspend(session)
+    with monkeypatch.context() as patch:
+        patch.setattr("tml_kernels.kv_cache.cache.scatter", refuse)
+        with pytest.raises(MemoryError):
+            cache.resume(session)
+    assert cache.is_suspended(session)
+    cache.check_invariants()
+    cache.resume(session)
+    assert keys(cache, session, 0) == before
+    tick(cache, session, [(AUDIO, 2)])
+    cache.check_invariants()
+
+
+def test_what_is_rolled_back_before_its_first_tick_keeps_its_state() -> None:
+    cache, session = opened(ticks=2)
+    append(cache, session, [(AUDIO, 3)])
+    cache.commit(session)
+    cache.slot_rows(session.slot)["counter"].fill_(5)
+    child = cache.fork(session)
+    append(cache, child, [(AUDIO, 1)])
+    cache.slot_rows(child.slot)["counter"].fill_(6)
+    cache.roll_back(child)
+    assert cache.slot_rows(child.slot)["counter"] == 5
+    cache.tick()
+    cache.check_invariants()
+
+
+def test_a_tick_longer_ago_than_is_remembered_can_be_rolled_back_to() -> None:
+    cache = make_cache(num_snapshots=3)
+    session = cache.open(BUDGETS)
+    counter = cache.slot_rows(session.slot)["counter"]
+    for ago in (5, 4, 3):
+        append(cache, session, [(AUDIO, 1)])
+        counter.fill_(ago)
+        cache.commit(session)
+        cache.tick([session], ago=ago)
+        append(cache, session, [(AUDIO, 1)])
+        counter.fill_(99)
+        cache.roll_back(session)
+        assert counter == ago
+
+
 def test_a_tick_of_some_takes_the_place_of_theirs_alone() -> None:
     cache = make_cache(num_snapshots=3)
     one, other = (cache.open(BUDGETS) for _ in range(2))

@@ -149,6 +149,13 @@ def test_out_is_not_x() -> None:
         fused_moe(**inputs, out=inputs["x"])
 
 
+def test_compiles_whole_with_out() -> None:
+    inputs = small()
+    out = torch.empty_like(inputs["x"])
+    run = torch.compile(lambda **given: fused_moe(**given), fullgraph=True, backend="eager")
+    assert_bitwise(run(**inputs, out=out), fused_moe(**inputs))
+
+
 def test_writes_into_out_with_a_workspace_of_any_content() -> None:
     inputs = Case(3, 32, 16, 4, 2).make_inputs("cpu")
     size = workspace_bytes(inputs["weights"], 3, 2, torch.float32)

@@ -189,6 +189,17 @@ def test_positions_near_a_billion_are_exact(window: int | None, device: str) -> 
     assert_bitwise(launch(far), launch(near))
 
 
+@pytest.mark.parametrize("begin", [496, 489, 505])
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_pages_of_a_window_may_begin_anywhere(config: Config, begin: int, device: str) -> None:
+    """A page that begins before the first split and reaches over its edge."""
+    case = on(Case((Row(1, 48),), window=20, page_rows=16), device)
+    inputs = case.make_inputs(device)
+    plan = inputs["plan"]._replace(base_S_M=inputs["plan"].base_S_M + begin)
+    inputs |= {"plan": plan, "length_S": inputs["length_S"] + begin}
+    assert_matches(launch(inputs, config), paged_attention_ref(**inputs), dtype=case.dtype)
+
+
 def test_positions_of_rows_near_a_billion_are_exact(device: str) -> None:
     case = on(Case((Row(4, 700),), extent=50, runs=(4, 4)), device)
     near = case.make_inputs(device)

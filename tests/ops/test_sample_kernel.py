@@ -289,3 +289,21 @@ def test_gpu_bench_cases(case: Case) -> None:
 @pytest.mark.parametrize("vocabulary", [300_001, 1_000_000])
 def test_gpu_wide_rows(vocabulary: int) -> None:
     assert_as_oracle(Case(12, vocabulary).make_inputs("cuda"), config=None)
+
+
+def test_a_min_p_above_one_is_one(device: str) -> None:
+    logits = torch.zeros(5, device=device)
+    given = rows_of(logits, 40) | {"min_p_S": torch.ones(40, device=device)}
+    token, _ = run_kernel(given)
+    assert token.unique().numel() == 5  # equals of the best are kept
+    above, _ = run_kernel(given | {"min_p_S": given["min_p_S"] * 1.5})
+    assert_bitwise(above, token)
+
+
+def test_a_bias_of_an_id_beyond_the_vocabulary_is_unused(device: str) -> None:
+    given = rows_of(torch.randn(5, device=device), 3)
+    bias_id = torch.tensor([[5], [7], [2**31 - 1]], dtype=torch.int32, device=device)
+    bias = torch.full((3, 1), float("inf"), device=device)
+    token, fault = run_kernel(given | {"bias_id_S_N": bias_id, "bias_S_N": bias})
+    assert not fault.any()
+    assert_bitwise(token, run_kernel(given)[0])

@@ -318,3 +318,10 @@ def test_scales_that_are_given_are_not_searched_for() -> None:
             words, words, layout="gate_up", precision="int4", packing="rows", search=True,
             scales=CheckpointScales(scale, scale),
         )  # fmt: skip
+
+
+def test_a_matrix_that_needs_no_change_is_copied() -> None:
+    weight = torch.randn(8, 16, dtype=torch.bfloat16)
+    packed = pack_matrix(weight, "bf16")
+    weight.zero_()
+    assert packed.data.any()

@@ -126,6 +126,7 @@ class RollingKVCache:
         child, copies = self._table.fork(session, priority=priority)
         copy_pages(self.groups, copies, self.device)
         self._state.copy(session.slot, child.slot)
+        self._state.remember_once(child.slot, self.length(child))
         self._sessions[child.slot] = child
         self._last_commit[child.slot] = self._tick
         return child
@@ -133,7 +134,8 @@ class RollingKVCache:
     def close(self, session: Session) -> None:
         """Gives back all that the session holds, in a transaction or suspended too."""
         self._table.close(session)
-        self._suspended.pop(session, None)
+        if (contents := self._suspended.pop(session, None)) is not None:
+            self._retire(contents)
         del self._sessions[session.slot]
         self._state.reset(session.slot)
 
@@ -284,8 +286,9 @@ class RollingKVCache:
 
     def suspend(self, session: Session) -> None:
         """Move the session's pages to pinned host memory; its slot and slot tensors stay."""
-        refs = self._table.suspend(session)
-        self._suspended[session] = gather(self.groups, refs, self.device, to_host=True)
+        contents = gather(self.groups, self._refs(session), self.device, to_host=True)
+        self._table.suspend(session)  # last: host memory may not be had
+        self._suspended[session] = contents
 
     def resume(self, session: Session) -> None:
         """Bring a suspended session's pages back. Raises OutOfPages."""
@@ -296,12 +299,14 @@ class RollingKVCache:
             except OutOfPages as error:
                 if not self._make_room(session, error, roll=False):
                     raise
-        contents = self._suspended.pop(session)
-        scatter(self.groups, refs, contents, self.device)
-        if self.device.type == "cuda":  # the copies may not have run yet
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.device))
-            self._retired.append((event, contents))
+        contents = self._suspended[session]
+        try:
+            scatter(self.groups, refs, contents, self.device)
+        except BaseException:
+            self._table.suspend(session)  # as it was
+            raise
+        del self._suspended[session]
+        self._retire(contents)
 
     def is_suspended(self, session: Session) -> bool:
         return session in self._suspended
@@ -313,8 +318,9 @@ class RollingKVCache:
         image = self._table.image(session)
         contents = self._suspended.get(session)
         if contents is None:
-            refs = [r for g in range(len(self.groups)) for r in self._table.pages(session, g)]
-            contents = gather(self.groups, refs, self.device, to_host=False)
+            contents = gather(self.groups, self._refs(session), self.device, to_host=False)
+        elif self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies to the host may not have run yet
         write_session(self, Path(path), session.slot, image, contents)
 
     def load(self, path: str | Path, *, priority: int | None = None) -> Session:
@@ -382,6 +388,16 @@ class RollingKVCache:
         check_device_tables(self, self._sessions.values())
 
     # Inside
+
+    def _refs(self, session: Session) -> list[PageRef]:
+        return [ref for g in range(len(self.groups)) for ref in self._table.pages(session, g)]
+
+    def _retire(self, contents: Contents) -> None:
+        """Keep pinned memory until the copies from or to it that are queued have run."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self._retired.append((event, contents))
 
     def _opened(self, session: Session) -> Session:
         self._sessions[session.slot] = session

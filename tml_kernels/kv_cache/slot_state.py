@@ -94,8 +94,13 @@ class SlotState:
 
     def remember(self, slot: int, length: int, ago: int = 0) -> None:
         """Remember one slot as it is, as if the last tick had ended here, or one `ago` before."""
-        if ago < self._mark:
-            self._remember((self._next - 1 - ago) % self._mark, slot, length)
+        ago = min(ago, self._mark - 1)
+        self._remember((self._next - 1 - ago) % self._mark, slot, length)
+
+    def remember_once(self, slot: int, length: int) -> None:
+        """`remember`, unless a snapshot of that length is there."""
+        if all(p[slot] != length for p in self._position[: self._mark]):
+            self.remember(slot, length)
 
     def _remember(self, index: int, slot: int, length: int) -> None:
         for kept, x in zip(self._past[index], self._moving.values(), strict=True):
@@ -112,6 +117,8 @@ class SlotState:
         """The rows as they were at `position`; what was remembered of later ones is forgotten."""
         newest_first = [(self._next - 1 - n) % self._mark for n in range(self._mark)]
         found = [i for i in (*newest_first, self._mark) if self._position[i][slot] == position]
+        if not found:
+            self.check_snapshot(slot, position)
         for n, x in enumerate(self._moving.values()):
             if found:
                 x.row(slot).copy_(self._past[found[0]][n].select(x.axis, slot))

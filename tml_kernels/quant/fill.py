@@ -165,7 +165,10 @@ def pack_matrix(weight_R_K: Tensor, precision: str, *, search: bool = False) -> 
     check_search(precision, search)
     fmt = FORMATS[precision]
     source = FloatSource("weight_R_K", weight_R_K.detach()[None], fmt, False, search)
-    return pack_experts(source, fmt)
+    packed = pack_experts(source, fmt)
+    if packed.data.data_ptr() == weight_R_K.data_ptr():  # nothing was to be changed
+        packed = replace(packed, data=packed.data.clone())
+    return packed
 
 
 def convert_experts(

@@ -43,8 +43,6 @@ class Snapshot:
         with self._stream():
             while True:
                 was_suspended = cache.is_suspended(self.session)
-                if was_suspended and self.copied is not None:  # its keys may be on their way here
-                    torch.cuda.default_stream(self.state.device).synchronize()
                 cache.save(self.session, path)
                 try:
                     cache.length(self.session)

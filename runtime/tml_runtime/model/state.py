@@ -213,6 +213,8 @@ class ModelState:
         session = self.session(slot)
         if not self.cache.is_suspended(session):
             self.cache.suspend(session)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).synchronize()
 
     def bring_back(self, slot: int) -> None:
         """Undo `put_away`, and what pages running out did. Raises OutOfPages."""

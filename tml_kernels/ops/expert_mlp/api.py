@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
-from ..._registry import refuse_grad, register_op
+from ..._registry import is_same, refuse_grad, register_op
 from ..._routing import Blocking, Routing, Schedule
 from ...moe_weights import MoEWeights
 from ...precision import ACTIVATIONS as DTYPES
@@ -174,7 +174,7 @@ def fused_moe(
         out = torch.empty_like(x)
     else:
         dims.check(out_T_D=out, dtype=x.dtype, device=x.device)
-        if out.data_ptr() == x.data_ptr() and x.numel() > 0:
+        if is_same(out, x):
             raise ValueError("out: must not be x; rows of x are read until the last launch ends")
     if workspace is not None:
         Dims().check(workspace_B=workspace, dtype=torch.uint8, device=x.device)

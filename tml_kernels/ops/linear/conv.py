@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._ragged import check_slots
-from ..._registry import refuse_grad, register_op
+from ..._registry import is_same, refuse_grad, register_op
 from ...quant import PackedExperts
 from .api import check_products, check_scratch, flatten, given_weight, launch_or
 from .configs import problem_of, scratch_bytes
@@ -102,7 +102,7 @@ def linear_conv(
         out_T_F = residual_T_F.new_empty(residual_T_F.shape)
     else:
         dims.check(out_T_F=out_T_F, dtype=dtype, device=device)
-        if out_T_F.numel() > 0 and out_T_F.is_set_to(residual_T_F):
+        if is_same(out_T_F, residual_T_F):
             raise ValueError("out_T_F: must not be the same memory as residual_T_F")
     refuse_grad(x_T_D, weight, conv_weight_F_4, state_N_3_F, residual_T_F, norm_weight_F)
     if out_T_F.numel() > 0:

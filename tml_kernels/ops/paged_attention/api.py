@@ -164,10 +164,14 @@ def paged_attention(
 
     On CUDA the weights of values are rounded to q's dtype, and so are their sums; a table of
     float32 counts as two terms of it. Shapes and dtypes for which `configs.kernel_why_not` has a
-    reason take the plain path there. One launch. scratch: uint8, `configs.scratch_bytes(problem)`
-    of them with `configs.problem_of(...)`, aligned to 256. It must be zeros before its first use;
-    every call leaves it fit for the next one in stream order, of any problem. Allocated, and its
-    counters cleared by a second launch, when it is None.
+    reason take the plain path there, in other bits: so does a call whose partial results would take
+    over 2 GiB, which is about the tokens of all rows. With a window, bits of an append do not
+    depend on how it is cut where the plan's bases are multiples of R.
+
+    One launch. scratch: uint8, `configs.scratch_bytes(problem)` of them with
+    `configs.problem_of(...)`, aligned to 256. It must be zeros before its first use; every call
+    leaves it fit for the next one in stream order, of any problem. Allocated, and its counters
+    cleared by a second launch, when it is None.
 
     Source: `InklingAttention`, `InklingRelativeLogits` and `eager_attention_forward` of
     transformers 5.17.

@@ -35,7 +35,8 @@ def _pages_of(
         before = offs < begin
         if WINDOW is not None:
             first = (first_split + split) * SPLIT_KEYS
-            before = (base < first) | (base + R + WINDOW <= pq + 1)
+            # a page that begins before the first split and reaches into the window is the first's
+            before = ((base < first) & (split > 0)) | (base + R + WINDOW <= pq + 1)
             until = until & (base < first + SPLIT_KEYS)
         lo += tl.sum(before.to(tl.int32), axis=0)
         hi += tl.sum(until.to(tl.int32), axis=0)

@@ -77,6 +77,8 @@ def check_scored(
         dims.check(x_T_D=source, dtype=ACTIVATIONS)
         dtypes = (torch.float32, source.dtype)
         dims.check(w_gate_A_D=gate, dtype=dtypes, device=source.device)
+        if dims["D"] == 0:
+            raise ValueError("w_gate_A_D: has no columns, so there is nothing to score")
     if rule.scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {rule.scoring!r}")
     _check_count("num_shared", num_shared, 0, None)

@@ -101,7 +101,7 @@ def sample_kernel(
             if temperature > 0:
                 min_p = 0.0
                 if min_p_ptr is not None:
-                    min_p = tl.load(min_p_ptr + s)
+                    min_p = tl.minimum(tl.load(min_p_ptr + s), 1.0)
                 token = _draw_row(
                     row, max_ptr, race_ptr, mass_ptr, list_ptr + s * N, max_n, x_max, token,
                     tl.load(top_k_ptr + s), top_p, min_p, temperature, seed, counter,

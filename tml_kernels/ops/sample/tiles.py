@@ -40,7 +40,8 @@ def load_tile(row, run_n, V, RUN: tl.constexpr):
     if len(biased) > 0:
         for i in range(biased[2]):
             biased_n_v = x_n_v + tl.load(biased[1] + i)
-            x_n_v = tl.where(v_n_v == tl.load(biased[0] + i), biased_n_v, x_n_v)
+            token = tl.load(biased[0] + i)
+            x_n_v = tl.where(v_n_v == tl.where(token < V, token, -1), biased_n_v, x_n_v)
     if len(seen) > 0:
         word_n_v = tl.load(seen[0] + v_n_v // 32, mask=mask_n_v, other=0)
         seen_n_v = ((word_n_v >> (v_n_v % 32)) & 1) > 0

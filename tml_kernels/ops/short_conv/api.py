@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._ragged import check_slots, check_start
-from ..._registry import refuse_grad, register_op
+from ..._registry import is_same, refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
 from .reference import short_conv_ref
@@ -136,5 +136,5 @@ def short_conv(
 def _refuse_same(**pair: Tensor) -> None:
     """A token reads its three neighbours' inputs, so no output may overwrite them meanwhile."""
     (name, tensor), (other_name, other) = pair.items()
-    if tensor.numel() > 0 and tensor.is_set_to(other):
+    if is_same(tensor, other):
         raise ValueError(f"{name}: must not be the same memory as {other_name}")
