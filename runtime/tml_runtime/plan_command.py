@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputValueError
+from .model_options import EXPERTS, REST, add_memory, budget_of, frame_of
 
 if TYPE_CHECKING:
-    from .model import KvBudget, ModelConfig
     from .plan import Plan
 
-EXPERTS = ("bf16", "fp8", "fp8_channel", "nvfp4", "mxfp4", "int4", "int4_f16")
-REST = ("bf16", "fp8", "fp8_channel", "int4", "int4_f16")
 MAX_SESSIONS = 1024
 _TEXT = """\
 What a model and its sessions take of a GPU's memory, counted from shapes before anything is
@@ -84,37 +81,17 @@ def add_plan(commands: Any) -> None:
         "--page-dtype",
         choices=("bf16", "fp8"),
         default="bf16",
-        help="of keys and values; a runtime's are the model's, fp8 ones those of "
-        "`InteractionModel.new_state` (default: %(default)s)",
+        help="of keys and values, as `tml-runtime serve` and `Runtime` take it (default: "
+        "%(default)s)",
     )
     plan.add_argument(
         "--drafts",
         action="store_true",
         help="with the multi-token-prediction layers that a tick drafts with, and what they keep",
     )
-    _add_memory(plan)
+    add_memory(plan)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(run=_plan)
-
-
-def _add_memory(plan: argparse.ArgumentParser) -> None:
-    plan.add_argument(
-        "--keep",
-        type=float,
-        metavar="SECONDS",
-        help="how long sound, pictures and replies stay in a session's memory, at least (default: "
-        "as many tokens as a runtime keeps unless told)",
-    )
-    plan.add_argument(
-        "--keep-video", type=float, metavar="SECONDS", help="the same for pictures alone"
-    )
-    plan.add_argument(
-        "--video",
-        default="320x240",
-        metavar="WxH",
-        help='size of the pictures that a session sees in every tick, or "none" (default: '
-        "%(default)s)",
-    )
 
 
 def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -123,7 +100,7 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .plan import PAGE_DTYPES, as_dict, nearest, parse_bytes, plan
 
     try:
-        config, frame = ModelConfig.preset(args.preset), _frame(args.video)
+        config, frame = ModelConfig.preset(args.preset), frame_of(args.video)
         if args.drafts:
             config = replace(config, mtp_layers=MTP_LAYERS[: config.layout.num_steps - 2])
         wanted = plan(
@@ -131,7 +108,7 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             experts=None if args.experts == "bf16" else args.experts,
             rest=None if args.rest == "bf16" else args.rest,
             sessions=_sessions(args.sessions),
-            budget=_budget(args, config, frame),
+            budget=budget_of(args, config),
             page_dtype=PAGE_DTYPES[args.page_dtype],
             gpu_bytes=parse_bytes(args.gpu_memory),
             frame=frame,
@@ -153,24 +130,6 @@ def _sessions(sessions: int) -> int:
     if not 1 <= sessions <= MAX_SESSIONS:
         raise InputValueError(f"--sessions {sessions} is not in 1..{MAX_SESSIONS}")
     return sessions
-
-
-def _frame(video: str) -> tuple[int, int] | None:
-    """(height, width)."""
-    if video == "none":
-        return None
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", video)
-    if match is None:
-        raise InputValueError(f'--video {video!r} is not a size such as 320x240, or "none"')
-    return int(match[2]), int(match[1])
-
-
-def _budget(
-    args: argparse.Namespace, config: ModelConfig, frame: tuple[int, int] | None
-) -> KvBudget:
-    from .budget import budget_for, kept_seconds
-
-    return budget_for(config, kept_seconds(args.keep, args.keep_video), frame)
 
 
 def options(other: Plan, wanted: Plan) -> list[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import InputValueError
 from .model import InteractionModel, ModelConfig
 from .model.converted import is_converted
-from .model.weights import empty_weights, named_tensors
+from .model.packing import Packing
+from .sizes import total, weight_bytes
 from .voices import GriffinLim, Levels
 
 PRESETS = ("tiny", "slice", "inkling-small")
@@ -21,43 +23,55 @@ class ModelChoiceError(InputValueError):
     """A model that cannot be made as asked here; says why."""
 
 
-def random_model(preset: str, *, device: str = "auto", seed: int = 0) -> InteractionModel:
+def random_model(
+    preset: str,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    experts: str | None = None,
+    rest: str | None = None,
+) -> InteractionModel:
     """One of PRESETS, bfloat16 on a GPU and float32 on a CPU. auto: a GPU if there is one.
+    experts, rest: as of `InteractionModel.random`.
 
     Raises ModelChoiceError, also when its weights would not fit.
     """
     config, device, dtype = _choose(preset, device)
-    needed, free = weight_bytes(config, dtype), _free_bytes(device)
+    free = _free_bytes(device)
+    needed = total(weight_bytes(config, Packing(experts, rest), dtype))
     if free is not None and needed > 0.9 * free:
         raise ModelChoiceError(
             f"preset {preset!r} needs {needed / 1e9:.0f} GB for its weights in {dtype}, "
-            f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny"
+            f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny, or --experts and --rest"
         )
-    return InteractionModel.random(config, seed=seed, device=device, dtype=dtype)
+    packing: dict[str, Any] = {"experts": experts, "rest": rest}
+    return InteractionModel.random(config, seed=seed, device=device, dtype=dtype, **packing)
 
 
 def load_model(
-    checkpoint: Path, preset: str, *, device: str = "auto", seed: int = 0
+    checkpoint: Path,
+    preset: str,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    experts: str | None = None,
+    rest: str | None = None,
 ) -> InteractionModel:
-    """A checkpoint of the shape of one of PRESETS, or a converted one, which brings its dtype.
+    """A checkpoint of the shape of one of PRESETS, packed as it is loaded, or a converted one,
+    which brings its dtype and packing.
 
     Raises ModelChoiceError, CheckpointError.
     """
     config, device, dtype = _choose(preset, device)
-    if is_converted(checkpoint):
-        return InteractionModel.load(checkpoint, config=config, device=device)
-    return InteractionModel.load(checkpoint, config=config, seed=seed, device=device, dtype=dtype)
+    given: dict[str, Any] = {"config": config, "device": device, "experts": experts, "rest": rest}
+    if not is_converted(checkpoint):
+        given |= {"seed": seed, "dtype": dtype}
+    return InteractionModel.load(checkpoint, **given)
 
 
 def vocoder_for(model: InteractionModel) -> GriffinLim:
     """What `Runtime` takes as `vocoder`: untrained speech is brought to the level of speech."""
     return GriffinLim(model.config.layout.dmel, Levels() if model.report.random else None)
-
-
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Memory of a model's weights, without making them."""
-    weights = empty_weights(config, device="meta", dtype=dtype)
-    return sum(named.view.nbytes for named in named_tensors(config, weights))
 
 
 def device_for(device: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from tml_runtime.cli import main
 from tml_runtime.model import packing
-from tml_runtime.plan_command import EXPERTS, REST
+from tml_runtime.model_options import EXPERTS, REST
 
 H200 = "--gpu-memory 143771MiB"
 

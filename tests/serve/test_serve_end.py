@@ -12,10 +12,12 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import torch
 from fake_model import FakeModel
 from local_service import FAST, eventually, serve
 
 from tml_runtime import cli, errors
+from tml_runtime.model.weights import MoeWeights
 from tml_runtime.serve.client import connect
 from tml_runtime.serve.events import ServiceError, Speech
 from tml_runtime.serve.protocol import CloseCode
@@ -205,6 +207,10 @@ def test_draining_lets_nobody_in(run) -> None:
         (["--preset", "huge"], "error: preset 'huge' is not one of"),
         (["--device", "tpu"], "error: device 'tpu' is not one of"),
         (["--seed", "-1"], "error: seed=-1 is negative"),
+        (["--keep", "0"], "error: --keep 0 is not in 0..86400"),
+        (["--keep", "9", "--video", "big"], "error: --video 'big' is not a size such as 320x240"),
+        (["--keep", "9", "--video", "50x40"], "error: "),
+        (["--demo", "--rest", "fp8"], "error: preset='cue' is never packed"),
         (["--probe-ticks", "-1"], "error: probe_ticks=-1 is negative"),
         (["--background", "http://x/v1"], "error: --background and --background-model need"),
         (["--background", "x", "--background-model", "m"], "error: base_url='x': expected http"),
@@ -217,6 +223,25 @@ def test_a_wrong_argument_is_one_line(
     assert cli.main(["serve", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(message) and len(error.splitlines()) == 1
+
+
+def test_a_packed_model_with_fp8_pages_and_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtimes = []
+
+    def run(make_service, runtime, **options) -> signal.Signals:
+        runtimes.append(runtime)
+        return signal.SIGTERM
+
+    monkeypatch.setattr("tml_runtime.serve.server.run_service", run)
+    options = "--experts int4 --rest fp8 --page-dtype fp8 --keep 20 --keep-video 2 --video 80x40"
+    assert cli.main(["serve", "--sessions", "1", *options.split()]) == 0
+    (runtime,) = runtimes
+    state, layers = runtime._state, runtime._model.weights.layers
+    assert (state.budget.audio, state.budget.video, state.budget.reply) == (400, 20, 400)
+    assert state.groups[0].pages.k_pages_L_P_G_R_C.dtype == torch.float8_e4m3fn
+    routed = [w.mlp.experts.w13.format.name for w in layers if isinstance(w.mlp, MoeWeights)]
+    assert set(routed) == {"int4"}
+    assert {w.attention.out_D_I.format.name for w in layers} == {"fp8"}
 
 
 def test_a_background_model_answers_what_is_delegated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _env
 from .._optional import require
 from ..errors import InputValueError
+from ..model_options import EXPERTS, REST, add_memory, budget_of
 
 if TYPE_CHECKING:
     from ..handoff import OpenAIModel
@@ -53,7 +54,8 @@ examples:
   tml-runtime serve --demo                           a page to talk to a small trained model, on
                                                      http://localhost:8760
   tml-runtime serve --preset slice --sessions 32     more sessions, on a GPU
-  tml-runtime serve --checkpoint weights/ --preset inkling-small
+  tml-runtime serve --checkpoint converted/ --preset inkling-small --sessions 32 \\
+      --page-dtype fp8 --keep 20 --keep-video 1      what `tml-runtime plan` found to fit a GPU
   TML_SERVE_TOKEN=$(cat token) tml-runtime serve --host 0.0.0.0
                                                      for others, behind a proxy that has TLS
   tml-runtime serve --background http://localhost:8000/v1 --background-model NAME
@@ -112,6 +114,20 @@ def add_serve(commands: Any, trained: Mapping[str, Trained]) -> None:
         metavar="PATH",
         help="weights of the preset's shape; without it they are random, and say nothing sensible",
     )
+    serve.add_argument(
+        "--experts",
+        choices=EXPERTS,
+        help="pack the routed experts; a converted checkpoint is packed already",
+    )
+    serve.add_argument(
+        "--rest",
+        choices=REST,
+        help="pack shared experts, attention, dense layers and unembedding",
+    )
+    serve.add_argument(
+        "--page-dtype", choices=("bf16", "fp8"), help="of keys and values (default: the model's)"
+    )
+    add_memory(serve)
     serve.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu or cuda (default: auto)"
     )
@@ -255,9 +271,10 @@ def _check(args: argparse.Namespace, token: str | None) -> Any:
 def make_runtime(
     args: argparse.Namespace, preset: str, trained: Trained | None
 ) -> tuple[Runtime, ModelConfig]:
-    """Raises ModelChoiceError, CheckpointError."""
+    """Raises InputValueError, CheckpointError."""
     from ..handoff import HandoffOptions, Policy
     from ..loop import Runtime
+    from ..plan import PAGE_DTYPES
     from ..random_model import load_model, random_model, vocoder_for
 
     background = _background(args)
@@ -265,12 +282,21 @@ def make_runtime(
         if getattr(args, name) < 0:
             raise InputValueError(f"{name}={getattr(args, name)} is negative")
     tokenizer = None
+    packing = {name: getattr(args, name) for name in ("experts", "rest")}
+    packing = {name: None if value == "bf16" else value for name, value in packing.items()}
+    options: dict[str, Any] = {"device": args.device, "seed": args.seed, **packing}
     if trained is not None:
+        if any(packing.values()):
+            raise InputValueError(f"preset={preset!r} is never packed: leave out --experts, --rest")
         model, tokenizer = trained.load(args.device)
     elif args.checkpoint is None:
-        model = random_model(preset, device=args.device, seed=args.seed)
+        model = random_model(preset, **options)
     else:
-        model = load_model(args.checkpoint, preset, device=args.device, seed=args.seed)
+        model = load_model(args.checkpoint, preset, **options)
+    try:
+        budget = budget_of(args, model.config)
+    except ValueError as error:
+        raise InputValueError(str(error)) from None
     runtime = Runtime(
         model,
         tokenizer=tokenizer,
@@ -279,6 +305,8 @@ def make_runtime(
         vocoder=vocoder_for(model),
         black_box=args.black_box,
         probe_ticks=args.probe_ticks,
+        budget=budget,
+        page_dtype=PAGE_DTYPES.get(args.page_dtype),
         background=background,
         handoff=HandoffOptions(policy=Policy(args.handoff_policy)),
     )

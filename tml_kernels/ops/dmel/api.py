@@ -111,8 +111,13 @@ def dmel(
 ) -> tuple[Tensor, Tensor]:
     """(tokens_S_F_D, levels_S_F_B): each hop of sound as its mel levels and their embedding.
 
-    `dmel_levels` followed by `dmel_embed`, in two launches, with their arguments and promises;
-    tokens of idle rows are zero.
+    `dmel_levels` followed by `dmel_embed` (both in this module), in two launches, with their
+    promises; tokens of idle rows are zero.
+
+    pcm: [S, F * hop] and tail: [N, fft - hop], float32, the tail updated in place; slot: int32 [S],
+    -1 idle; table: [B * num_levels, D], float32, bfloat16 or float16; norm_weight: [D], float32 or
+    the table's dtype. Tokens: [S, F, D] of the table's dtype; levels: uint8 [S, F, B].
+    Deterministic. Raises TypeError or ValueError naming the argument.
     """
     dims = _check_sound(pcm_S_W, tail_N_L, slot_S, spec)
     _check_table(dims, table_V_D, norm_weight_D, spec.num_bands, spec.num_levels, pcm_S_W.device)

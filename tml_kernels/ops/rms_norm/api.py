@@ -63,7 +63,9 @@ def rms_norm(
     depends on row t alone. `out_T_D` may be `x_T_D`. Allocates only when `out_T_D` is None.
 
     x, residual, out: [T, D] of one dtype, float32, bfloat16 or float16, D <= 16384; weight: [D],
-    float32 or x's dtype. Raises TypeError or ValueError naming the argument.
+    float32 or x's dtype. With out_scale, float32 [T], the result is float8_e4m3fn, value = out *
+    scale, and scale becomes amax / 448 of the row, 1 where that is zero. Raises TypeError or
+    ValueError naming the argument.
 
     Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4, with eps.
     """
