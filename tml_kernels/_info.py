@@ -27,7 +27,8 @@ def _extension(module: str) -> str:
 
 
 def backend_info() -> dict:
-    """Versions, extension modules and, per op, what runs it on CPU and CUDA tensors and why.
+    """Versions, extension modules and, per op, what runs it on CPU and CUDA tensors and why: a
+    dictionary of version, torch, triton, cuda, gpu, extensions and ops.
 
     >>> backend_info()["ops"]["rms_norm"]["cpu"]
     'plain'

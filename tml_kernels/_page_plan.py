@@ -15,14 +15,16 @@ from ._dims import Dims
 class PagePlan(NamedTuple):
     """The pages of every session row by ascending base, the used ones first.
 
+    page, rows: int32 [S, M]; base: int64 [S, M]; count: int32 [S].
+
     Row s uses places 0..count[s] - 1; behind them page and base are -1 and rows is 0. The base is
     the position of a page's first row, and rows 0..rows - 1 hold keys.
     """
 
-    page_S_M: Tensor  # int32
-    base_S_M: Tensor  # int64
-    rows_S_M: Tensor  # int32
-    count_S: Tensor  # int32
+    page_S_M: Tensor
+    base_S_M: Tensor
+    rows_S_M: Tensor
+    count_S: Tensor
 
     @classmethod
     def empty(cls, num_rows: int, num_columns: int, device: torch.device | str) -> PagePlan:

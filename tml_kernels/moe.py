@@ -37,8 +37,9 @@ def moe_layer(
 ) -> Tensor:
     """`moe_route`, then `fused_moe`: [T, D] to [T, D] in three launches on CUDA.
 
-    x: [T, D]; w_gate: [A, D]. route: keywords of `moe_route` (top_k, scoring, residual_T_D, ...);
-    the number of shared experts is that of the weights. routing: a buffer of `Routing.empty` (its
+    x: [T, D], float32, bfloat16 or float16; w_gate: [A, D], float32 or x's dtype. route: keywords
+    of `moe_route` (top_k, scoring, residual_T_D, ...); the number of shared experts is that of the
+    weights. routing: a buffer of `Routing.empty` (its
     `late_norm` says whether there is a residual), overwritten; with it, `out` and `workspace`
     nothing is allocated, and without it its counters are cleared first. Row t depends on row t
     alone, bit for bit. Raises TypeError or ValueError naming the argument.

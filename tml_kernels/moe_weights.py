@@ -166,7 +166,7 @@ def prepare_moe_weights(
     layout: the order of w13's rows, "gate_up", "up_gate" or "interleaved" (see `MoEWeights`), of
     w13 [E, 2F, D] and w2 [E, D, F]; with "_kn" appended the matrices are stored [E, K, N], w13
     [E, D, 2F] and w2 [E, F, D], and are transposed.
-    precision: a name of `FORMATS`.
+    precision: fp32, bf16, fp16, fp8, fp8_channel, int4, int4_f16, mxfp4 or nvfp4 (`quant.FORMATS`).
     scales: of a ready checkpoint; `CheckpointScales` lists what is read, and `packing`'s values.
     Without, w13 and w2 are float32, bfloat16 or float16: they are quantised (the loss is in
     `PackedExperts.error_E`) or converted. With their own dtype and without "_kn" they are taken as

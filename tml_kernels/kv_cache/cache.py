@@ -309,6 +309,7 @@ class RollingKVCache:
         self._retire(contents)
 
     def is_suspended(self, session: Session) -> bool:
+        """Whether its pages are in host memory."""
         return session in self._suspended
 
     # Files
@@ -348,6 +349,7 @@ class RollingKVCache:
         return self._table.length(session)
 
     def pages(self, session: Session, group: int) -> list[PageRef]:
+        """What the session holds of a group, by class and then by age."""
         return self._table.pages(session, group)
 
     def positions(self, session: Session, group: int) -> list[list[int]]:
@@ -355,6 +357,7 @@ class RollingKVCache:
         return self._table.positions(session, group)
 
     def session_stats(self, session: Session) -> SessionStats:
+        """Raises UnknownSession."""
         return self._table.session_stats(session)
 
     def held(self, sessions: Sequence[Session], group: int) -> list[int]:
@@ -375,6 +378,7 @@ class RollingKVCache:
         return self._state.rows(slot)
 
     def stats(self) -> CacheStats:
+        """Pages of every group, sessions, and the bytes of those in host memory."""
         host = sum(x.nbytes for c in self._suspended.values() for part in c for x in part.values())
         return CacheStats(
             self._table.stats(), len(self._sessions), len(self._suspended), host, self._tick
