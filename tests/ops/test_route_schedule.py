@@ -317,13 +317,9 @@ RESIDUAL = torch.zeros(3, 8)
             "residual_T_D: goes with x_T_D and w_gate_A_D alone",
         ),
         (
-            {
-                "residual_T_D": torch.zeros(3, 0),
-                "x_T_D": torch.zeros(3, 0),
-                "w_gate_A_D": torch.zeros(8, 0),
-            },
+            {"x_T_D": torch.zeros(3, 0), "w_gate_A_D": torch.zeros(8, 0)},
             ValueError,
-            "residual_T_D: D=0",
+            "w_gate_A_D: has no columns",
         ),
         ({"residual_T_D": RESIDUAL, "out": OUT}, ValueError, "out.inv_rms_T: needed with"),
         (

@@ -104,8 +104,6 @@ def check_residual(dims: Dims, residual: Tensor | None, source: Tensor) -> None:
         return
     if "D" not in dims:
         raise ValueError("residual_T_D: goes with x_T_D and w_gate_A_D alone")
-    if dims["D"] == 0:
-        raise ValueError("residual_T_D: D=0, there is nothing to take the mean of")
     dims.check(residual_T_D=residual, dtype=source.dtype, device=source.device, contiguous=True)
 
 
