@@ -13,6 +13,7 @@ from .errors import InputValueError
 
 if TYPE_CHECKING:
     from .model import KvBudget, ModelConfig
+    from .model.packing import Packing
 
 EXPERTS = ("bf16", "fp8", "fp8_channel", "nvfp4", "mxfp4", "int4", "int4_f16")
 REST = ("bf16", "fp8", "fp8_channel", "int4", "int4_f16")
@@ -37,6 +38,14 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         help='size of the pictures that a session sees in every tick, or "none": what seconds of '
         "them are counted with (default: %(default)s)",
     )
+
+
+def packing_of(args: argparse.Namespace) -> Packing:
+    """Of --experts and --rest, which name one of EXPERTS and of REST, or None."""
+    from .model.packing import Packing
+
+    experts, rest = (None if name == "bf16" else name for name in (args.experts, args.rest))
+    return Packing(experts, rest)
 
 
 def budget_of(args: argparse.Namespace, config: ModelConfig) -> KvBudget:

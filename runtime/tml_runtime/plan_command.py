@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputValueError
-from .model_options import EXPERTS, REST, add_memory, budget_of, frame_of
+from .model_options import EXPERTS, REST, add_memory, budget_of, frame_of, packing_of
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -101,12 +101,13 @@ def _plan(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     try:
         config, frame = ModelConfig.preset(args.preset), frame_of(args.video)
+        packing = packing_of(args)
         if args.drafts:
             config = replace(config, mtp_layers=MTP_LAYERS[: config.layout.num_steps - 2])
         wanted = plan(
             config,
-            experts=None if args.experts == "bf16" else args.experts,
-            rest=None if args.rest == "bf16" else args.rest,
+            experts=packing.experts,
+            rest=packing.rest,
             sessions=_sessions(args.sessions),
             budget=budget_of(args, config),
             page_dtype=PAGE_DTYPES[args.page_dtype],

@@ -17,6 +17,7 @@ from .voices import GriffinLim, Levels
 
 PRESETS = ("tiny", "slice", "inkling-small")
 DEVICES = ("auto", "cpu", "cuda")
+PLAIN = Packing()
 
 
 class ModelChoiceError(InputValueError):
@@ -24,38 +25,24 @@ class ModelChoiceError(InputValueError):
 
 
 def random_model(
-    preset: str,
-    *,
-    device: str = "auto",
-    seed: int = 0,
-    experts: str | None = None,
-    rest: str | None = None,
+    preset: str, *, device: str = "auto", seed: int = 0, packing: Packing = PLAIN
 ) -> InteractionModel:
     """One of PRESETS, bfloat16 on a GPU and float32 on a CPU. auto: a GPU if there is one.
-    experts, rest: as of `InteractionModel.random`.
 
     Raises ModelChoiceError, also when its weights would not fit.
     """
     config, device, dtype = _choose(preset, device)
-    free = _free_bytes(device)
-    needed = total(weight_bytes(config, Packing(experts, rest), dtype))
+    needed, free = total(weight_bytes(config, packing, dtype)), _free_bytes(device)
     if free is not None and needed > 0.9 * free:
         raise ModelChoiceError(
             f"preset {preset!r} needs {needed / 1e9:.0f} GB for its weights in {dtype}, "
             f"and {device} has {free / 1e9:.0f} GB free: use --preset tiny, or --experts and --rest"
         )
-    packing: dict[str, Any] = {"experts": experts, "rest": rest}
-    return InteractionModel.random(config, seed=seed, device=device, dtype=dtype, **packing)
+    return InteractionModel.random(config, seed=seed, device=device, dtype=dtype, **vars(packing))
 
 
 def load_model(
-    checkpoint: Path,
-    preset: str,
-    *,
-    device: str = "auto",
-    seed: int = 0,
-    experts: str | None = None,
-    rest: str | None = None,
+    checkpoint: Path, preset: str, *, device: str = "auto", seed: int = 0, packing: Packing = PLAIN
 ) -> InteractionModel:
     """A checkpoint of the shape of one of PRESETS, packed as it is loaded, or a converted one,
     which brings its dtype and packing.
@@ -63,7 +50,7 @@ def load_model(
     Raises ModelChoiceError, CheckpointError.
     """
     config, device, dtype = _choose(preset, device)
-    given: dict[str, Any] = {"config": config, "device": device, "experts": experts, "rest": rest}
+    given: dict[str, Any] = {"config": config, "device": device, **vars(packing)}
     if not is_converted(checkpoint):
         given |= {"seed": seed, "dtype": dtype}
     return InteractionModel.load(checkpoint, **given)

@@ -190,12 +190,12 @@ class Slots:
 
     def due(self, tick: int) -> tuple[list[Seat], list[Seat]]:
         """The sessions that take part in `tick`, and those for which it passes, by slot."""
-        begun = [seat for seat in self._seats if seat is not None and seat.open_tick <= tick]
-        present = [seat.present for seat in begun]  # asked once: a client may change it
-        return (
-            [seat for seat, is_present in zip(begun, present, strict=True) if is_present],
-            [seat for seat, is_present in zip(begun, present, strict=True) if not is_present],
-        )
+        due: list[Seat] = []
+        absent: list[Seat] = []
+        for seat in self._seats:
+            if seat is not None and seat.open_tick <= tick:
+                (due if seat.present else absent).append(seat)
+        return due, absent
 
 
 class Batch:

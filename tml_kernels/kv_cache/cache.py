@@ -349,7 +349,7 @@ class RollingKVCache:
         return self._table.length(session)
 
     def pages(self, session: Session, group: int) -> list[PageRef]:
-        """What the session holds of a group, by class and then by age."""
+        """What the session holds of a group, in the order of its page list."""
         return self._table.pages(session, group)
 
     def positions(self, session: Session, group: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _env
 from .._optional import require
 from ..errors import InputValueError
-from ..model_options import EXPERTS, REST, add_memory, budget_of
+from ..model_options import EXPERTS, REST, add_memory, budget_of, frame_of, packing_of
 
 if TYPE_CHECKING:
     from ..handoff import OpenAIModel
@@ -254,10 +254,13 @@ def _say_ready(url: str, *, page: bool) -> None:
 
 def _check(args: argparse.Namespace, token: str | None) -> Any:
     """Limits of the service. Raises InputValueError."""
+    from ..budget import kept_seconds
     from .limits import Limits
     from .server import check_reachable
 
     check_reachable(args.host, token)
+    kept_seconds(args.keep, args.keep_video)  # before a model is loaded, which may take minutes
+    frame_of(args.video)
     if not 0 <= args.port < 65_536:
         raise InputValueError(f"port={args.port} is not in 0..65535")
     if not 1 <= args.sessions <= 4096:
@@ -282,11 +285,10 @@ def make_runtime(
         if getattr(args, name) < 0:
             raise InputValueError(f"{name}={getattr(args, name)} is negative")
     tokenizer = None
-    packing = {name: getattr(args, name) for name in ("experts", "rest")}
-    packing = {name: None if value == "bf16" else value for name, value in packing.items()}
-    options: dict[str, Any] = {"device": args.device, "seed": args.seed, **packing}
+    packing = packing_of(args)
+    options: dict[str, Any] = {"device": args.device, "seed": args.seed, "packing": packing}
     if trained is not None:
-        if any(packing.values()):
+        if packing.experts or packing.rest:
             raise InputValueError(f"preset={preset!r} is never packed: leave out --experts, --rest")
         model, tokenizer = trained.load(args.device)
     elif args.checkpoint is None:
