@@ -16,9 +16,10 @@ Pack a checkpoint once, into a folder that a model is loaded from without packin
 
 CHECKPOINT is a safetensors file, or a folder with one or with an index of shards, in the published
 layout: bf16, fp16 or fp32 values, routed experts in nvfp4 too. These keep their bits with --experts
-nvfp4; anything else is made of their exact values. At most one layer is in memory at a time, packed
-(and a few of its experts in plain form). Run it again with the same arguments to go on after an
-interruption, or to check every file: those with the right checksum are kept, others are made again.
+nvfp4; anything else is made of their exact values. A tokenizer.json beside the weights comes along.
+At most one layer is in memory at a time, packed (and a few of its experts in plain form). Run it
+again with the same arguments to go on after an interruption, or to check every file: those with the
+right checksum are kept, others are made again.
 """
 _EXAMPLES = """\
 examples:

@@ -15,12 +15,16 @@ import pytest
 import torch
 from fake_model import FakeModel
 from local_service import FAST, eventually, serve
+from tokenizer_file import write_tokenizer
 
-from tml_runtime import cli, errors
+from tml_runtime import InteractionModel, ModelConfig, cli, errors
+from tml_runtime.model.checkpoint import SINGLE
+from tml_runtime.model.load import save_weights
 from tml_runtime.model.weights import MoeWeights
 from tml_runtime.serve.client import connect
 from tml_runtime.serve.events import ServiceError, Speech
 from tml_runtime.serve.protocol import CloseCode
+from tml_runtime.text import TOKENIZER_FILE, HfTokenizer
 
 HERE = Path(__file__).parent
 
@@ -211,6 +215,7 @@ def test_draining_lets_nobody_in(run) -> None:
         (["--keep", "9", "--video", "big"], "error: --video 'big' is not a size such as 320x240"),
         (["--keep", "9", "--video", "50x40"], "error: "),
         (["--demo", "--rest", "fp8"], "error: preset='cue' is never packed"),
+        (["--tokenizer", "no/such.json"], "error: no/such.json cannot be read as a tokenizer"),
         (["--probe-ticks", "-1"], "error: probe_ticks=-1 is negative"),
         (["--background", "http://x/v1"], "error: --background and --background-model need"),
         (["--background", "x", "--background-model", "m"], "error: base_url='x': expected http"),
@@ -242,6 +247,37 @@ def test_a_packed_model_with_fp8_pages_and_a_budget(monkeypatch: pytest.MonkeyPa
     routed = [w.mlp.experts.w13.format.name for w in layers if isinstance(w.mlp, MoeWeights)]
     assert set(routed) == {"int4"}
     assert {w.attention.out_D_I.format.name for w in layers} == {"fp8"}
+
+
+def test_a_checkpoint_is_written_to_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its tokenizer.json, which comes along when it is converted, or another one."""
+    runtimes = []
+
+    def run(make_service, runtime, **options) -> signal.Signals:
+        runtimes.append(runtime)
+        return signal.SIGTERM
+
+    monkeypatch.setattr("tml_runtime.serve.server.run_service", run)
+    plain, out, other = tmp_path / "plain", tmp_path / "out", tmp_path / "other.json"
+    plain.mkdir()
+    config = ModelConfig.preset("tiny")
+    save_weights(plain / SINGLE, config, InteractionModel.random(config).weights)
+    write_tokenizer(plain / TOKENIZER_FILE, config.vocab.num_valid)
+    write_tokenizer(other, 300)
+    assert cli.main(["convert", str(plain), str(out), "--preset", "tiny"]) == 0
+    for checkpoint in (plain, plain / SINGLE, out):
+        assert cli.main(["serve", "--checkpoint", str(checkpoint), "--sessions", "1"]) == 0
+    ids = HfTokenizer(plain).encode("hello")
+    assert [runtime._tokenizer.encode("hello") for runtime in runtimes] == [ids] * 3
+    assert len(ids) < 5  # as bytes they would be
+    capsys.readouterr()
+    wrong = ["serve", "--checkpoint", str(out), "--tokenizer", str(other)]
+    assert cli.main(wrong) == 2
+    assert "other.json has ids up to 2" in capsys.readouterr().err
+    assert cli.main(["serve", "--demo", "--tokenizer", str(other)]) == 2
+    assert "has words of its own" in capsys.readouterr().err
 
 
 def test_a_background_model_answers_what_is_delegated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from tml_kernels._tensor_file import replacing, write_tensor_file
 
+from ..text import TOKENIZER_FILE
 from .checkpoint import CheckpointError
 from .config import ModelConfig
 from .converted import (
@@ -86,7 +87,17 @@ def convert_checkpoint(
             del part  # before the next one is filled
             manifest.write(out)
         progress(name, number, len(expected), not kept)
+    if checkpoint is not None:
+        _copy_tokenizer(Path(checkpoint), out)
     return manifest
+
+
+def _copy_tokenizer(checkpoint: Path, out: Path) -> None:
+    """The file by which `tml-runtime serve` reads and writes text, if the checkpoint has one."""
+    file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER_FILE
+    if file.is_file():
+        with replacing(out / TOKENIZER_FILE) as path:
+            path.write_bytes(file.read_bytes())
 
 
 def _begin(out: Path, asked: Manifest, names: list[str]) -> Manifest:

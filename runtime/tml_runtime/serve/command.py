@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..loop import Runtime
     from ..model import InteractionModel, ModelConfig
     from ..session import Session
-    from ..text import Tokenizer
+    from ..text import HfTokenizer, Tokenizer
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
@@ -113,6 +113,13 @@ def add_serve(commands: Any, trained: Mapping[str, Trained]) -> None:
         type=Path,
         metavar="PATH",
         help="weights of the preset's shape; without it they are random, and say nothing sensible",
+    )
+    serve.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="a tokenizer.json, or a folder with one (default: the checkpoint's, if there is one "
+        "beside its weights; else an id is a byte)",
     )
     serve.add_argument(
         "--experts",
@@ -284,17 +291,23 @@ def make_runtime(
     for name in ("seed", "probe_ticks"):
         if getattr(args, name) < 0:
             raise InputValueError(f"{name}={getattr(args, name)} is negative")
-    tokenizer = None
     packing = packing_of(args)
+    tokenizer: Tokenizer | None = None
+    from_file = _tokenizer(args)
     options: dict[str, Any] = {"device": args.device, "seed": args.seed, "packing": packing}
     if trained is not None:
         if packing.experts or packing.rest:
             raise InputValueError(f"preset={preset!r} is never packed: leave out --experts, --rest")
+        if from_file is not None:
+            raise InputValueError(f"preset={preset!r} has words of its own: leave out --tokenizer")
         model, tokenizer = trained.load(args.device)
     elif args.checkpoint is None:
         model = random_model(preset, **options)
     else:
         model = load_model(args.checkpoint, preset, **options)
+    if from_file is not None:
+        from_file.check(model.config.vocab.num_valid)
+        tokenizer = from_file
     try:
         budget = budget_of(args, model.config)
     except ValueError as error:
@@ -313,6 +326,20 @@ def make_runtime(
         handoff=HandoffOptions(policy=Policy(args.handoff_policy)),
     )
     return runtime, model.config
+
+
+def _tokenizer(args: argparse.Namespace) -> HfTokenizer | None:
+    """Before a model is loaded. Raises InputValueError, and MissingExtraError without the package
+    for it."""
+    from ..text import TOKENIZER_FILE, HfTokenizer
+
+    path, checkpoint = args.tokenizer, args.checkpoint
+    if path is None and checkpoint is not None:
+        folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        path = folder / TOKENIZER_FILE
+        if not path.is_file():
+            return None
+    return None if path is None else HfTokenizer(path)
 
 
 def _background(args: argparse.Namespace) -> OpenAIModel | None:
