@@ -260,6 +260,8 @@ void bind_transactions(PyPageTable& table) {
           },
           py::arg("sessions"))
       .def("take_deltas", &tml::bind::take_deltas, py::arg("out"))
+      .def("send_again", &tml::PageTable::send_again)
+      .def("__repr__", [](const tml::PageTable&) { return "PageTable"; })  // in pybind11's errors
       .def("first_key", &tml::PageTable::first_key, py::arg("group"))
       .def_property_readonly("num_keys", &tml::PageTable::num_keys)
       .def_property_readonly("num_deltas", &tml::PageTable::num_deltas);

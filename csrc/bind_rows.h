@@ -41,7 +41,8 @@ class Int64Array {
 
 inline Session session_of(const py::handle& handle) {
   TML_CHECK(PyTuple_Check(handle.ptr()) && PyTuple_GET_SIZE(handle.ptr()) == 2,
-            "session=", py::repr(handle).cast<std::string>());
+            "session: expected one that open() or fork() returned, got ",
+            Py_TYPE(handle.ptr())->tp_name);
   return {py::handle(PyTuple_GET_ITEM(handle.ptr(), 0)).cast<int64_t>(),
           py::handle(PyTuple_GET_ITEM(handle.ptr(), 1)).cast<int64_t>()};
 }

@@ -69,8 +69,8 @@ class Step {
     } else if (PyCallable_Check(target_.ptr()) != 0) {
       launch_ = {&call, nullptr, &leave, this};
     } else {
-      throw py::type_error("step: expected a callable or a launch capsule, got " +
-                           py::repr(target_).cast<std::string>());
+      throw py::type_error(std::string("step: expected a callable or a launch capsule, got ") +
+                           Py_TYPE(target_.ptr())->tp_name);
     }
   }
 

@@ -297,6 +297,9 @@ class PageTable:
         not used is (key, -1, 0, 0).
         """
 
+    def send_again(self) -> None:
+        """Every entry counts as changed: for a device that may have missed what was taken."""
+
     @property
     def num_keys(self) -> int:
         """Entries of all device tables: the sum of max_sessions * columns."""

@@ -8,6 +8,7 @@ own size bears it out. Source: the format's specification in the safetensors pro
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import struct
@@ -31,6 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
 }
 MAX_HEADER = 100_000_000  # bytes, the specification's own limit
+MAX_ELEMENTS = 2**48  # of a tensor, one of no bytes too: strides and sizes stay within 64 bits
 
 
 class TensorFileError(ValueError):
@@ -102,7 +104,7 @@ class TensorFile:
             raise self._error("", f"truncated: the header has {length} bytes, the file {size}")
         try:
             header = json.loads(self.bytes[8 : 8 + length])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._error("", f"the header is not JSON: {error}") from None
         if not isinstance(header, dict):
             raise self._error("", "the header is not a table of tensors")
@@ -119,6 +121,7 @@ class TensorFile:
             dtype = fields["dtype"]
             numbers = (*shape, begin, end)
             assert isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in numbers)
+            assert math.prod(n for n in shape if n > 0) < MAX_ELEMENTS
         except (AssertionError, KeyError, TypeError, ValueError):
             raise self._error(name, f"its header entry is malformed: {fields!r:.100}") from None
         if base + end > len(self.bytes):
@@ -127,7 +130,7 @@ class TensorFile:
                 f"truncated: its data end at byte {base + end}, the file at {len(self.bytes)}",
             )
         if dtype in DTYPES:
-            needed = torch.Size(shape).numel() * DTYPES[dtype].itemsize
+            needed = math.prod(shape) * DTYPES[dtype].itemsize
             if end - begin != needed:
                 raise self._error(
                     name, f"{dtype} {shape} takes {needed} bytes, it has {end - begin}"
@@ -138,11 +141,14 @@ class TensorFile:
 def write_tensor_file(
     path: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors of `DTYPES`, one after the other, in the order given."""
+    """Write tensors of `DTYPES`, one after the other, in the order given. Raises TensorFileError
+    for another dtype, before anything is written."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header: dict[str, dict] = {"__metadata__": dict(metadata)} if metadata else {}
     tensors, offset = list(tensors), 0
     for name, tensor in tensors:
+        if tensor.dtype not in names:
+            raise TensorFileError(path, name, f"{tensor.dtype} is not one of {', '.join(DTYPES)}")
         end = offset + tensor.numel() * tensor.itemsize
         header[name] = {
             "dtype": names[tensor.dtype],

@@ -63,9 +63,10 @@ int stream_read_num_blocks() {
 
 void launch_stream_read(const StreamReadParams& p, cudaStream_t stream) {
   TML_CHECK(p.num_bytes >= 0 && p.num_bytes % 16 == 0, "num_bytes=", p.num_bytes);
-  TML_CHECK(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "data=", p.data);
+  TML_CHECK(reinterpret_cast<uintptr_t>(p.data) % 16 == 0, "data: misaligned");
   TML_CHECK(p.data != nullptr || p.num_bytes == 0, "num_bytes=", p.num_bytes, " data=null");
-  TML_CHECK(p.out != nullptr && reinterpret_cast<uintptr_t>(p.out) % 4 == 0, "out=", p.out);
+  TML_CHECK(p.out != nullptr && reinterpret_cast<uintptr_t>(p.out) % 4 == 0,
+            "out: null or misaligned");
   TML_CHECK(p.num_blocks > 0, "num_blocks=", p.num_blocks);
   stream_read_kernel<<<p.num_blocks, kThreads, 0, stream>>>(
       static_cast<const uint4*>(p.data), p.out, p.num_bytes / int64_t{sizeof(uint4)});

@@ -21,8 +21,8 @@ void launch_move_pages(const MovePagesParams& p, cudaStream_t stream) {
   TML_CHECK(p.source_pages >= 0 && p.target_pages >= 0, "source_pages=", p.source_pages,
             " target_pages=", p.target_pages);
   TML_CHECK(p.page_bytes >= 0, "page_bytes=", p.page_bytes);
-  TML_CHECK(fits(p.from, p.num_moves), "from=", p.from);
-  TML_CHECK(fits(p.to, p.num_moves), "to=", p.to);
+  TML_CHECK(fits(p.from, p.num_moves), "from: null or misaligned, num_moves=", p.num_moves);
+  TML_CHECK(fits(p.to, p.num_moves), "to: null or misaligned, num_moves=", p.num_moves);
   const int64_t source_bytes = p.num_layers * p.source_pages * p.page_bytes;
   const int64_t target_bytes = p.num_layers * p.target_pages * p.page_bytes;
   TML_CHECK(p.source != nullptr || source_bytes == 0, "source=null source_bytes=", source_bytes);

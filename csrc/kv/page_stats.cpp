@@ -34,6 +34,14 @@ void PageTable::take_deltas(int64_t* out) {
   dirty_.clear();
 }
 
+void PageTable::send_again() {
+  for (const State& s : sessions_) {
+    for (size_t g = 0; g < specs_.size(); ++g) {
+      for (int32_t index = 0; index < specs_[g].columns; ++index) touch(s, g, index);
+    }
+  }
+}
+
 std::vector<PageRef> PageTable::pages(Session session, int64_t group) const {
   const State& s = find(session);
   TML_CHECK(group >= 0 && group < num_groups(), "group=", group);

@@ -54,6 +54,8 @@ struct GroupSpec {
 
 struct Session {
   int64_t slot, epoch;
+
+  bool operator==(const Session& other) const { return slot == other.slot && epoch == other.epoch; }
 };
 
 using Budgets = std::array<int64_t, kNumClasses>;  // pages per class in each group, no window
@@ -155,6 +157,7 @@ class PageTable {
   // `used`, and with a window page_rows, where causality bounds it; unused entries are (-1, 0, 0).
   int64_t num_deltas() const { return dirty_.size(); }
   void take_deltas(int64_t* out);
+  void send_again();  // every entry counts as changed: a device may have missed what was taken
 
   std::vector<PageRef> pages(Session session, int64_t group) const;  // as the list has them
   std::vector<std::vector<int64_t>> positions(Session session, int64_t group) const;  // likewise

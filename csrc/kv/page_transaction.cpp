@@ -127,7 +127,11 @@ void PageTable::append_all(const std::vector<Session>& sessions,
 }
 
 void PageTable::commit_all(const std::vector<Session>& sessions) {
-  for (const Session session : sessions) find(session, Phase::kReserved, "commit");
+  for (auto session = sessions.begin(); session != sessions.end(); ++session) {
+    find(*session, Phase::kReserved, "commit");
+    TML_CHECK(std::find(sessions.begin(), session, *session) == session,
+              "commit: slot=", session->slot, " is given twice");
+  }
   for (const Session session : sessions) commit(session);
 }
 

@@ -41,10 +41,10 @@ def move_pages(**changes: int) -> None:
     [
         (lambda: _cuda.stream_read(16, 15, 16, 1, 0), "num_bytes=15"),
         (lambda: _cuda.stream_read(16, -16, 16, 1, 0), "num_bytes=-16"),
-        (lambda: _cuda.stream_read(8, 16, 16, 1, 0), "data=0x8"),
+        (lambda: _cuda.stream_read(8, 16, 16, 1, 0), "data: misaligned"),
         (lambda: _cuda.stream_read(0, 16, 16, 1, 0), "data=null"),
-        (lambda: _cuda.stream_read(16, 16, 0, 1, 0), "out=0"),
-        (lambda: _cuda.stream_read(16, 16, 2, 1, 0), "out=0x2"),
+        (lambda: _cuda.stream_read(16, 16, 0, 1, 0), "out: null or misaligned"),
+        (lambda: _cuda.stream_read(16, 16, 2, 1, 0), "out: null or misaligned"),
         (lambda: _cuda.stream_read(16, 16, 16, 0, 0), "num_blocks=0"),
         (lambda: _cuda.graph_launch(0, 0, 0), "graph_exec=0"),
         *(
@@ -54,7 +54,7 @@ def move_pages(**changes: int) -> None:
         *(
             (
                 functools.partial(apply_deltas, **{f"{name}_ptr": value}),
-                f" {name}={value and hex(value)}$",
+                f" {name}: null or misaligned, num_",
             )
             for name in ("delta", "row", "position", "base", "row_position")
             for value in (4, 0)  # not of 8 bytes, null
@@ -62,7 +62,7 @@ def move_pages(**changes: int) -> None:
         *(
             (
                 functools.partial(apply_deltas, **{f"{name}_ptr": value}),
-                f" {name}={value and hex(value)}$",
+                f" {name}: null or misaligned, num_",
             )
             for name in ("page", "rows")
             for value in (2, 0)
@@ -74,7 +74,7 @@ def move_pages(**changes: int) -> None:
         *(
             (
                 functools.partial(move_pages, **{f"{name}_ptr": value}),
-                f" {name}={value and hex(value)}$",
+                f" {name}: null or misaligned, num_",
             )
             for name in ("from", "to")
             for value in (4, 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from safetensors import safe_open
 from small_cache import BUDGETS, GROUPS, keys, make_cache, tick
 
 from tml_kernels._core import SessionImage
+from tml_kernels._tensor_file import TensorFile, TensorFileError
 from tml_kernels.kv_cache import (
     CacheGroup,
     OutOfPages,
@@ -165,6 +168,86 @@ def test_no_room_for_it_changes_nothing(tmp_path: Path) -> None:
     full.open(BUDGETS)
     with pytest.raises(OutOfSessions):
         full.load(path)
+
+
+@pytest.mark.parametrize("part", ["scatter", "check_positions"])
+def test_a_load_that_fails_holds_nothing(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    cache = make_cache()
+
+    def refuse(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"tml_kernels.kv_cache.cache.{part}", refuse)
+        with pytest.raises(MemoryError):
+            cache.load(path)
+    assert cache.stats().sessions == 0 and cache.stats().host_bytes == 0
+    cache.check_invariants()
+    cache.load(path)
+
+
+def test_rows_whose_positions_are_not_the_books_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    saved(path)
+    file, description = read_session_file(path)
+    tensors = {name: file.tensor(name).clone() for name in file.entries}
+    tensors["0.row_position"][0, 1, 0] = 999_999
+    write_session_file(path, tensors.items(), description)
+    cache = make_cache()
+    with pytest.raises(SessionFileError, match=r"0\.row_position: page 1 contradicts"):
+        cache.load(path)
+    assert cache.stats().sessions == 0
+    cache.check_invariants()
+
+
+@pytest.mark.parametrize("description", [[1], 3, "_" * 200_000], ids=["list", "number", "deep"])
+def test_a_description_that_is_none(description: object, tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    write_session_file(path, [("x", torch.zeros(1))], description)  # type: ignore[arg-type]
+    whole = path.read_bytes()
+    text = re.search(rb'\\"_+\\"', whole)
+    if text is not None:
+        whole = whole.replace(text[0], b"[" * len(text[0]))
+        place = whole.index(b'"sha256": "') + 11
+        zeros = whole[:place] + b"0" * 64 + whole[place + 64 :]
+        digest = hashlib.sha256(zeros).hexdigest().encode()
+        path.write_bytes(whole[:place] + digest + whole[place + 64 :])
+    with pytest.raises(SessionFileError, match="its description cannot be read"):
+        read_session_file(path)
+
+
+SHAPES = {  # of no bytes, all of them
+    "a side beyond 64 bits": [2**70],
+    "sides that wrap": [2**32, 2**32],
+    "nothing, and too wide": [0, 2**32, 2**32],
+}
+
+
+def _header(shape: list[int]) -> str:
+    return json.dumps({"x": {"dtype": "U8", "shape": shape, "data_offsets": [0, 0]}})
+
+
+HEADERS = {"deep": "[" * 200_000} | {name: _header(shape) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_lie_are_a_typed_error(name: str, tmp_path: Path) -> None:
+    path, header = tmp_path / "file", HEADERS[name].encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(TensorFileError):
+        TensorFile(path)
+
+
+def test_a_dtype_that_no_file_holds_is_refused_before_one_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    cache = make_cache(slot_tensors={"flag": SlotTensor(torch.zeros(3, dtype=torch.bool))})
+    with pytest.raises(TensorFileError, match=r"state\.flag: torch\.bool is not one of F32"):
+        cache.save(cache.open(BUDGETS), path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_model import small_config
 from torch import Tensor
 
-from tml_kernels.kv_cache import BudgetExceeded, OutOfPages, PageClass
+from tml_kernels.kv_cache import BudgetExceeded, OutOfPages, PageClass, SessionFileError
 from tml_kernels.testing import assert_bitwise, assert_matches
 from tml_runtime.model import InteractionModel, KvBudget, ModelConfig, ModelState
 from tml_runtime.model.config import HeadSpec
@@ -137,6 +138,50 @@ def test_a_saved_session_goes_on_elsewhere_bitwise(tmp_path: Path) -> None:
     state.cache.suspend(state.session(1))  # and comes back with its next tokens
     expected = append(model, state, {1: x_T_D[100:]})[0]
     assert_bitwise(append(model, other, {0: x_T_D[100:]})[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("token_N", 10**6, "token=1000000 is not in 0"),
+        ("token_N", -1, "token=-1 is not in 0"),
+        ("levels_N_F_B", 255, "a level is not below"),
+        ("temperature_N", float("nan"), "temperature=nan"),
+        ("top_p_N", -0.5, "top_p=-0.5"),
+    ],
+)
+def test_a_file_with_what_no_session_has_is_refused(
+    name: str, value: float, words: str, tmp_path: Path
+) -> None:
+    """One bad token would be an error of every tick, and so of every session."""
+    model = InteractionModel.random(CONFIG)
+    state, path = model.new_state(2, max_append=64), tmp_path / "session.tml"
+    append(model, state, {0: torch.randn(20, CONFIG.width)})
+    state.cache.slot_rows(0)[name].fill_(value)
+    state.cache.save(state.session(0), path)
+    with pytest.raises(SessionFileError, match=words):
+        state.load(1, path)
+    assert lengths(state) == [20, 0]
+    state.cache.check_invariants()
+    append(model, state, {1: torch.randn(3, CONFIG.width)})
+
+
+def test_who_had_begun_a_tick_that_raises_is_at_rest_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = InteractionModel.random(CONFIG)
+    state = model.new_state(3, max_append=64)
+    sizes = np.ones((3, 1), np.int64)
+
+    def refuse(*args: object) -> int:
+        raise MemoryError
+
+    state.put_away(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelState, "bring_back", refuse)
+        with pytest.raises(MemoryError):
+            state.reserve_all([0, 1, 2], [PageClass.TEXT], sizes)
+    assert state.reserve_all([0, 1, 2], [PageClass.TEXT], sizes) == {}
+    state.roll_back([0, 1, 2])
+    state.cache.check_invariants()
 
 
 def test_without_room_the_idle_go_to_host_memory_or_nothing_changes() -> None:

@@ -288,7 +288,7 @@ def test_priority_is_reported_and_never_fatal() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"step": 3}, TypeError, "callable or a launch capsule, got 3"),
+        ({"step": 3}, TypeError, "callable or a launch capsule, got int"),
         ({"period_ns": 0}, ValueError, "period_ns=0"),
         ({"period_ns": 1.5}, TypeError, "period_ns"),
         ({"spin_ns": -1}, ValueError, "spin_ns=-1"),

@@ -28,7 +28,7 @@ from .._core import (
 )
 from .checks import check_device_tables
 from .pools import CacheGroup, GroupPages, Pools
-from .saved import read_contents, restore_image, write_session
+from .saved import check_positions, read_contents, restore_image, write_session
 from .session_file import read_session_file
 from .slot_state import NUM_SNAPSHOTS, SlotState, SlotTensor
 from .transfer import Contents, copy_pages, gather, scatter, to_device
@@ -108,6 +108,7 @@ class RollingKVCache:
         self.num_keys = self._table.num_keys  # entries of page lists: the most a tick can change
         self._deltas = np.empty((self.num_keys, 4), np.int64)
         self._lag, self._tick = lag, 0
+        self._full_tick = 0  # the last one of all sessions
 
     @property
     def groups(self) -> list[GroupPages]:
@@ -124,9 +125,13 @@ class RollingKVCache:
         """Another session that begins as this one is: full pages are shared, open ones copied.
         Raises OutOfSessions or OutOfPages."""
         child, copies = self._table.fork(session, priority=priority)
-        copy_pages(self.groups, copies, self.device)
-        self._state.copy(session.slot, child.slot)
-        self._state.remember_once(child.slot, self.length(child))
+        try:
+            copy_pages(self.groups, copies, self.device)
+            self._state.copy(session.slot, child.slot)
+            self._state.remember_once(child.slot, self.length(child))
+        except BaseException:
+            self._table.close(child)
+            raise
         self._sessions[child.slot] = child
         self._last_commit[child.slot] = self._tick
         return child
@@ -147,7 +152,7 @@ class RollingKVCache:
         Raises OutOfPages, BudgetExceeded (anchors, or more pages than columns), and RuntimeError
         where the session is suspended or has had its transaction of this tick.
         """
-        if self._state.tensors and self._last_commit[session.slot] > self._tick:
+        if self._has_committed(session):
             self._table.session_stats(session)  # UnknownSession comes first
             raise RuntimeError(f"reserve: slot={session.slot} has committed in this tick already")
         while True:
@@ -174,8 +179,7 @@ class RollingKVCache:
     ) -> int:
         """`reserve` for one session after the other, int64 tokens [S, R] of R classes: how many
         have begun a transaction. The next one would have to be made room for, or is refused."""
-        at = (s for s, x in enumerate(sessions) if self._last_commit[x.slot] > self._tick)
-        first = next(at, None) if self._state.tensors else None
+        first = next((s for s, x in enumerate(sessions) if self._has_committed(x)), None)
         return self._table.reserve_all(sessions[:first], classes, tokens_S_R[:first].data)
 
     def append_all(
@@ -194,16 +198,24 @@ class RollingKVCache:
         rows, positions: of this tick's tokens, int64 [groups, T] and [T], -1 in rows for tokens of
         nobody. Queues one copy and one launch; waits for nothing.
         """
-        num_groups, num_tokens = expected = len(self.groups), len(positions)
-        if rows.shape != expected:
-            raise ValueError(f"rows: expected shape {expected}, got {rows.shape}")
-        num_deltas = self._table.take_deltas(self._deltas.data)
+        num_groups, num_tokens = len(self.groups), positions.size
+        for name, x, shape in (
+            ("rows", rows, (num_groups, num_tokens)),
+            ("positions", positions, (num_tokens,)),
+        ):
+            if x.dtype != np.int64 or x.shape != shape:
+                raise ValueError(f"{name}: expected int64 {shape}, got {x.dtype} {x.shape}")
         row_Z, position_Z = np.empty((2, self._pools.num_placed * num_tokens), np.int64)
         self._pools.place(rows, positions, row_Z, position_Z)
+        num_deltas = self._table.take_deltas(self._deltas.data)
         parts = (self._deltas[:num_deltas], rows, positions, row_Z, position_Z)
-        staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
-        delta, row, position_T, row_Z, position_Z = staged.split([part.size for part in parts])
-        self.write(delta.view(-1, 4), row_Z, position_Z)
+        try:
+            staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
+            delta, row, position_T, row_Z, position_Z = staged.split([part.size for part in parts])
+            self.write(delta.view(-1, 4), row_Z, position_Z)
+        except BaseException:
+            self.send_again()
+            raise
         return Rows(row.view(num_groups, num_tokens), position_T)
 
     def stage(
@@ -212,10 +224,15 @@ class RollingKVCache:
     ) -> None:  # fmt: skip
         """The host's half of `apply`: what `write` takes, into int64 arrays of sizes that no tick
         changes. delta: `num_keys` rows, padded; row and position: T of each group that has no
-        window."""
+        window. Where `write` does not follow, `send_again` must."""
+        self._pools.place(rows, positions, row_Z, position_Z)
         num_deltas = self._table.take_deltas(delta_U_4.data)
         delta_U_4[num_deltas:] = (-1, 0, 0, 0)
-        self._pools.place(rows, positions, row_Z, position_Z)
+
+    def send_again(self) -> None:
+        """What the device was to be told may not have reached it: all of its tables are written
+        anew by the next `apply` or `stage`."""
+        self._table.send_again()
 
     def write(self, delta_U_4: Tensor, row_Z: Tensor, position_Z: Tensor) -> None:
         """The device's half of `apply`: one launch, which a captured graph can hold."""
@@ -243,13 +260,15 @@ class RollingKVCache:
         only: the sessions that had this one, between ticks of all: it counts for them as the last
         of those, or as one `ago` ticks before, and what others can be rewound to stays.
         """
+        lengths = None if only is None else [self.length(session) for session in only]
         self._tick += 1
         self._table.tick(self._tick)
-        if only is None:
+        if only is None or lengths is None:
+            self._full_tick = self._tick
             self._state.snapshot(self._table.lengths())
         else:
-            for session in only:
-                self._state.remember(session.slot, self.length(session), ago)
+            for session, length in zip(only, lengths, strict=True):
+                self._state.remember(session.slot, length, ago)
         while self._retired and self._retired[0][0].query():
             self._retired.popleft()
         return self._tick
@@ -271,7 +290,8 @@ class RollingKVCache:
         """Drop every token from `position` on, or from the mark; returns the position.
 
         Raises NoSnapshot where no tick ended there that is still remembered, WindowPassed where a
-        window has lost keys that it needs, OutOfPages where a shared page cannot be copied.
+        window has lost keys that it needs, OutOfPages where there is no page for a copy of a shared
+        one. After any other error, of the device, the session is of no use: close it.
         """
         length = self.length(session)
         target = self._state.marked(session.slot) if position is None else position
@@ -287,7 +307,11 @@ class RollingKVCache:
     def suspend(self, session: Session) -> None:
         """Move the session's pages to pinned host memory; its slot and slot tensors stay."""
         contents = gather(self.groups, self._refs(session), self.device, to_host=True)
-        self._table.suspend(session)  # last: host memory may not be had
+        try:
+            self._table.suspend(session)  # last: host memory may not be had
+        except BaseException:
+            self._retire(contents)
+            raise
         self._suspended[session] = contents
 
     def resume(self, session: Session) -> None:
@@ -334,12 +358,14 @@ class RollingKVCache:
         try:
             self._suspended[session] = contents
             self.resume(session)
-        except OutOfPages:
+            groups = range(len(self.groups))
+            check_positions(Path(path), contents, [self.positions(session, g) for g in groups])
+            for name, row in self.slot_rows(session.slot).items():
+                row.copy_(state[name])
+            self._state.remember(session.slot, self.length(session))
+        except BaseException:
             self.close(session)
             raise
-        for name, row in self.slot_rows(session.slot).items():
-            row.copy_(state[name])
-        self._state.remember(session.slot, self.length(session))
         return session
 
     # What there is
@@ -393,6 +419,11 @@ class RollingKVCache:
 
     # Inside
 
+    def _has_committed(self, session: Session) -> bool:
+        """In this tick, where that is one too many; a slot that never was has not."""
+        last = self._last_commit[session.slot : session.slot + 1] if session.slot >= 0 else []
+        return bool(self._state.tensors) and any(tick > self._tick for tick in last)
+
     def _refs(self, session: Session) -> list[PageRef]:
         return [ref for g in range(len(self.groups)) for ref in self._table.pages(session, g)]
 
@@ -421,7 +452,7 @@ class RollingKVCache:
         if victim == session:
             return False
         mine, other = self.session_stats(session), self.session_stats(victim)
-        if other.priority == mine.priority and self._last_commit[victim.slot] >= self._tick:
+        if other.priority == mine.priority and self._last_commit[victim.slot] >= self._full_tick:
             return False  # it is not idle
         self.suspend(victim)
         return self._lag == 0

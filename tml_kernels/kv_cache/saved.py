@@ -80,6 +80,18 @@ def restore_image(
         raise SessionFileError(path, "", f"its pages contradict themselves: {error}") from None
 
 
+def check_positions(path: Path, contents: Contents, positions: list[list[list[int]]]) -> None:
+    """Rows hold what the books of a restored session say: positions of each page of each group, in
+    their order. SessionFileError."""
+    for g, (part, pages) in enumerate(zip(contents, positions, strict=True)):
+        rows = part["row_position"][0] if "row_position" in part else []
+        for page, (row_R, expected) in enumerate(zip(rows, pages, strict=False)):
+            if row_R[: len(expected)].tolist() != expected:
+                raise SessionFileError(
+                    path, f"{g}.row_position", f"page {page} contradicts the list of pages"
+                )
+
+
 def _shapes(cache: RollingKVCache) -> list[dict[str, Any]]:
     specs = [asdict(group.spec) for group in cache.groups]
     return [{name: x for name, x in spec.items() if name not in SIZED} for spec in specs]

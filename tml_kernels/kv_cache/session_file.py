@@ -50,7 +50,8 @@ def read_session_file(path: Path) -> tuple[TensorFile, dict[str, Any]]:
         raise SessionFileError(path, "", "altered or truncated: its checksum does not match")
     try:
         description = json.loads(file.metadata["session"])
-    except (KeyError, ValueError):
+        assert isinstance(description, dict)
+    except (KeyError, ValueError, RecursionError, AssertionError):
         raise SessionFileError(path, "", "its description cannot be read") from None
     return file, description
 

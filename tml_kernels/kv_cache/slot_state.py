@@ -98,9 +98,10 @@ class SlotState:
         self._remember((self._next - 1 - ago) % self._mark, slot, length)
 
     def remember_once(self, slot: int, length: int) -> None:
-        """`remember`, unless a snapshot of that length is there."""
+        """Remember one slot as it is until the next tick, unless a snapshot of that length is
+        there: in the place of the oldest one, which that tick would take."""
         if all(p[slot] != length for p in self._position[: self._mark]):
-            self.remember(slot, length)
+            self._remember(self._next, slot, length)
 
     def _remember(self, index: int, slot: int, length: int) -> None:
         for kept, x in zip(self._past[index], self._moving.values(), strict=True):

@@ -43,17 +43,22 @@ def gather(
     """Copies of the pages, in the order of `refs`. On a GPU, host memory is pinned and written by
     the kernel: it holds the contents once the stream has come that far."""
     contents: Contents = []
-    for group, page_I in _by_group(groups, refs, device):
-        place_I, part = torch.arange(len(page_I), device=device), {}
-        for name, x_L_P_B in group.contents().items():
-            part[name] = torch.empty(
-                (x_L_P_B.shape[0], len(page_I), x_L_P_B.shape[2]),
-                dtype=x_L_P_B.dtype,
-                device="cpu" if to_host else device,
-                pin_memory=to_host and device.type == "cuda",
-            )
-            move_pages(x_L_P_B, part[name], page_I, place_I)
-        contents.append(part)
+    try:
+        for group, page_I in _by_group(groups, refs, device):
+            place_I, part = torch.arange(len(page_I), device=device), {}
+            contents.append(part)
+            for name, x_L_P_B in group.contents().items():
+                part[name] = torch.empty(
+                    (x_L_P_B.shape[0], len(page_I), x_L_P_B.shape[2]),
+                    dtype=x_L_P_B.dtype,
+                    device="cpu" if to_host else device,
+                    pin_memory=to_host and device.type == "cuda",
+                )
+                move_pages(x_L_P_B, part[name], page_I, place_I)
+    except BaseException:
+        if device.type == "cuda":  # kernels that are queued write to pinned memory, now let go of
+            torch.cuda.synchronize(device)
+        raise
     return contents
 
 

@@ -20,6 +20,7 @@ from tml_kernels.kv_cache import (
     PageClass,
     RollingKVCache,
     Session,
+    SessionFileError,
 )
 
 from .buffers import TickBuffers, TickShape
@@ -199,14 +200,37 @@ class ModelState:
         assert self._sessions[to_slot].slot == to_slot
 
     def load(self, slot: int, path: str | Path) -> None:
-        """Make `slot` the session that `cache.save` wrote; what was in it ends."""
+        """Make `slot` the session that `cache.save` wrote; what was in it ends. SessionFileError
+        also for tokens, levels or settings that no session of this model has."""
         self.cache.close(self.session(slot))
         try:
-            self._sessions[slot] = self.cache.load(path)
+            session = self.cache.load(path)
+            try:
+                self._check_rows(session.slot, Path(path))
+            except BaseException:
+                self.cache.close(session)
+                raise
+            self._sessions[slot] = session
         except BaseException:
             self._sessions[slot] = self.cache.open(self.budget.pages())
             raise
         assert self._sessions[slot].slot == slot
+
+    def _check_rows(self, slot: int, path: Path) -> None:
+        """Raises SessionFileError. What a file holds is not trusted: a token that is none would be
+        an error of every later tick."""
+        rows = {name: x.cpu() for name, x in self.cache.slot_rows(slot).items()}
+        token, levels = int(rows["token_N"]), rows["levels_N_F_B"]
+        num_valid, num_levels = self.config.vocab.num_valid, self.config.layout.dmel.num_levels
+        if not 0 <= token < num_valid:
+            raise SessionFileError(path, "token_N", f"{token=} is not in 0..{num_valid - 1}")
+        if int(levels.max()) >= num_levels:
+            raise SessionFileError(path, "levels_N_F_B", f"a level is not below {num_levels}")
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        try:
+            check_sampling(*(rows[f"{name}_N"].item() for name in names))
+        except ValueError as error:
+            raise SessionFileError(path, "", str(error)) from None
 
     def put_away(self, slot: int) -> None:
         """Move a slot's keys to host memory, until its next tick. Waits for the device."""
@@ -240,6 +264,9 @@ class ModelState:
                 self.reserve(slots[at], list(zip(classes, tokens_S_R[at].tolist(), strict=True)))
             except CacheError as error:
                 refused[at] = error
+            except BaseException:  # such as host memory that is refused
+                self.roll_back(slot for s, slot in enumerate(slots[:at]) if s not in refused)
+                raise
             at += 1
             at += self.cache.reserve_all(sessions[at:], classes, tokens_S_R[at:])
         return refused
@@ -285,16 +312,7 @@ class ModelState:
     ) -> None:
         """How a slot draws its tokens and its speech. The default is the model's distribution."""
         self._check_slot(slot)
-        if not 0.0 <= temperature <= torch.finfo(self.temperature_N.dtype).max:
-            raise ValueError(f"temperature={temperature} is not a finite float32 >= 0")
-        if not 0 <= top_k < 2**31:
-            raise ValueError(f"top_k={top_k} is not in 0..2**31-1 (0: off)")
-        if not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p={top_p} is not in (0, 1] (1: off)")
-        if not 0.0 <= min_p <= 1.0:
-            raise ValueError(f"min_p={min_p} is not in 0..1 (0: off)")
-        if not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seed={seed} does not fit 64 bits")
+        check_sampling(temperature, top_k, top_p, min_p, seed)
         self.temperature_N[slot] = temperature
         self.top_k_N[slot] = top_k
         self.top_p_N[slot] = top_p
@@ -304,6 +322,20 @@ class ModelState:
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot={slot} is not in 0..{self.num_slots - 1}")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> None:
+    """Raises ValueError for what no session draws by, NaN included."""
+    if not 0.0 <= temperature <= torch.finfo(torch.float32).max:
+        raise ValueError(f"temperature={temperature} is not a finite float32 >= 0")
+    if not 0 <= top_k < 2**31:
+        raise ValueError(f"top_k={top_k} is not in 0..2**31-1 (0: off)")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p} is not in (0, 1] (1: off)")
+    if not 0.0 <= min_p <= 1.0:
+        raise ValueError(f"min_p={min_p} is not in 0..1 (0: off)")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={seed} does not fit 64 bits")
 
 
 def _check_positive(**values: int) -> None:

@@ -53,6 +53,7 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
         output.stage_ns["stage"] = now_ns() - begin_ns
         ran = runner.run(bucket)
     except BaseException:
+        state.cache.send_again()
         state.roll_back(slots)
         raise
     state.commit(slots)
