@@ -119,6 +119,8 @@ def test_ids_outside_are_skipped(dtype: torch.dtype) -> None:
 
 # vLLM
 
+OAI = {"gemm1_alpha": 1.702, "gemm1_beta": 1.0, "gemm1_clamp_limit": 7.0}  # of gpt-oss
+
 
 class MoEActivation(enum.Enum):
     """As vLLM spells it."""
@@ -138,6 +140,8 @@ class MoEActivation(enum.Enum):
 def test_vllm_activation(name: Any, act: Callable[..., Tensor], rows: str) -> None:
     i = Inputs()
     args = i.vllm() | {"w1": getattr(i, rows), "activation": name}
+    if name == "swigluoai_uninterleave":
+        args |= config(**OAI)
     out = fused_experts(**args)
     assert_matches(out, i.expected(act))
 
@@ -233,6 +237,9 @@ VLLM_BAD = [
     (config(gemm1_clamp_limit=7.0), NotImplementedError, "gemm1_clamp_limit: only None .*got 7.0"),
     (config(gemm1_alpha=1.5) | {"activation": "swigluoai"}, NotImplementedError,
      "quant_config.gemm1_alpha: only 1.702 is served, got 1.5"),
+    *((config(**{**OAI, name: None}) | {"activation": "swigluoai_uninterleave"}, ValueError,
+       f"quant_config.{name}: 'swigluoai_uninterleave' needs it") for name in OAI),
+    ({"activation": "swigluoai_uninterleave"}, ValueError, "gemm1_alpha: .* needs it, got None"),
     (config(w1_bias=torch.zeros(E, 4)), ValueError, "quant_config.w1_bias_E_J: J=4"),
 ]  # fmt: skip
 

@@ -119,6 +119,58 @@ def test_generation_goes_on_from_the_cache() -> None:
     assert_bitwise(ours, generate(model, longer, max_new_tokens=5))
 
 
+# Without a TmlCache
+
+MOE = {"intermediate_size": 48, "num_experts_per_tok": 2}
+SLIDING = {
+    "PhimoeForCausalLM": {**MOE, "num_local_experts": 4, "sliding_window": 6},
+    "Qwen2MoeForCausalLM": {
+        **MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+        "use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention"] * 2,
+    },
+}  # fmt: skip
+STRIDED = {
+    "GlmForCausalLM": {"intermediate_size": 48, "head_dim": 16, "pad_token_id": 0},
+    "PhiForCausalLM": {"intermediate_size": 48},
+    "GPTNeoXForCausalLM": {"intermediate_size": 48},
+}
+
+
+def make_other(name: str, given: dict[str, Any]) -> Any:
+    config = getattr(transformers, name.replace("ForCausalLM", "Config"))(**{**SIZES, **given})
+    return randomise(getattr(transformers, name)(config).eval())
+
+
+@pytest.mark.parametrize("name", SLIDING)
+def test_windows_that_a_model_does_not_give_its_attention_are_kept(name: str) -> None:
+    """Some know theirs by the mask alone."""
+    model, ids = make_other(name, SLIDING[name]), random_ids(2, 24)
+    expected = eager_logits(model, ids)
+    assert_matches(logits(tml(model), ids), expected, limit=1e-5)
+    assert_matches(in_pieces(model, ids, transformers.DynamicCache(), [9]), expected, limit=1e-5)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_queries_that_lie_in_memory_as_the_model_left_them(name: str, batch: int) -> None:
+    model, ids = make_other(name, STRIDED[name]), random_ids(batch, 24)
+    assert_matches(logits(tml(model), ids), eager_logits(model, ids), limit=1e-5)
+
+
+def test_chunks_are_refused_once_there_are_two() -> None:
+    given = {
+        **MOE, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "attention_chunk_size": 8, "no_rope_layers": [1, 1], "head_dim": 16,
+        "interleave_moe_layer_step": 2,
+    }  # fmt: skip
+    config = transformers.Llama4TextConfig(**{**SIZES, **given})
+    model, ids = randomise(transformers.Llama4ForCausalLM(config).eval()), random_ids(2, 9)
+    expected = eager_logits(model, ids)
+    assert_matches(logits(tml(model), ids[:, :8]), expected[:, :8], limit=1e-5)
+    with pytest.raises(NotImplementedError, match="9 keys in chunks of 8"):
+        logits(model, ids)
+
+
 # After it has rolled
 
 
@@ -152,7 +204,7 @@ def stream(model: Any, cache: TmlCache, reference: Streaming, ids: Tensor) -> tu
 def test_rolled_logits_are_streaming_llm_s(name: str, num_sinks: int, page_rows: int) -> None:
     model, ids = tml(make_model(name)), random_ids(2, 400)
     cache = TmlCache(
-        model, max_batch=2, window_tokens=64, num_sinks=num_sinks, max_append=40,
+        model, max_batch=2, window_tokens=64, num_sinks=num_sinks, max_append=40, history=0,
         page_rows=page_rows,
     )  # fmt: skip
     num_pages = -(-63 // page_rows) + 1
@@ -169,7 +221,9 @@ def test_sinks_that_stay_behind_are_seen(monkeypatch: pytest.MonkeyPatch) -> Non
     """The comparison above tells sinks that are not moved from those that are."""
     monkeypatch.setattr(Sinks, "move", lambda self, distance: None)
     model, ids = tml(make_model("llama")), random_ids(1, 300)
-    cache = TmlCache(model, max_batch=1, window_tokens=64, num_sinks=4, max_append=40, page_rows=16)
+    cache = TmlCache(
+        model, max_batch=1, window_tokens=64, num_sinks=4, max_append=40, history=0, page_rows=16
+    )
     reference = Streaming(model, num_sinks=4, num_pages=5, page_rows=16)
     ours, theirs = stream(model, cache, reference, ids)
     assert relative_l2(ours, theirs) > 1e-3
@@ -198,9 +252,10 @@ def test_generation_rolls_in_the_same_memory() -> None:
     for _ in range(5):
         ids = generate(model, ids, cache, max_new_tokens=30)
         held.append([group.held for group in cache.rolling.stats().groups])
-    assert cache.get_seq_length() == 16 + 5 * 30 - 1 and cache.num_dropped > 100
-    # Of both rows: sinks and three pages of text; a window, its history and a page begun.
-    assert all(full == 2 * (1 + 3) and windows <= 2 * (6 + 1) for full, windows in held)
+    assert cache.get_seq_length() == 16 + 5 * 30 - 1 and cache.num_dropped > 50
+    # Of both rows: sinks, and pages of text; a window, and a page begun; their history in both.
+    assert all(full <= 2 * (1 + 7) and windows <= 2 * (6 + 1) for full, windows in held)
+    assert held[-1][0] == 2 * (1 + 7)
     assert [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors] == before
     cache.reset()
     assert [group.held for group in cache.rolling.stats().groups] == [0, 0]
@@ -231,6 +286,18 @@ def test_crop_is_as_if_never_seen(name: str) -> None:
     back.crop(0)
     assert back.get_seq_length() == 160
     assert_matches(in_pieces(model, ids[:, 160:], back, []), expected[:, 160:], limit=1e-6)
+
+
+def test_a_window_is_whole_after_a_crop() -> None:
+    """As assisted generation crops what it had guessed, and must be as if it had not."""
+    model, ids = tml(make_model("llama")), random_ids(1, 150)
+    make: dict[str, Any] = {"window_tokens": 65, "max_append": 64, "history": 64}
+    cache = TmlCache(model, max_batch=1, **make)
+    in_pieces(model, ids[:, :108], cache, [54, 54])
+    for guessed in (21, 40):
+        logits(model, random_ids(1, guessed), cache)
+        cache.crop(-guessed)
+        assert cache.get_seq_length() == 108 and 108 - cache.num_dropped >= 65
 
 
 def test_crop_into_the_sinks_and_to_nothing() -> None:
@@ -268,6 +335,7 @@ def test_crop_that_cannot_be_is_refused() -> None:
 def test_reset_begins_anew_with_another_batch() -> None:
     model, ids = tml(make_model("llama")), random_ids(3, 96)
     make: dict[str, Any] = {"window_tokens": 16, "num_sinks": 4, "max_append": 16, "page_rows": 16}
+    make["history"] = 0
     cache, sizes = TmlCache(model, max_batch=3, **make), [16] * 6
     in_pieces(model, random_ids(3, 96), cache, sizes)
     for batch in (1, 2, 3):
@@ -315,7 +383,7 @@ def test_bfloat16_is_close(page_dtype: torch.dtype | None, limit: float) -> None
     reference = Streaming(model, num_sinks=4, num_pages=5, page_rows=16)
     half = tml(copy.deepcopy(model).to(torch.bfloat16))
     cache = TmlCache(
-        half, max_batch=2, window_tokens=64, num_sinks=4, max_append=40, page_rows=16,
+        half, max_batch=2, window_tokens=64, num_sinks=4, max_append=40, history=0, page_rows=16,
         page_dtype=page_dtype,
     )  # fmt: skip
     assert cache.rolling.page_dtype == (page_dtype or torch.bfloat16)
@@ -333,8 +401,9 @@ def test_gpu_bfloat16_is_close(page_dtype: torch.dtype | None, limit: float) -> 
     reference = Streaming(model, num_sinks=4, num_pages=3, page_rows=64)
     half = tml(model.to("cuda", torch.bfloat16))
     cache = TmlCache(
-        half, max_batch=2, window_tokens=128, num_sinks=4, max_append=40, page_dtype=page_dtype
-    )
+        half, max_batch=2, window_tokens=128, num_sinks=4, max_append=40, history=0,
+        page_dtype=page_dtype,
+    )  # fmt: skip
     ours, theirs = stream(half, cache, reference, ids)
     assert cache.num_dropped > 0
     cache.rolling.check_invariants()

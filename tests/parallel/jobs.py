@@ -234,6 +234,11 @@ def refused_alone(rank: int, num_ranks: int, init_method: str) -> dict[str, str]
             ),
             "tick with a bad slot": lambda: leader.tick(state, bad),
             "rewind to nowhere": lambda: state.cache.rewind(state.session(0), 3),
+            "a seed that is no JSON": lambda: state.set_sampling(1, seed=np.int64(7)),
+            "logits of another width": lambda: leader.logits(torch.zeros(3, CONFIG.width + 1)),
+            "logits of another dtype": lambda: leader.logits(
+                torch.zeros(3, CONFIG.width, dtype=torch.float64)
+            ),
         }
         raised = {name: type(_error_of(attempt)).__name__ for name, attempt in tries.items()}
         leader.tick(state, tick_of(1, [0, 1, 2]))

@@ -151,6 +151,9 @@ def test_what_one_rank_cannot_do_alone_is_refused(crew: Crew, tmp_path: Path) ->
         "tick of a state of another model": "InputValueError",
         "tick with a bad slot": "ValueError",
         "rewind to nowhere": "NoSnapshot",
+        "a seed that is no JSON": "InputTypeError",
+        "logits of another width": "ValueError",
+        "logits of another dtype": "TypeError",
     }
     assert followed == 2  # what was refused did not part the ranks
 

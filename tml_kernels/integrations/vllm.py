@@ -51,7 +51,8 @@ def fused_experts(
     apply_router_weight_on_input: for K = 1, multiplies the token and not the result, rounded to its
     dtype. expert_map: [G] int32, row of w1 for each global id, -1 where it is elsewhere;
     global_num_experts is then G or -1. quant_config: vLLM's, or None; of it come the biases
-    w1_bias [E, 2F] and w2_bias [E, D]. allow_deep_gemm chooses a kernel of vLLM's, and none here.
+    w1_bias [E, 2F] and w2_bias [E, D], and the constants without which there is no
+    "swigluoai_uninterleave". allow_deep_gemm chooses a kernel of vLLM's, and none here.
 
     Accuracy and determinism are those of `fused_moe`. Safe to capture: nothing synchronises.
     Raises TypeError or ValueError naming the argument; NotImplementedError for what vLLM takes and
@@ -63,6 +64,8 @@ def fused_experts(
     if not isinstance(inplace, bool):
         raise TypeError(f"inplace: expected a bool, got {inplace!r}; give activation by its name")
     order, name = _activation(activation)
+    if order == "gate_up" and name == "swiglu_oai":
+        _check_constants(quant_config)
     bias1, bias2 = _biases(quant_config, name)
     weights = plain_experts(
         w1, w2, bias1, bias2, names=("w1", "w2", "quant_config.w1_bias", "quant_config.w2_bias"),
@@ -92,6 +95,13 @@ def _activation(activation: Any) -> tuple[str, str]:
             f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}"
         )
     return ACTIVATIONS[name]
+
+
+def _check_constants(config: Any) -> None:
+    """vLLM has no defaults for this activation's: models differ in them."""
+    for name in ("gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit"):
+        if getattr(config, name, None) is None:
+            raise ValueError(f"quant_config.{name}: 'swigluoai_uninterleave' needs it, got None")
 
 
 def _biases(config: Any, activation: str) -> tuple[Tensor | None, Tensor | None]:

@@ -32,7 +32,9 @@ def _open_shards(index: Path) -> dict[str, TensorFile]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         shards = {name: index.parent / shard for name, shard in weight_map.items()}
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (
+        AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError,
+    ) as error:  # fmt: skip
         raise CheckpointError(index, "", f"not an index of shards: {error!r}") from None
     opened: dict[Path, TensorFile] = {}
     for name, shard in shards.items():

@@ -86,7 +86,7 @@ class Manifest:
         try:
             data = json.loads(path.read_text())
             found = data["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(path, "", f"not a manifest: {error!r:.200}") from None
         if found != FORMAT:
             reason = f"has format {found!r:.40}, not {FORMAT!r}; convert the checkpoint again"

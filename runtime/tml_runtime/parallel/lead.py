@@ -9,6 +9,7 @@ RankLost: in a runtime the tick raises, and every client hears LoopFailed.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tml_kernels._dims import Dims
 from tml_kernels.kv_cache import PageClass
 
-from ..errors import InputValueError, RankLost, RanksDiffer
+from ..errors import InputTypeError, InputValueError, RankLost, RanksDiffer
 from ..model import InteractionModel, KvBudget, ModelState, TickInput, TickOutput
 from ..model.backbone import check_ragged
 from ..model.buffers import Bucket
@@ -65,7 +67,15 @@ class LeadState:
         return call
 
     def _record(self, where: str, verb: str, args: list[Any], options: dict[str, Any]) -> None:
-        self._calls.append([self.number, where, verb, args, options])
+        """Before the call: one that cannot be told to the others is not made here either."""
+        call = [self.number, where, verb, args, options]
+        try:
+            json.dumps(call, allow_nan=True)
+        except (TypeError, ValueError) as error:
+            raise InputTypeError(
+                f"{where}.{verb}: cannot be sent to other ranks: {error}"
+            ) from None
+        self._calls.append(call)
 
 
 class _LeadCache:
@@ -154,6 +164,7 @@ class LeadModel(InteractionModel):
         )
 
     def logits(self, h_T_D: Tensor) -> Tensor:
+        Dims(D=self.config.width).check(h_T_D=h_T_D, dtype=self.dtype, device=self.device)
         self._send("logits", {}, [_bytes(h_T_D)])
         return super().logits(h_T_D)
 

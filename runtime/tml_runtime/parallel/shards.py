@@ -24,6 +24,7 @@ from ..errors import InputValueError, NotRunning, ResourceExhausted, ShardLost
 from ..loop import Runtime
 
 PREFIX = "tml-shards"
+GONE = "gone"  # of a shard that left; a key that is deleted may be waited for
 
 
 def job_store(*, timeout_s: float = 60.0) -> tuple[Store, int, int]:
@@ -97,7 +98,7 @@ class Shard:
             while not self._ended.wait(self._period_s):
                 self.publish()
         with contextlib.suppress(RuntimeError):
-            self._store.delete_key(_key(self._figures.index))
+            self._store.set(_key(self._figures.index), GONE)
 
 
 def sessions_of(runtime: Runtime) -> int:
@@ -196,7 +197,8 @@ class Shards:
     def _read(self, index: int) -> ShardFigures | None:
         if not self._store.check([_key(index)]):
             return None
-        return ShardFigures(**json.loads(self._store.get(_key(index))))
+        figures = self._store.get(_key(index))
+        return None if figures == GONE.encode() else ShardFigures(**json.loads(figures))
 
 
 def _key(index: int) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from .._arguments import refuse
 PAGES = "_tml_pages"  # attribute of keys: the layer of a TmlCache that takes them
 _PAGE_ROWS = 64
 # What some models give their attention function and this one would have to obey.
-_NOT_SERVED = ("s_aux", "position_bias", "cu_seq_lens_q", "cu_seq_lens_k", "block_table")
+_NOT_SERVED = (
+    "s_aux", "sinks", "position_bias", "indices", "block_indices",
+    "cu_seq_lens_q", "cu_seq_lens_k", "block_table",
+)  # fmt: skip
 
 
 @torch.compiler.disable  # keys carry an attribute, which a trace would lose
@@ -45,6 +49,9 @@ def attention_forward(
     masks, dropout and what else is not served, RuntimeError in training. torch.compile breaks its
     graph here.
     """
+    if attention_mask is not None and attention_mask.device.type == "meta":
+        refuse(sliding_window=(sliding_window, sliding_window and attention_mask.shape[-1]))
+        attention_mask, sliding_window = None, attention_mask.shape[-1]
     refuse(attention_mask=(attention_mask, None), dropout=(dropout, 0.0))
     refuse(**{name: (kwargs.get(name), None) for name in _NOT_SERVED})
     is_causal = kwargs.get("is_causal")
@@ -64,9 +71,12 @@ def causal_mask(
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    mask_function: Callable[..., Tensor] | None = None,
     **kwargs: Any,
-) -> None:
-    """The mask of `attention_forward`: none is made, for it knows what is causal.
+) -> Tensor | None:
+    """The mask of `attention_forward`: none is made, for it knows what is causal. Where a sliding
+    window hides keys, [1, 1, 1, window] on device "meta": not every model tells its layers.
 
     Waits for the device where there is an attention_mask. Raises ValueError for one with padding,
     NotImplementedError for what is more than causal and for caches of a fixed size.
@@ -83,6 +93,24 @@ def causal_mask(
             f'attn_implementation="tml": {end} keys for {int(q_offset + q_length)} tokens, as in '
             "a cache that is not filled: use TmlCache or DynamicCache"
         )
+    _check_unpadded(attention_mask, end)
+    if local_size is None or end <= local_size:
+        return None
+    if mask_function is not None and not _slides(mask_function, local_size):
+        raise NotImplementedError(
+            f'attn_implementation="tml": {end} keys in chunks of {local_size}, which it does not '
+            'serve: use attn_implementation="sdpa"'
+        )
+    return torch.empty(1, 1, 1, local_size, device="meta")
+
+
+def _slides(mask_function: Callable[..., Tensor], size: int) -> bool:
+    """Whether token `size` sees token 1, as in a sliding window; it would begin a chunk."""
+    zero, query, key = (torch.tensor(n) for n in (0, size, 1))
+    return bool(mask_function(zero, zero, query, key))
+
+
+def _check_unpadded(attention_mask: Tensor | None, end: int) -> None:
     if attention_mask is None:
         return
     if attention_mask.ndim != 2 or attention_mask.shape[1] < end:
@@ -118,7 +146,7 @@ def _attend(
     )
     start_S1 = torch.arange(batch + 1, dtype=torch.int32, device=device) * num_queries
     out_T_H_C = paged_attention(
-        query.transpose(1, 2).reshape(-1, num_heads, width),
+        query.transpose(1, 2).reshape(-1, num_heads, width).contiguous(),
         k_pages_P_G_R_C,
         v_pages_P_G_R_C,
         plan,

@@ -34,7 +34,8 @@ class TmlCache(Cache):
     length, until `reset`.
 
     Layers of full attention see at least the newest `window_tokens` tokens from before a forward,
-    at most a page more, sliding-window layers their window, and both the forward's own tokens. What
+    at most `history` and a page more, sliding-window layers their window, and both the forward's
+    own tokens, also after a `crop` of up to `history` tokens. What
     is older is dropped after a forward, whole pages at a time. The first `num_sinks` tokens stay,
     and their keys are turned as if what was dropped had never been: attention sinks, as in
     StreamingLLM. Other keys stay at their positions in the text, which go on counting; whoever
@@ -43,7 +44,7 @@ class TmlCache(Cache):
 
     A forward may always have `max_append` tokens, and more while pages are empty; longer prompts go
     in pieces (`generate(..., prefill_chunk_size=max_append)`). history: how far `crop` can go back
-    in sliding-window layers at least. page_dtype: float32, bfloat16, float16, or float8_e4m3fn with
+    at least, and windows be whole. page_dtype: float32, bfloat16, float16, or float8_e4m3fn with
     one scale per token and head; that of the model's keys unless given.
 
     To see what the layers keep, the model runs one token here, and with sinks one token twice more.

@@ -36,7 +36,8 @@ def experts_forward(
     they are; stored [E, K, N] (gpt-oss) or in fp8 as a copy in another layout, so that such experts
     take their memory twice. A moved, replaced or rewritten parameter is noticed at the next call;
     what was kept holds the old one's memory until then, so that weights offloaded between calls are
-    not freed. A write through `.data` is not noticed. fp8 weights are multiplied as stored, by
+    not freed. A write through `.data`, or to a
+    tensor made in inference mode, is not noticed. fp8 weights are multiplied as stored, by
     activations that are not rounded to fp8, unlike transformers' own.
 
     Accuracy and determinism are those of `fused_moe`. The first call synchronises; run it once

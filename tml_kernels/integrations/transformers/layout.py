@@ -27,9 +27,10 @@ def plan_layout(
 ) -> Layout:
     """A group for every window and head shape, with as many pages as a full batch ever takes.
 
-    page_rows 64, window_tokens 200, num_sinks 4: budgets of one page of sinks and five of text,
-    which hold 257 to 320 tokens after a forward, as the newest is filled; four would hold 193.
-    Raises ValueError for figures that do not fit.
+    page_rows 64, window_tokens 200, history 0, num_sinks 4: budgets of one page of sinks and five
+    of text, which hold 257 to 320 tokens after a forward, as the newest is filled; four would hold
+    193. history: tokens more, so that as many can be cropped and the window still be whole. Raises
+    ValueError for figures that do not fit.
     """
     for name, value, least in (
         ("max_batch", max_batch, 1),
@@ -48,7 +49,7 @@ def plan_layout(
         return -(-tokens // page_rows)
 
     budgets = dict.fromkeys(CLASSES, 1)
-    budgets[PageClass.TEXT] = pages(window_tokens - 1) + 1
+    budgets[PageClass.TEXT] = pages(window_tokens - 1 + history) + 1
     budgets[PageClass.ANCHOR] = max(1, pages(num_sinks))
     members: dict[tuple[int | None, int, int], list[int]] = {}
     for layer, shape in enumerate(shapes):
