@@ -58,8 +58,8 @@ class HfTokenizer:
     """A tokenizer.json of Hugging Face's `tokenizers`, as checkpoints bring one.
 
     What is read is text and nothing else: "<|end|>" becomes the ids of its characters, never the
-    special token of that name, since clients must not be able to write one. Special tokens say
-    nothing. Any thread may encode.
+    added token of that name, since clients must not be able to write one; where a tokenizer has no
+    other ids for it, it is left out. Special tokens say nothing. Any thread may encode.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,6 +73,7 @@ class HfTokenizer:
         except Exception as error:  # the package raises no other type
             raise InputValueError(f"{path} cannot be read as a tokenizer: {error}") from None
         self._tokenizer.encode_special_tokens = True
+        self._added = frozenset(self._tokenizer.get_added_tokens_decoder())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -87,7 +88,8 @@ class HfTokenizer:
 
     def encode(self, text: str) -> list[int]:
         plain = text.encode("utf-8", errors="replace").decode("utf-8")
-        return self._tokenizer.encode(plain, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(plain, add_special_tokens=False).ids
+        return [token for token in ids if token not in self._added]
 
     def decoder(self) -> TextDecoder:
         return _HfDecoder(self._tokenizer, self._tokenizers.decoders.DecodeStream)

@@ -118,7 +118,9 @@ def frame(status: Status, url: str) -> Any:
     """One picture of `status`, for rich. Raises StatusError for a status that lacks something."""
     try:
         return _frame(_plain_data(status), _plain(url))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (
+        KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError,
+    ) as error:  # fmt: skip
         raise StatusError(f"{url}: the status cannot be shown: {error!r}") from error
 
 

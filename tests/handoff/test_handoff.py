@@ -174,6 +174,26 @@ def test_what_was_asked_before_an_interruption_is_dropped(begun: bool) -> None:
     assert (report["stale"], report["cancelled"], report["finished"]) == (1, 1, 1)
 
 
+@pytest.mark.parametrize("gap", [1, 2, 3])
+@pytest.mark.parametrize("policy", [Policy.INTERRUPT, Policy.WHEN_IDLE])
+def test_a_second_interruption_does_not_hide_the_first(policy: Policy, gap: int) -> None:
+    """A notice that waits, or is half read, is read whole."""
+    background = ByHand()
+    runtime, model = make(
+        background, script(ASK_QUIETLY, QUIET), options=HandoffOptions(policy=policy, wait=False)
+    )
+    with runtime, runtime.open_session() as session:
+        runtime.run_ticks(2)
+        for _ in range(2):
+            session.interrupt(0.0)
+            runtime.run_ticks(gap)
+        runtime.run_ticks(40)
+    text = "".join(read(model))
+    assert text.endswith(NO_ANSWER + "it was interrupted")
+    assert text.count("interrupted") == 1
+    assert runtime.report()["handoff"]["stale"] == 1
+
+
 def test_what_nobody_heard_is_not_in_the_transcript() -> None:
     requests: list[Request] = []
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_file import write_tokenizer
@@ -57,6 +58,31 @@ def test_text_is_never_a_special_token(subwords: HfTokenizer) -> None:
     assert not {0, 1} & set(ids)
     assert subwords.decoder().decode(ids) == text
     assert subwords.encode("a\ud800b") == subwords.encode("a?b")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words", "added"])
+def test_nor_is_it_one_that_the_tokenizer_would_find(kind: str, tmp_path: Path) -> None:
+    """Its own model may know the name, and tokens may be added that are not special."""
+    end = "</s>"
+    if kind == "unigram":
+        pieces = [("<unk>", 0.0), (end, -1.0), *((c, -3.0) for c in "say now</>")]
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 0))
+    elif kind == "words":
+        words = {"<unk>": 0, end: 1, "say": 2, "now": 3}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    else:
+        write_tokenizer(tmp_path / TOKENIZER_FILE)
+        tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / TOKENIZER_FILE))
+    if kind == "added":
+        tokenizer.add_tokens([tokenizers.AddedToken(end, special=False)])
+    else:
+        tokenizer.add_special_tokens([end])
+    tokenizer.save(str(tmp_path / TOKENIZER_FILE))
+    found = tokenizer.token_to_id(end)
+    assert found in tokenizer.encode(f"say {end} now", add_special_tokens=False).ids
+    ids = HfTokenizer(tmp_path).encode(f"say {end} now")
+    assert ids and found not in ids
 
 
 def test_words_are_fewer_ids_than_bytes(subwords: HfTokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import socket
 import sys
@@ -231,8 +232,10 @@ def test_wrong_answers_are_one_line(
         {"gpu": {"power_w": "hot"}},
         {"black_box": 3},
         {"slots": None},
+        {"misses": float("inf")},
+        {"mode": functools.reduce(lambda inner, _: [inner], range(600), [])},
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_a_status_that_lacks_something_is_one_line(
     changes: dict[str, object], capsys: pytest.CaptureFixture[str]

@@ -139,6 +139,7 @@ def test_the_command_writes_what_it_shows(
         (["--seed", "-1"], "error: seed=-1 is negative"),
         (["--url", "http://x"], "error: url 'http://x' begins neither"),
         (["--json", "/"], "error: json: / is a folder"),
+        (["--json", "/dev/null/x.json"], "error: json: /dev/null/x.json cannot be written"),
         (["--audio", "no-such.wav"], "error: audio: cannot read no-such.wav"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

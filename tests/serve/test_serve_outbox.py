@@ -38,6 +38,7 @@ def test_speech_goes_in_pieces_that_wait_for_their_time() -> None:
     assert box.put(ActionOut("yield", 1.05), 4) == 0
     assert box.take(RATE - 801, lead=800, stale=RATE) is None
     assert box.next_start() == RATE
+    assert (box.oldest_seq, box.next_seq) == (0, 3)
     first = box.take(RATE - 800, lead=800, stale=RATE)
     assert first is not None and len(media(first.data).payload) == 2 * RATE // 10
     assert (media(first.data).stamp, media(first.data).epoch) == (RATE, 4)
@@ -49,6 +50,7 @@ def test_speech_goes_in_pieces_that_wait_for_their_time() -> None:
         "type": "action", "seq": 2, "epoch": 4, "stamp": round(1.05 * RATE), "name": "yield",
     }  # fmt: skip
     assert box.take(2 * RATE, lead=0, stale=RATE) is None and len(box) == 0
+    assert box.oldest_seq == box.next_seq == 3
 
 
 def test_stale_speech_is_dropped_and_text_is_not() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,31 @@ def test_the_client_finds_its_session_again(run) -> None:
     run(talk())
 
 
+def test_who_left_before_it_was_welcomed_holds_no_place(run) -> None:
+    """It does not know the token by which it could come back."""
+
+    async def talk() -> None:
+        async with serve(slots=1, limits=replace(LIMITS, grace_s=60.0)) as served:
+            admit = served.service.admit
+            left = asyncio.Event()
+
+            async def slowly(*args: Any) -> Any:
+                await left.wait()
+                await asyncio.sleep(0.1)
+                return await admit(*args)
+
+            served.service.admit = slowly  # type: ignore[method-assign]
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(connect(served.url).__aenter__(), 0.2)
+            left.set()
+            await eventually(lambda: served.service.counts.sessions == 1)
+            await eventually(lambda: not served.service.sessions)
+            async with connect(served.url):
+                pass
+
+    run(talk())
+
+
 def test_a_session_without_a_client_is_paused(run) -> None:
     async def talk() -> None:
         async with serve() as served:
@@ -84,7 +110,7 @@ def test_stale_speech_is_not_replayed(run) -> None:
                 message = await raw.ws.receive(timeout=5)
                 media = decode_media(message.data, kinds=(Kind.SPEECH,))
                 assert media.stamp > gone + 4000
-                assert session.outbox.stale >= 1 and welcome["next_seq"] > 0
+                assert session.outbox.stale >= 1 and welcome["next_seq"] <= media.seq
 
     run(talk())
 

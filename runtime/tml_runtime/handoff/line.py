@@ -134,14 +134,17 @@ class Line:
         self._answers.append(answer)
 
     def _fence(self) -> None:
-        """Drop all that was asked for before the session was interrupted."""
+        """Drop all that was asked for before the session was interrupted, and no notice: each
+        request ends in something that is read."""
         if self._seat.epoch == self._epoch:
             return
         self._epoch = self._seat.epoch
         self.transcript.unsay(self._seat.played_ns)
         stale = [answer for answer in self._answers if not answer.is_notice]
-        self.close()
-        self._out.clear()
+        for answer in stale:
+            self._handoff.give_up(answer)
+            self._answers.remove(answer)
+        self._out.clear()  # of a notice that was half read, the whole comes anew
         self._current, self._opened, self._told = None, False, False
         if stale:
             self._tell_stale(len(stale), stale[-1].id, stale[-1].t_ns)

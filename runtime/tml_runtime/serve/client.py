@@ -37,6 +37,7 @@ from .playback import Playback
 from .protocol import (
     SUBPROTOCOL,
     VERSION,
+    ErrorCode,
     Kind,
     Media,
     ProtocolError,
@@ -51,6 +52,8 @@ _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # between attempts to resume; the last on
 _POSITION_EVERY_S = 0.2
 _MAX_MESSAGE_BYTES = 1 << 20
 _FRAME_MS = 20
+# What says that no connection could be had, and nothing of the session, which waits.
+_TRIED_AGAIN = ("exhausted", "http", "handshake_timeout", "slow_consumer")
 
 
 class _ConnectionLostError(Exception):
@@ -185,7 +188,10 @@ class Client:
     # Life
 
     async def open(self) -> None:
-        await self._connect()
+        try:
+            await self._connect()
+        except (_ConnectionLostError, ProtocolError) as error:
+            raise ServiceError(str(error), code="unreachable") from None
         self._reader = asyncio.create_task(self._read_all(), name="tml-client")
 
     async def close(self) -> None:
@@ -298,15 +304,20 @@ class Client:
         ServiceError when the session is gone, or cannot be reached for too long."""
         give_up_s = time.monotonic() + self.welcome.grace_s
         self._ws = None
-        attempt = 0
+        attempt, wait_s = 0, 0.0
         while not self._closed:
-            await asyncio.sleep(_RETRY_S[min(attempt, len(_RETRY_S) - 1)])
+            await asyncio.sleep(max(wait_s, _RETRY_S[min(attempt, len(_RETRY_S) - 1)]))
             attempt += 1
             try:
                 await self._connect()
             except (_ConnectionLostError, aiohttp.ClientError, OSError) as error:
                 if time.monotonic() > give_up_s:
                     raise ServiceError(str(error), code="unreachable") from None
+                continue
+            except ServiceError as error:
+                wait_s = error.retry_after_s or 0.0
+                if error.code not in _TRIED_AGAIN or time.monotonic() + wait_s > give_up_s:
+                    raise
                 continue
             self.resumes += 1
             await self._events.put(Notice("resumed", f"after {attempt} attempts"))
@@ -321,7 +332,13 @@ class Client:
         assert ws is not None
         async for message in ws:
             if message.type is aiohttp.WSMsgType.BINARY:
-                await self._on_speech(decode_media(message.data, kinds=(Kind.SPEECH,)))
+                try:
+                    media = decode_media(message.data, kinds=(Kind.SPEECH,))
+                except ProtocolError as error:
+                    if error.code is not ErrorCode.UNKNOWN_KIND or message.data[0] in list(Kind):
+                        raise
+                    continue  # of a later version
+                await self._on_speech(media)
             elif message.type is aiohttp.WSMsgType.TEXT:
                 values = parse_message(message.data)
                 if values["type"] == "bye":
@@ -350,6 +367,8 @@ class Client:
             await self._events.put(Epoch(self._epoch))
         elif kind == "error":
             error = service_error(values)
+            if error.code == "slow_consumer":  # the session waits
+                raise _ConnectionLostError(str(error))
             if values.get("fatal"):
                 raise error
             await self._events.put(Notice(error.code, str(values.get("message"))))

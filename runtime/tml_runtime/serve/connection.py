@@ -70,6 +70,7 @@ class Connection:
         self._urgent: deque[str] = deque()  # control messages, before any output
         self._wake = asyncio.Event()
         self._close_code: CloseCode | None = None  # set once: the server wants the end
+        self._can_return = False  # the client has the token by which it resumes
         self._offended = False  # aiohttp has closed: no WebSocket frame, or too large a message
         self._messages = TokenBucket(limits.messages_per_s, limits.burst_s)
         self._bytes = TokenBucket(limits.bytes_per_s, limits.burst_s)
@@ -99,7 +100,8 @@ class Connection:
             self.end(Refusal(ErrorCode.INTERNAL, CloseCode.INTERNAL, "the service has a bug"))
         finally:
             dropped = self._close_code in (None, CloseCode.SLOW_CONSUMER)
-            self.service.detach(self, keep=dropped and not self._offended)
+            keep = dropped and self._can_return and not self._offended
+            self.service.detach(self, keep=keep)
             await self._finish(sender)
             self.service.connections.discard(self)
             if not self.done.done():
@@ -168,7 +170,7 @@ class Connection:
         return hello
 
     async def _open(self, hello: Hello) -> None:
-        self.served, resumed = await self.service.admit(self, hello)
+        self.served, self._can_return = await self.service.admit(self, hello)
         self.served.want_ticks(hello.ticks)
         served, service = self.served, self.service
         layout, limits = service.layout, service.limits
@@ -177,11 +179,11 @@ class Connection:
             version=VERSION,
             session=served.id,
             resume=served.resume_token,
-            resumed=resumed,
+            resumed=self._can_return,
             grace_s=limits.grace_s,
             epoch=served.session.epoch,
             media_now=served.media_samples,
-            next_seq=served.outbox.next_seq,
+            next_seq=served.outbox.oldest_seq,
             text_seq=served.text_seq,
             tick_ms=layout.period_ms,
             lead_ms=round(limits.lead_s * 1000),
@@ -256,7 +258,7 @@ class Connection:
                 served.take_text(message.seq, message.text)
             elif isinstance(message, Interrupt):
                 epoch = served.interrupt(message.played)
-                self._say("epoch", epoch=epoch, next_seq=served.outbox.next_seq)
+                self._say("epoch", epoch=epoch, next_seq=served.outbox.oldest_seq)
             elif isinstance(message, Position):
                 served.report_position(message.played)
             elif isinstance(message, Bye):
@@ -339,7 +341,9 @@ class Connection:
         try:
             while True:
                 if self._urgent:
+                    is_welcome = self.served is not None  # or something after it
                     await self._ws.send_str(self._urgent.popleft())
+                    self._can_return |= is_welcome
                 elif self._close_code is not None:
                     await self._ws.close(code=self._close_code)
                     return

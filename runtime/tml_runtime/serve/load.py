@@ -60,7 +60,7 @@ class Caller:
                 finally:
                     await self._end(listening, speaking)
                     self._sum_up(client)
-        except (ServiceError, OSError, aiohttp.ClientError) as error:
+        except (ServiceError, OSError, ValueError, aiohttp.ClientError) as error:
             self.load.error = str(error)
 
     async def _speak(

@@ -104,7 +104,6 @@ def _load(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     report = summary(loads, about)
     require("rich.console", "show the table", extra="serve").Console().print(table(report))
     if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(report, indent=2) + "\n")
         print(f"wrote {args.json}")
     for load in loads:
@@ -165,6 +164,11 @@ def _check(args: argparse.Namespace) -> None:
         raise InputValueError(f"url {args.url!r} begins neither with ws:// nor with wss://")
     if args.json is not None and args.json.is_dir():
         raise InputValueError(f"json: {args.json} is a folder")
+    if args.json is not None:
+        try:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputValueError(f"json: {args.json} cannot be written: {error}") from None
 
 
 def _read_audio(path: Path) -> np.ndarray:

@@ -21,6 +21,7 @@ MAX_PIECE_S = 0.1  # of speech in one message
 class Item:
     """One message, ready to be sent. Times are samples of the media clock."""
 
+    seq: int
     start: int  # when it is due
     end: int  # when its speech is over; of text and actions, `start`
     epoch: int
@@ -46,6 +47,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._items)
 
+    @property
+    def oldest_seq(self) -> int:
+        """Of what waits, or else of what is said next."""
+        return self._items[0].seq if self._items else self.next_seq
+
     def put(self, out: SpeechOut | TextOut | ActionOut, epoch: int) -> int:
         """Queue one output, speech in pieces; returns how many messages found no room."""
         before = self.lost
@@ -56,13 +62,13 @@ class Outbox:
             for at in range(0, len(pcm), size):
                 self._put_speech(start + at, epoch, pcm[at : at + size])
         elif isinstance(out, TextOut):
-            text = encode_control("text", seq=self._seq(), epoch=epoch, stamp=start, text=out.text)
-            self._put(Item(start, start, epoch, False, text))
+            seq = self._seq()
+            text = encode_control("text", seq=seq, epoch=epoch, stamp=start, text=out.text)
+            self._put(Item(seq, start, start, epoch, False, text))
         else:
-            text = encode_control(
-                "action", seq=self._seq(), epoch=epoch, stamp=start, name=out.name
-            )
-            self._put(Item(start, start, epoch, False, text))
+            seq = self._seq()
+            text = encode_control("action", seq=seq, epoch=epoch, stamp=start, name=out.name)
+            self._put(Item(seq, start, start, epoch, False, text))
         return self.lost - before
 
     def fence(self, epoch: int) -> None:
@@ -95,8 +101,9 @@ class Outbox:
         return self._items[0].start if self._items else None
 
     def _put_speech(self, start: int, epoch: int, pcm: np.ndarray) -> None:
-        media = Media(Kind.SPEECH, self._seq(), start, memoryview(pcm.tobytes()), epoch)
-        self._put(Item(start, start + len(pcm), epoch, True, encode_media(media)))
+        seq = self._seq()
+        media = Media(Kind.SPEECH, seq, start, memoryview(pcm.tobytes()), epoch)
+        self._put(Item(seq, start, start + len(pcm), epoch, True, encode_media(media)))
 
     def _put(self, item: Item) -> None:
         if (

@@ -34,7 +34,7 @@ WORDS = (*SPECIALS, UNKNOWN, *SPOKEN, *READ)
 ID = {word: index for index, word in enumerate(WORDS)}
 CONFIG = ModelConfig.preset("cue")
 SILENT_LEVEL = CONFIG.layout.dmel.level_min  # log10 mel of a step in which nothing is said
-_TOKEN = re.compile(r"\[[^]]*\]|\w+")
+_TOKEN = re.compile(r"\[[^][]*\]|\w+")  # linear in the text, also in one of brackets alone
 
 
 class WordTokenizer:

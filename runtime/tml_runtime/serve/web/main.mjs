@@ -113,14 +113,16 @@ class Session {
   }
 
   async _onState({ state, message, code }) {
+    if (this._ended) return;
     showState(state, message);
     if (state === "lost") this._speaker?.stop();
     if (state !== "ended" && state !== "closed") return;
     this._close();
+    this._onEnd(code); // before anything is waited for: what begins then is another session
     if (code === "unreachable" && this._client.welcome === null) {
-      showState(state, await whyRefused(this._token));
+      const why = await whyRefused(this._token);
+      if (session === null) showState(state, why);
     }
-    this._onEnd(code);
   }
 
   _onWelcome(welcome) {
@@ -285,6 +287,7 @@ $("token-dialog").addEventListener("close", () => {
   }
   $("token").value = "";
 });
+addEventListener("pagehide", () => session?.stop()); // else it would hold its place for a while
 document.addEventListener("keydown", (event) => {
   if (event.code !== "Space" || event.repeat || event.target.closest("button, input, dialog")) return;
   event.preventDefault();
