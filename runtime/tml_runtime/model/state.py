@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -227,8 +228,9 @@ class ModelState:
         if int(levels.max()) >= num_levels:
             raise SessionFileError(path, "levels_N_F_B", f"a level is not below {num_levels}")
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        settings: list[Any] = [rows[f"{name}_N"].item() for name in names]
         try:
-            check_sampling(*(rows[f"{name}_N"].item() for name in names))
+            check_sampling(*settings)
         except ValueError as error:
             raise SessionFileError(path, "", str(error)) from None
 
