@@ -16,6 +16,7 @@ from tml_kernels.ops.dmel.reference import log_mel_ref
 from tml_runtime.demo.cue.speech import Footage
 from tml_runtime.demo.cue.stage import ASK_HZ, CUE_HZ, SIDE, WINDOW, Episode
 from tml_runtime.demo.cue.tasks import MAX_COUNT, TASKS, make_episode
+from tml_runtime.demo.cue.voices import made_voices
 from tml_runtime.demo.cue.words import (
     CONFIG,
     ID,
@@ -183,6 +184,12 @@ def test_any_text_is_ids_in_range(text: str) -> None:
     assert all(0 <= i < CONFIG.vocab.num_valid for i in WordTokenizer().encode(text))
 
 
+def test_brackets_alone_are_read_at_once() -> None:
+    """For each of them, all the others would be looked at, and nobody's tick would come."""
+    assert WordTokenizer().encode("[" * 1_000_000) == []
+    assert WordTokenizer().encode("[[result] 3") == [ID["[result]"], ID["three"]]
+
+
 def test_every_spoken_word_sounds_like_no_other() -> None:
     voice = voice_V_K_B()
     heard = {word: voice[ID[word]] for word in SPOKEN}
@@ -206,7 +213,7 @@ def test_a_cue_tone_stands_out_of_speech() -> None:
     assert len(signal[0]) == 60 * WINDOW
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(12))
 def test_varied_pictures_are_never_taken_for_a_flash(seed: int) -> None:
     varied = Footage(FOOTAGE.clips, SIDE, varied=True)
     frames = varied.excerpt(np.random.default_rng(seed), 50)
@@ -224,6 +231,41 @@ def test_varied_pictures_are_cut_between_scenes() -> None:
         frames = varied.excerpt(np.random.default_rng(seed), 120).astype(float)
         jumps.append(np.abs(np.diff(frames.mean(axis=(1, 2)), axis=0)).max())
     assert sum(jump > 15 for jump in jumps) >= 2
+
+
+def test_some_varied_pictures_are_light_and_grey() -> None:
+    """As nearly white as they can be, since that is what is hard to tell from a flash."""
+    varied = Footage(FOOTAGE.clips, SIDE, varied=True)
+    light = 0
+    for seed in range(40):
+        frames = varied.excerpt(np.random.default_rng(seed), 20).astype(float)
+        middle = frames.mean(axis=(1, 2))  # of each frame: red, green, blue
+        light += ((middle.min(-1) > 120) & (np.ptp(middle, axis=-1) < 12)).any()
+    assert light >= 4
+
+
+def test_what_passes_through_a_picture_is_a_part_of_it() -> None:
+    first = set()
+    for seed in range(8):
+        frames = np.zeros((150, SIDE, SIDE, 3), np.uint8)
+        Footage({}, SIDE)._pass_through(frames, np.random.default_rng(seed))
+        alone = [frame for frame in frames if len(np.unique(frame.reshape(-1, 3), axis=0)) == 2]
+        covered = np.stack(alone).any(-1)
+        rows, columns = covered.any(2), covered.any(1)
+        np.testing.assert_array_equal(covered, rows[:, :, None] & columns[:, None])
+        assert rows.sum(1).max() <= 3 * SIDE // 4
+        first.add(bool(columns[0, 0]))
+    assert first == {True, False}  # from the left and from the right
+
+
+def test_made_voices_are_those_of_several_people() -> None:
+    pcm = made_voices(20.0)
+    assert pcm.dtype == np.float32 and pcm.shape == (320_000,) and np.isfinite(pcm).all()
+    np.testing.assert_array_equal(pcm, made_voices(20.0))
+    assert not np.array_equal(pcm, made_voices(20.0, seed=1))
+    assert 0.02 < np.sqrt(np.mean(pcm**2)) < 0.2 and np.abs(pcm).max() < 1
+    pitches = [_pitch_hz(pcm[at : at + 16_000]) for at in range(0, 320_000, 16_000)]
+    assert max(pitches) > 1.5 * min(pitches)
 
 
 @pytest.mark.parametrize("seed", range(3))

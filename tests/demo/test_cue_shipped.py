@@ -17,7 +17,7 @@ from tml_runtime.demo import media as media_files
 from tml_runtime.demo.cue import shipped
 from tml_runtime.demo.cue.batch import make_batch
 from tml_runtime.demo.cue.evaluate import live_through
-from tml_runtime.demo.cue.recordings import HELD_OUT, TRAINED_ON
+from tml_runtime.demo.cue.recordings import HELD_OUT, MADE, SCENE, TRAINED_ON
 from tml_runtime.demo.cue.report import read_report, target_rows, weights_digest
 from tml_runtime.demo.cue.shipped import FOLDER, load_shipped, make_scene
 from tml_runtime.demo.cue.tasks import make_episode
@@ -40,7 +40,7 @@ def test_the_report_is_that_of_these_weights(model: InteractionModel) -> None:
     assert model.report.random == model.report.ignored == ()
     assert report["weights_sha256"] == weights_digest(FOLDER)
     assert (FOLDER / "model.safetensors").stat().st_size <= 12e6
-    assert set(report["trained_on"]) == set(TRAINED_ON)
+    assert set(SCENE) <= set(report["trained_on"]) <= {*TRAINED_ON, MADE}
     assert set(report["measured_with"]) == set(HELD_OUT)
     assert not set(report["trained_on"].values()) & set(report["measured_with"].values())
     text = (FOLDER / "report.md").read_text()
@@ -104,7 +104,7 @@ def test_the_demo_with_it_says_the_same_every_time(
     talk: Path, film: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = {".wav": talk, ".mp4": film}
-    monkeypatch.setattr(shipped, "training_media", lambda say=None: MEDIA)
+    monkeypatch.setattr(shipped, "scene_media", lambda say=None: MEDIA)
     monkeypatch.setattr(media_files, "media_path", lambda name, say=None: paths[Path(name).suffix])
     shown = io.StringIO()
     for run in ("first", "again"):
@@ -119,7 +119,7 @@ def test_the_demo_with_it_says_the_same_every_time(
 
 
 def test_a_scene_has_an_instruction_for_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "training_media", lambda say=None: MEDIA)
+    monkeypatch.setattr(shipped, "scene_media", lambda say=None: MEDIA)
     made = make_scene(60.0, 3)
     scene = made.media
     assert len(scene.pcm) / 16_000 == pytest.approx(63.0)
@@ -135,7 +135,7 @@ def test_a_scene_has_an_instruction_for_every_part(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_scene_knows_what_was_said_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shipped, "training_media", lambda say=None: MEDIA)
+    monkeypatch.setattr(shipped, "scene_media", lambda say=None: MEDIA)
     scene = make_scene(20.0, 3)
     assert len(scene.due) > 20 and scene.due == tuple(sorted(scene.due))
     ticks = [tick for tick, _ in scene.due]

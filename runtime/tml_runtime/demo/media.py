@@ -101,6 +101,31 @@ _LIBRIVOX = {
     "0920": "40882414ef4cc51f3ff7a63bad0c8c87e7f595ffeb8209fbf756c8ebc5c28a59",
     "0930": "954adbf0b56ac8a148cbe77b39ca18d76b5f2a1e1f405565bd786ce3e68a68b7",
 }
+_OTHERS = {
+    "chan3.wav": (
+        "regression/chan3.wav",
+        "360af92e9d29cc178f1c0e34bf0386dfa004fe320f4794ad949b4bc336fc0818",
+    ),
+    "cards-005.wav": (
+        "data/cards/005.wav",
+        "090f18f5f76cf8b2b43cd9e6b07823f4685a4742d9a36cd98b174a6586c18cf9",
+    ),
+    "forever-4.wav": (
+        "data/forever/input_4_16k.wav",
+        "16ee530ce7017b80962d9c6cad884ca4d044805a7169cc6c80f8f55c58ae093b",
+    ),
+}
+# Other people's, for training alone. Fetched when asked for.
+TRAINING = tuple(
+    MediaFile(
+        name,
+        POCKETSPHINX,
+        f"pocketsphinx-5.1.1/test/{member}",
+        sha256,
+        "a recording of the project's own tests, 11 or 16 kHz mono",
+    )
+    for name, (member, sha256) in _OTHERS.items()
+)
 # Nothing is trained on these, nor on bikes.mp4: they are for figures. Fetched when asked for.
 HELD_OUT = tuple(
     MediaFile(
@@ -112,7 +137,7 @@ HELD_OUT = tuple(
     )
     for number, sha256 in _LIBRIVOX.items()
 )
-_BY_NAME = {file.name: file for file in (*FILES, *HELD_OUT)}
+_BY_NAME = {file.name: file for file in (*FILES, *TRAINING, *HELD_OUT)}
 SPEECH = "sample.wav"
 VIDEO = "carphone_pristine.mp4"
 
@@ -147,7 +172,7 @@ def video_path(name: str = VIDEO, *, say: Say | None = None) -> Path:
 
 
 def media_path(name: str, *, say: Say | None = None) -> Path:
-    """The cached path of one of FILES or HELD_OUT, fetched and checked on first use."""
+    """The cached path of one of FILES, TRAINING or HELD_OUT, fetched and checked on first use."""
     file = _BY_NAME[name]
     path = cache_dir() / file.name
     if not path.is_file():

@@ -16,7 +16,7 @@ from ..loop import Runtime
 from ..model import InteractionModel, KvBudget, ModelConfig, TurnLayout
 from ..random_model import DEVICES, PRESETS, ModelChoiceError, device_for, random_model, vocoder_for
 from . import media as media_files
-from .cue.recordings import FRAMES_PER_S, TRAINED_ON
+from .cue.recordings import FRAMES_PER_S, SCENE
 from .cue.shipped import Scene, load_shipped, make_scene
 from .cue.stage import SIDE
 from .cue.words import WordTokenizer
@@ -144,7 +144,7 @@ def load_media(options: Options, layout: TurnLayout, say: Say) -> Loaded:
 
 
 def _load_scene(options: Options, say: Say) -> Loaded:
-    about = [_about(media_files.media_path(name, say=say)) for name in TRAINED_ON]
+    about = [_about(media_files.media_path(name, say=say)) for name in SCENE]
     scene = make_scene(options.seconds, options.seed, say)
     return Loaded(
         scene.media,

@@ -39,7 +39,7 @@ training.safetensors, by which a run that was stopped goes on: give the same arg
 """
 _EXAMPLES = """\
 examples:
-  python -m tml_runtime.demo.train --out out/cue --threads 1 --steps 4800     an hour of one core
+  python -m tml_runtime.demo.train --out out/cue --threads 1 --steps 5000     an hour of one core
   python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
 
 --minutes sets the number of steps once, at the start, from the time of the first ones; --steps

@@ -13,7 +13,7 @@ from ...model import InteractionModel
 from ...session import TextOut
 from ..decode import SAMPLE_RATE, Clip
 from ..source import Media
-from .recordings import FRAMES_PER_S, Say, training_media
+from .recordings import FRAMES_PER_S, Say, scene_media
 from .score import Share
 from .stage import Episode
 from .tasks import make_episode
@@ -54,7 +54,7 @@ def load_shipped(device: str = "cpu") -> InteractionModel:
 def make_scene(seconds: float, seed: int, say: Say | None = None) -> Scene:
     """Tasks with their instructions as text, on a real conversation and a real film. Raises
     MediaError."""
-    recordings = training_media(say)
+    recordings = scene_media(say)
     count = max(1, round(seconds / (SECTION * PERIOD_S)))
     parts = [
         make_episode(

@@ -12,6 +12,9 @@ from ..decode import SAMPLE_RATE
 
 FRAME = 1600  # samples of 100 ms, in which loudness is looked at
 TRIES = 8
+# of a grey field: a white frame has 225 and more. The patch embedding's norms take brightness away,
+# so that all but this much of what is lighter than a middle grey looks alike, unless it is learnt
+LIGHTEST = 195.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,25 @@ class Footage:
                 end = at + int(rng.integers(2, 40))
                 frames[at:end] = other[at:end]
                 at = end + int(rng.integers(2, 80))
+        if self.varied and rng.random() < 0.4:
+            self._pass_through(frames, rng)
         return frames
+
+    def _pass_through(self, frames: np.ndarray, rng: np.random.Generator) -> None:
+        """Light and dark things that drive through the picture now and then, and hide up to three
+        quarters of it."""
+        at, side = int(rng.integers(1, 60)), self.side
+        while at < len(frames):
+            height, width = int(rng.integers(side // 4, 3 * side // 4 + 1)), rng.integers(10, 90)
+            top = int(rng.integers(side - height + 1))
+            shade = rng.uniform(40, 250) * rng.uniform(0.8 if rng.random() < 0.5 else 0.97, 1.0, 3)
+            speed = rng.uniform(3, 30)
+            for n, frame in enumerate(frames[at : at + int((side + width) / speed) + 1]):
+                right = int(speed * n)
+                left = max(0, right - int(width))
+                part = slice(left, right) if speed % 2 < 1 else slice(side - right, side - left)
+                frame[top : top + height, max(0, part.start) : max(0, part.stop)] = shade
+            at += int(rng.integers(5, 100))
 
     def _scene(self, rng: np.random.Generator, count: int) -> np.ndarray:
         if self.varied and rng.random() < 0.7:
@@ -93,6 +114,8 @@ class Footage:
             frames = np.take(clip, rng.integers(len(clip)) + np.arange(count), axis=0, mode="wrap")
             return (frames * rng.uniform(0.4, 0.9)).astype(np.uint8)
         corners = rng.uniform(10, 150, (2, 2, 3))
+        if self.varied and rng.random() < 0.5:
+            corners = _grey(rng.uniform(10, LIGHTEST, (2, 2, 1)), rng)
         ramp = np.linspace(0, 1, self.side)
         rows = corners[0][None] * (1 - ramp[:, None, None]) + corners[1][None] * ramp[:, None, None]
         still = rows[:, :1] * (1 - ramp[None, :, None]) + rows[:, 1:] * ramp[None, :, None]
@@ -109,16 +132,24 @@ class Footage:
         gain, lift = rng.uniform(0.2, 1.0, 3), rng.uniform(-40, 60)
         if rng.random() < 0.4:  # over-exposed
             gain, lift = rng.uniform(0.8, 1.6) * rng.uniform(0.85, 1.0, 3), rng.uniform(0, 60)
+        if rng.random() < 0.5:  # a grey day
+            grey = frames.mean(-1, keepdims=True)
+            frames = grey + (frames - grey) * rng.uniform(0, 0.5)
+            gain = gain.max() * rng.uniform(0.97, 1.0, 3)
         return np.clip(frames * gain + lift, 0, 250).astype(np.uint8)
 
     def _pan(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """A camera that moves over coloured fields."""
+        """A camera that moves over fields, coloured or grey, with edges or without."""
         cells = int(rng.integers(2, 12))
         field = rng.uniform(0, 230, (cells, cells, 3)) * rng.uniform(0.3, 1.0)
         if rng.random() < 0.4:  # pale
             field = 255 - (255 - field) * rng.uniform(0.35, 1.0)
+        if rng.random() < 0.5:
+            field = np.minimum(_grey(field.mean(-1, keepdims=True), rng), LIGHTEST)
         size = -(-2 * self.side // cells)
         fields = np.kron(field, np.ones((size, size, 1)))
+        if rng.random() < 0.5:
+            fields = _smoothed(fields, size)
         way = (
             rng.integers(2 * self.side, size=2) + rng.uniform(-4, 4, 2) * np.arange(count)[:, None]
         )
@@ -129,6 +160,19 @@ class Footage:
         ]
         noise = rng.normal(0, rng.uniform(0, 8), (count, self.side, self.side, 1))
         return np.clip(np.stack(frames) + noise, 0, 250).astype(np.uint8)
+
+
+def _grey(light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[..., 3] of lightness [..., 1]: nearly no colour, and a tint in all of it."""
+    tinted = light * rng.uniform(0.94, 1.0, 3)
+    return tinted + rng.normal(0, 4, tinted.shape)
+
+
+def _smoothed(fields: np.ndarray, size: int) -> np.ndarray:
+    """[y, x, 3]: each pixel the mean of `size` squared around it; edges wrap."""
+    for axis in (0, 1):
+        fields = np.mean([np.roll(fields, n, axis) for n in range(size)], axis=0)
+    return fields
 
 
 def digest(array: np.ndarray) -> str:
