@@ -116,7 +116,7 @@ BAD = {
     "tokens of fewer sessions": (lambda t, s: t.reserve_all(s, RUN_CLASSES, ONES[:2]), "S=2"),
     "tokens of fewer runs": (lambda t, s: t.reserve_all(s, CLASSES, ONES), "R=3 classes=5"),
     "a strided array": (lambda t, s: t.reserve_all(s, RUN_CLASSES, ONES.T), "not contiguous"),
-    "no sessions": (lambda t, s: t.reserve_all([(1,)] * 3, RUN_CLASSES, ONES), "session="),
+    "no sessions": (lambda t, s: t.reserve_all([(1,)] * 3, RUN_CLASSES, ONES), "session: expected"),
     "rows of one group": (
         lambda t, s: t.append_all(s, RUN_CLASSES, ONES, ONES, ROWS[:1], POSITIONS), "groups=1"
     ),
