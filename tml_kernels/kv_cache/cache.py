@@ -260,15 +260,15 @@ class RollingKVCache:
         only: the sessions that had this one, between ticks of all: it counts for them as the last
         of those, or as one `ago` ticks before, and what others can be rewound to stays.
         """
-        lengths = None if only is None else [self.length(session) for session in only]
+        ended = None if only is None else [(x.slot, self.length(x)) for x in only]
         self._tick += 1
         self._table.tick(self._tick)
-        if only is None or lengths is None:
+        if ended is None:
             self._full_tick = self._tick
             self._state.snapshot(self._table.lengths())
         else:
-            for session, length in zip(only, lengths, strict=True):
-                self._state.remember(session.slot, length, ago)
+            for slot, length in ended:
+                self._state.remember(slot, length, ago)
         while self._retired and self._retired[0][0].query():
             self._retired.popleft()
         return self._tick
@@ -421,8 +421,9 @@ class RollingKVCache:
 
     def _has_committed(self, session: Session) -> bool:
         """In this tick, where that is one too many; a slot that never was has not."""
-        last = self._last_commit[session.slot : session.slot + 1] if session.slot >= 0 else []
-        return bool(self._state.tensors) and any(tick > self._tick for tick in last)
+        if not self._state.tensors or not 0 <= session.slot < self.max_sessions:
+            return False
+        return self._last_commit[session.slot] > self._tick
 
     def _refs(self, session: Session) -> list[PageRef]:
         return [ref for g in range(len(self.groups)) for ref in self._table.pages(session, g)]
