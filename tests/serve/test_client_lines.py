@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from tml_runtime.serve.client import connect
 from tml_runtime.serve.events import Event, Notice, ServiceError
@@ -48,14 +49,8 @@ async def events_of(answer: Answer) -> tuple[list[Event], int]:
 
     app = web.Application()
     app.router.add_get("/v1/session", handle)
-    runner = web.AppRunner(app, shutdown_timeout=0.5)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    try:
-        async with connect(f"ws://127.0.0.1:{runner.addresses[0][1]}/v1/session") as client:
-            return [event async for event in client], number
-    finally:
-        await runner.cleanup()
+    async with TestServer(app) as server, connect(str(server.make_url("/v1/session"))) as client:
+        return [event async for event in client], number
 
 
 @pytest.mark.parametrize("status", [502, 503, 504])

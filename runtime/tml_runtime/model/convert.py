@@ -97,7 +97,7 @@ def _copy_tokenizer(checkpoint: Path, out: Path) -> None:
     file = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / TOKENIZER_FILE
     if file.is_file():
         with replacing(out / TOKENIZER_FILE) as path:
-            path.write_bytes(file.read_bytes())
+            shutil.copyfile(file, path)
 
 
 def _begin(out: Path, asked: Manifest, names: list[str]) -> Manifest:
