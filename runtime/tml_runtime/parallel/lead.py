@@ -70,7 +70,7 @@ class LeadState:
         """Before the call: one that cannot be told to the others is not made here either."""
         call = [self.number, where, verb, args, options]
         try:
-            json.dumps(call, allow_nan=True)
+            json.dumps(call)
         except (TypeError, ValueError) as error:
             raise InputTypeError(
                 f"{where}.{verb}: cannot be sent to other ranks: {error}"
