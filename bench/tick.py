@@ -3,12 +3,14 @@
 In real time by default; --ticks runs that many on the virtual clock, as fast as they go, and says
 nothing about deadlines. Every session hears noise in every tick, and with --video sees it. On a GPU
 ticks are CUDA graphs, captured before the first one; TML_EAGER=1 runs the same shapes op by op.
---disturb runs one thread of busy Python and a full garbage collection every second beside it.
+--disturb runs one thread of busy Python and a full garbage collection every second beside it,
+--beside a background model's products on the same GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 
 from . import kernels, models
+from .beside import KINDS, GpuLoad
 from .disturb import Disturbance
 from .machine import clocks, describe, machine
 from .report import write_json
@@ -36,6 +39,7 @@ examples:
   python -m bench tick --sessions 4 --seconds 60
   python -m bench tick --ticks 300 --experts int4 --rest fp8        no deadlines: a virtual clock
   python -m bench tick --sessions 4 --seconds 600 --disturb         beside busy Python
+  python -m bench tick --sessions 8 --beside low                    beside products on the same GPU
 """
 
 
@@ -47,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", action="store_true", help="two frames per tick and session")
     parser.add_argument(
         "--disturb", action="store_true", help="busy Python and garbage collections beside the loop"
+    )
+    parser.add_argument(
+        "--beside",
+        choices=KINDS,
+        metavar="STREAM",
+        help="products without end on the same GPU: on a stream of the ticks' priority (equal), of "
+        "a lower one (low), or of a green context with a few multiprocessors (green)",
     )
     parser.add_argument(
         "--drafts",
@@ -79,24 +90,25 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     model, about = models.make_model(args)
     realtime = args.ticks is None
+    if args.beside and model.device.type != "cuda":
+        raise SystemExit("--beside needs a GPU: it runs products beside the ticks there")
     frame = FRAME if args.video else None
     memory = models.memory_options(args, model.config, frame)
     memory["drafts"] = args.drafts
     runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime, **memory)
     layout = runtime.layout
     media = Media(layout, seed=args.seed, frame=frame)
+    said = None if realtime else hashlib.sha256()
     with runtime:
         feeds = [Feed(runtime.open_session(), media, layout) for _ in range(args.sessions)]
-        with Disturbance() if args.disturb else nullcontext() as disturbance:
-            if realtime:
+        with (
+            Disturbance() if args.disturb else nullcontext() as disturbance,
+            GpuLoad(args.beside) if args.beside else nullcontext() as beside,
+        ):
+            if said is None:
                 _run_realtime(feeds, args.seconds)
             else:
-                for _ in range(args.ticks):
-                    for feed in feeds:
-                        feed.push_until(feed.session.media_time, 1)
-                    runtime.run_ticks(1)
-                    for feed in feeds:
-                        feed.session.poll()
+                _run_virtual(runtime, feeds, args.ticks, said)
         report, records = runtime.report(), runtime.metrics.records()
         found = _profile(runtime, feeds, args.kernels) if args.kernels and realtime else None
     tick_ns = records["woke_ns"] - records["scheduled_ns"] + records["busy_ns"]
@@ -106,6 +118,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "sessions": args.sessions,
         "realtime": realtime,
         "disturbance": None if disturbance is None else disturbance.report(),
+        "beside": None if beside is None else beside.report(),
+        "said_sha256": None if said is None else said.hexdigest(),
         "video": args.video,
         "machine": machine(),
         "clocks": clocks(),
@@ -136,6 +150,21 @@ def _profile(runtime: Runtime, feeds: Sequence[Feed], num_ticks: int) -> dict[st
     with kernels.profiled() as spans:
         _run_realtime(feeds, (num_ticks + 2) * runtime.layout.period_ms / 1000)
     return kernels.summary(spans)
+
+
+def _run_virtual(
+    runtime: Runtime, feeds: Sequence[Feed], num_ticks: int, said: hashlib._Hash
+) -> None:
+    """said: takes all that the sessions say, in order."""
+    from tml_runtime.session import SpeechOut
+
+    for _ in range(num_ticks):
+        for feed in feeds:
+            feed.push_until(feed.session.media_time, 1)
+        runtime.run_ticks(1)
+        for feed in feeds:
+            for out in feed.session.poll():
+                said.update(out.pcm.data if isinstance(out, SpeechOut) else repr(out).encode())
 
 
 def _run_realtime(feeds: Sequence[Feed], seconds: float) -> None:
@@ -184,6 +213,10 @@ def show(result: dict[str, Any]) -> str:
     )
     if result["disturbance"] is not None:
         lines.append(_show_disturbance(result))
+    if result["beside"] is not None:
+        lines.append("  beside {products} products on a stream: {kind}".format(**result["beside"]))
+    if result["said_sha256"] is not None:
+        lines.append(f"  all that was said: sha256 {result['said_sha256']}")
     for name, stage in result["stages_ms"].items():
         if stage["p50"] is not None:
             lines.append(f"  {name:16s} p50 {stage['p50']:.3f}  max {stage['max']:.3f} ms")

@@ -1,8 +1,6 @@
 // tml_kernels._cuda: built when nvcc is found. Takes raw pointers and handles; knows no torch.
 #include <pybind11/pybind11.h>
 
-#include <memory>
-
 #include "common/check.h"
 #include "common/stream_read.cuh"
 #include "kv/apply_deltas.cuh"
@@ -72,21 +70,13 @@ void move_pages(uintptr_t source, int64_t source_pages, uintptr_t target, int64_
   tml::launch_move_pages(params, handle_of<cudaStream_t>(stream));
 }
 
-tml::GraphLaunch* graph_of(PyObject* capsule) {
-  return static_cast<tml::GraphLaunch*>(PyCapsule_GetContext(capsule));
-}
-
-py::object graph_launch(uintptr_t graph_exec, uintptr_t stream, int device) {
-  auto graph = std::make_unique<tml::GraphLaunch>(handle_of<cudaGraphExec_t>(graph_exec),
-                                                  handle_of<cudaStream_t>(stream), device);
-  auto* launch = const_cast<tml::TickLaunch*>(&graph->tick_launch());
-  const auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
-      launch, tml::kTickLaunchCapsule, [](PyObject* capsule) { delete graph_of(capsule); }));
-  if (!capsule || PyCapsule_SetContext(capsule.ptr(), graph.get()) != 0) {
-    throw py::error_already_set();
+py::tuple run_graph(tml::GraphLaunch& launch, uintptr_t graph_exec, uintptr_t stream) {
+  tml::Launched times;
+  {
+    const py::gil_scoped_release no_gil;
+    times = launch.run(handle_of<cudaGraphExec_t>(graph_exec), handle_of<cudaStream_t>(stream));
   }
-  graph.release();
-  return capsule;
+  return py::make_tuple(times.launch_ns, times.start_ns, times.end_ns, times.done_ns);
 }
 
 }  // namespace
@@ -104,5 +94,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("move_pages", &move_pages, py::arg("source_ptr"), py::arg("source_pages"),
         py::arg("target_ptr"), py::arg("target_pages"), py::arg("from_ptr"), py::arg("to_ptr"),
         py::arg("num_moves"), py::arg("num_layers"), py::arg("page_bytes"), py::arg("stream"));
-  m.def("graph_launch", &graph_launch, py::arg("graph_exec"), py::arg("stream"), py::arg("device"));
+  py::class_<tml::GraphLaunch>(m, "GraphLaunch")
+      .def(py::init<>())
+      .def(
+          "mark_start",
+          [](tml::GraphLaunch& launch, uintptr_t stream) {
+            launch.mark_start(handle_of<cudaStream_t>(stream));
+          },
+          py::arg("stream"))
+      .def("run", &run_graph, py::arg("graph_exec"), py::arg("stream"));
 }

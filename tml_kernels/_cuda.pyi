@@ -6,8 +6,6 @@ accepted is a ValueError, a CUDA call that fails a RuntimeError with its file, l
 
 from typing import TypedDict
 
-from typing_extensions import CapsuleType
-
 class DeviceInfo(TypedDict):
     runtime_version: int  # 13000: the CUDA runtime that this module carries
     driver_version: int | None  # None: no driver
@@ -59,9 +57,20 @@ def move_pages(
     from and to int64 [I]; see `tml_kernels.ops.move_pages`. Asynchronous, on the current device.
     """
 
-def graph_launch(graph_exec: int, stream: int, device: int) -> CapsuleType:
-    """A captured graph as the step of `tml_runtime._tick.TickThread`, without Python on its path.
+class GraphLaunch:
+    """Starts captured graphs and waits for them without the interpreter. For one thread.
 
-    Each tick launches it, records an event and sleeps until the GPU is done. `graph_exec` is
-    `torch.cuda.CUDAGraph.raw_cuda_graph_exec()`; graph and stream must outlive the capsule.
+    Of the device that is current when it is made.
     """
+
+    def __init__(self) -> None: ...
+    def mark_start(self, stream: int) -> None:
+        """Into a graph that `stream` is capturing, before anything else: when it starts."""
+
+    def run(self, graph_exec: int, stream: int) -> tuple[int, int, int, int]:
+        """Launches `torch.cuda.CUDAGraph.raw_cuda_graph_exec()` and sleeps until it is done.
+
+        (launch, start, end, done) in nanoseconds of CLOCK_MONOTONIC: before the launch; the device
+        came to `mark_start` of the graph run last, and to the end of this one; the thread knew.
+        Nothing else is queued in the stream, else start and end are told too early.
+        """

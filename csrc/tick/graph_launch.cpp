@@ -1,44 +1,37 @@
 #include "graph_launch.h"
 
 #include "../common/check.h"
+#include "clock.h"
 
 namespace tml {
 
-GraphLaunch::GraphLaunch(cudaGraphExec_t graph, cudaStream_t stream, int device)
-    : graph_(graph),
-      stream_(stream),
-      device_(device),
-      tick_launch_{&launch, &describe, nullptr, this} {
-  TML_CHECK(graph != nullptr, "graph_exec=0; the graph is not instantiated");
-  int num_devices = 0;
-  CUDA_CHECK(cudaGetDeviceCount(&num_devices));
-  TML_CHECK(device >= 0 && device < num_devices, "device=", device, " num_devices=", num_devices);
-  int previous;
-  CUDA_CHECK(cudaGetDevice(&previous));
-  CUDA_CHECK(cudaSetDevice(device));
-  // A blocking wait leaves the core to the threads that feed the next tick.
-  const cudaError_t code =
-      cudaEventCreateWithFlags(&done_, cudaEventDisableTiming | cudaEventBlockingSync);
-  CUDA_CHECK(cudaSetDevice(previous));
-  CUDA_CHECK(code);
-}
+GraphLaunch::Event::Event(unsigned flags) { CUDA_CHECK(cudaEventCreateWithFlags(&handle, flags)); }
 
-GraphLaunch::~GraphLaunch() {
+GraphLaunch::Event::~Event() {
   // An error here is an earlier launch's, and that launch has reported it.
-  if (done_ != nullptr) static_cast<void>(cudaEventDestroy(done_));
+  static_cast<void>(cudaEventDestroy(handle));
 }
 
-int GraphLaunch::launch(void* ctx, int64_t /*tick*/) {
-  const auto& self = *static_cast<GraphLaunch*>(ctx);
-  cudaError_t code = cudaSetDevice(self.device_);  // the device is a property of the thread
-  if (code == cudaSuccess) code = cudaGraphLaunch(self.graph_, self.stream_);
-  if (code == cudaSuccess) code = cudaEventRecord(self.done_, self.stream_);
-  if (code == cudaSuccess) code = cudaEventSynchronize(self.done_);
-  return code;
+int64_t GraphLaunch::Event::ns_since(const Event& earlier) const {
+  float ms;
+  CUDA_CHECK(cudaEventElapsedTime(&ms, earlier.handle, handle));
+  return static_cast<int64_t>(1e6 * ms);
 }
 
-const char* GraphLaunch::describe(void* /*ctx*/, int code) {
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
+void GraphLaunch::mark_start(cudaStream_t stream) {
+  CUDA_CHECK(cudaEventRecordWithFlags(start_.handle, stream, cudaEventRecordExternal));
+}
+
+Launched GraphLaunch::run(cudaGraphExec_t graph, cudaStream_t stream) {
+  TML_CHECK(graph != nullptr, "graph_exec=0; the graph is not instantiated");
+  CUDA_CHECK(cudaEventRecord(origin_.handle, stream));
+  const int64_t launch_ns = now_ns();
+  CUDA_CHECK(cudaGraphLaunch(graph, stream));
+  CUDA_CHECK(cudaEventRecord(end_.handle, stream));
+  CUDA_CHECK(cudaEventSynchronize(end_.handle));
+  const int64_t done_ns = now_ns();
+  return {launch_ns, launch_ns + start_.ns_since(origin_), launch_ns + end_.ns_since(origin_),
+          done_ns};
 }
 
 }  // namespace tml

@@ -1,34 +1,42 @@
-// A captured CUDA graph as a tick's launch: start it, then sleep until the GPU is done.
+// Starts captured CUDA graphs and waits for them, and says when the device worked.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
-#include "launch.h"
-
 namespace tml {
 
+// On the clock of now_ns().
+struct Launched {
+  int64_t launch_ns;  // before the call that launches
+  int64_t start_ns;   // the device came to mark_start()
+  int64_t end_ns;     // it had done the last of the graph
+  int64_t done_ns;    // the waiting thread knew
+};
+
+// Of the device that is current when it is made. For one thread.
 class GraphLaunch {
  public:
-  // The graph must outlive this and be instantiated on `device`, as `stream` must be created there.
-  GraphLaunch(cudaGraphExec_t graph, cudaStream_t stream, int device);
-  ~GraphLaunch();
-  GraphLaunch(const GraphLaunch&) = delete;
-  GraphLaunch& operator=(const GraphLaunch&) = delete;
+  // In a stream that is capturing, first of all: a node that notes when the graph starts.
+  void mark_start(cudaStream_t stream);
 
-  // Valid as long as this object.
-  const TickLaunch& tick_launch() const { return tick_launch_; }
+  // Nothing is queued in the stream: the device's times are counted from just before the launch.
+  Launched run(cudaGraphExec_t graph, cudaStream_t stream);
 
  private:
-  static int launch(void* ctx, int64_t tick);
-  static const char* describe(void* ctx, int code);
+  struct Event {
+    explicit Event(unsigned flags);
+    ~Event();
+    Event(const Event&) = delete;
+    Event& operator=(const Event&) = delete;
+    int64_t ns_since(const Event& earlier) const;
 
-  cudaGraphExec_t graph_;
-  cudaStream_t stream_;
-  int device_;
-  cudaEvent_t done_ = nullptr;
-  TickLaunch tick_launch_;
+    cudaEvent_t handle;
+  };
+
+  Event origin_{cudaEventDefault}, start_{cudaEventDefault};
+  Event end_{cudaEventBlockingSync};  // leaves the core to the threads that feed the next tick
 };
 
 }  // namespace tml

@@ -1,5 +1,5 @@
-// What a tick thread calls in every tick: plain C, so that a Python step, a CUDA graph and a test's
-// function look alike. Across extension modules it travels in a capsule of this name.
+// What a tick thread calls in every tick: plain C, so that a Python step and a function without
+// Python look alike. Across extension modules it travels in a capsule of this name.
 #pragma once
 
 #include <cstdint>

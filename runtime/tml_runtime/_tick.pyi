@@ -109,11 +109,11 @@ class TickRecord(NamedTuple):
 class TickThread:
     """Calls `step(tick)` on a thread of its own, at the times of a Schedule that starts at start().
 
-    `step` is a callable, or a capsule (csrc/tick/launch.h; `tml_kernels._cuda.graph_launch`) whose
-    C function is called without the GIL. The thread sleeps until `spin_ns` before the time, then
-    spins. `priority` 1..99 asks for SCHED_FIFO, or else for a lower nice value; `scheduling` tells
-    what was granted. At least `max_records` records wait for drain(); newer ones that find no room
-    are dropped and counted in `records_dropped`, while the counters go on.
+    `step` is a callable, or a capsule (csrc/tick/launch.h) whose C function is called without the
+    GIL. The thread sleeps until `spin_ns` before the time, then spins. `priority` 1..99 asks for
+    SCHED_FIFO, or else for a lower nice value; `scheduling` tells what was granted. At least
+    `max_records` records wait for drain(); newer ones that find no room are dropped and counted in
+    `records_dropped`, while the counters go on.
 
     A step that raises ends the thread: stop() raises its exception, and so does drain() once the
     records are drained. A C function's code other than 0 is a RuntimeError in the same way.

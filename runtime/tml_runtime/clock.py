@@ -73,6 +73,22 @@ class QuietCollector:
 
 
 @contextmanager
+def garbage_waits() -> Iterator[None]:
+    """No collection begins in here, and what only a collection frees is freed before.
+
+    Around the capture of CUDA graphs, which fails when another graph is freed meanwhile.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextmanager
 def torch_threads(num_threads: int) -> Iterator[None]:
     """How many threads torch uses on the CPU, in the whole process."""
     before = torch.get_num_threads()

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import _env
-from ._tick import now_ns
+from .clock import garbage_waits
 from .errors import InputValueError, NotCaptured
+from .graph_launch import make_launch
 from .model import InteractionModel, KvBudget, ModelState, TickInput, TurnLayout
 from .model.buffers import Bucket
 from .model.device_tick import DirectRunner, Ran, has_rest, wait
@@ -124,10 +125,6 @@ class TickGraphs:
 
     def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
         """Where no bucket has room for all video, the rows with most of it lose theirs."""
-        if self.mode == "graph":
-            with torch.cuda.device(self._device):
-                self._events[0].record()  # the device has nothing to do: it happens now
-            self._origin_ns = now_ns()
         config = self._model.config
         while self._smallest(needed) is None:
             patches = [
@@ -175,7 +172,7 @@ class TickGraphs:
         """First every bucket is run, largest first: then kernels are compiled, and scratch is as
         large as it will be. The ticks are idle ones, which leave no trace in the state."""
         free_bytes = torch.cuda.mem_get_info()[0]
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream(priority=-1)  # graphs keep it: a background model gives way
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for bucket in reversed(self.buckets):
@@ -187,13 +184,14 @@ class TickGraphs:
         self._kept = self._state.scratch.buffers()  # a later, larger call may replace them
         torch.cuda.empty_cache()  # graphs take their memory from a pool of their own
         if self.mode == "graph":
-            self._capture(side)
+            with garbage_waits():
+                self._capture(side)
         torch.cuda.synchronize()
         # Of the GPU, not of this process: what another takes or gives back meanwhile counts too.
         self._bytes = max(0, free_bytes - torch.cuda.mem_get_info()[0])
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(3)]
+        self._launch = make_launch()
         pool = torch.cuda.graph_pool_handle()
         device_tick = self._model.device_tick
         parts = [(self._graphs, device_tick.run)]
@@ -204,6 +202,7 @@ class TickGraphs:
                 graph = torch.cuda.CUDAGraph(keep_graph=True)
                 try:
                     with torch.cuda.graph(graph, pool=pool, stream=stream):
+                        self._launch.mark_start()
                         run(self._state, bucket, _nothing)
                     graph.instantiate()
                 except RuntimeError as error:
@@ -213,22 +212,8 @@ class TickGraphs:
                 graphs[bucket] = graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> Ran:
-        origin, start, end = self._events
-        launch_ns = now_ns()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        done_ns = now_ns()
-        start_ns, end_ns = (
-            self._origin_ns + int(1e6 * origin.elapsed_time(event)) for event in (start, end)
-        )
-        stage_ns = {
-            "launch_gap": max(0, start_ns - launch_ns),
-            "gpu": end_ns - start_ns,
-            "fetch": max(0, done_ns - end_ns),
-        }
-        return Ran(stage_ns, (start_ns, end_ns))
+        launched = self._launch.run(graph)
+        return Ran(launched.stage_ns(), (launched.start_ns, launched.end_ns))
 
 
 class FiniteCheck:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tml_kernels.ops.dmel import DmelSpec
 from tml_kernels.ops.dmel.constants import mel_filters
 
+from .clock import garbage_waits
 from .model.layout import TurnLayout
 from .vocoder import (
     LOG_CEILING,
@@ -176,13 +177,13 @@ class DeviceVoices:
 
     @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        side, graph = torch.cuda.Stream(priority=-1), torch.cuda.CUDAGraph()  # as ticks
         self._done = torch.cuda.Event(blocking=True)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._run()  # nobody speaks; makes the plans of the Fourier transforms
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph, stream=side):
+        with garbage_waits(), torch.cuda.graph(graph, stream=side):
             self._run()
         return graph
 

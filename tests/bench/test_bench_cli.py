@@ -40,6 +40,22 @@ def test_help_of_an_op_says_what_is_timed(capsys: pytest.CaptureFixture[str]) ->
     assert "one decoder layer as the model runs it" in text
 
 
+def test_what_a_virtual_tick_says_is_summed_up(tmp_path: Path) -> None:
+    """As often as it is run, and another seed says something else."""
+
+    def said(seed: int) -> str:
+        path = tmp_path / "tick.json"
+        assert main(["tick", "--ticks", "2", "--seed", str(seed), "--json", str(path)]) == 0
+        return json.loads(path.read_text())["said_sha256"]
+
+    assert said(0) == said(0) != said(1)
+
+
+def test_a_gpu_has_to_be_there_for_products_beside_ticks() -> None:
+    with pytest.raises(SystemExit, match="--beside needs a GPU"):
+        main(["tick", "--device", "cpu", "--ticks", "1", "--beside", "low"])
+
+
 def test_every_op_is_benched() -> None:
     assert benched_ops() == op_names()
     assert set(bench_names()) - set(op_names()) == {"moe", "layer"}  # blocks of several ops

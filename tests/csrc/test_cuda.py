@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tml_runtime._tick import TickThread
+from tml_runtime._tick import TickThread, now_ns
 
 _cuda = pytest.importorskip("tml_kernels._cuda", reason="built without nvcc")
 
@@ -46,7 +46,6 @@ def move_pages(**changes: int) -> None:
         (lambda: _cuda.stream_read(16, 16, 0, 1, 0), "out: null or misaligned"),
         (lambda: _cuda.stream_read(16, 16, 2, 1, 0), "out: null or misaligned"),
         (lambda: _cuda.stream_read(16, 16, 16, 0, 0), "num_blocks=0"),
-        (lambda: _cuda.graph_launch(0, 0, 0), "graph_exec=0"),
         *(
             (functools.partial(apply_deltas, **{name: -1}), f"{name}=-1")
             for name in ("num_deltas", "num_positions", "num_keys", "num_rows")
@@ -105,8 +104,8 @@ def test_no_device_is_a_runtime_error() -> None:
     for call in (apply_deltas, move_pages):
         with pytest.raises(RuntimeError, match=r"launch\.h:\d+: cudaGetDevice.*: cudaError"):
             call()
-    with pytest.raises(RuntimeError, match=r"graph_launch\.cpp:\d+: cudaGetDeviceCount"):
-        _cuda.graph_launch(16, 0, 0)
+    with pytest.raises(RuntimeError, match=r"graph_launch\.cpp:\d+: cudaEventCreate.*: cudaError"):
+        _cuda.GraphLaunch()
 
 
 TILE = 256 * 8 * 16  # bytes that a block reads at a time
@@ -135,28 +134,39 @@ def xor(words: torch.Tensor) -> int:
 
 
 @pytest.mark.gpu
-def test_tick_thread_launches_a_graph() -> None:
+def test_graph_launch_waits_and_tells_when() -> None:
+    """From a tick thread, and what it waits for takes no interpreter: the main thread goes on."""
+    spin_cycles = 20_000_000  # some 10 ms
     count = torch.zeros(1, dtype=torch.int64, device="cuda")
-    graph = torch.cuda.CUDAGraph(keep_graph=True)
-    stream = torch.cuda.Stream()
-    with torch.cuda.graph(graph, stream=stream):
+    launch, graph = _cuda.GraphLaunch(), torch.cuda.CUDAGraph(keep_graph=True)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        launch.mark_start(torch.cuda.current_stream().cuda_stream)
+        torch.cuda._sleep(spin_cycles)
         count += 1
     graph.instantiate()
-    capsule = _cuda.graph_launch(graph.raw_cuda_graph_exec(), stream.cuda_stream, 0)
-    thread = TickThread(capsule, 2_000_000)
+    stream, seen = torch.cuda.Stream(), []
+
+    def step(tick: int) -> None:
+        before_ns = now_ns()
+        times = launch.run(graph.raw_cuda_graph_exec(), stream.cuda_stream)
+        seen.append((before_ns, *times, now_ns()))
+
+    thread = TickThread(step, 100_000_000)
     thread.start()
-    end = time.monotonic() + 30
-    while thread.ticks < 100 and time.monotonic() < end:
-        time.sleep(0.001)
+    end, turns = time.monotonic() + 30, 0
+    while len(seen) < 10 and time.monotonic() < end:
+        turns += 1
     thread.stop()
-    records = thread.drain()
-    assert thread.ticks >= 100
-    # Each launch had ended on the GPU when its record was made.
-    assert int(count) == len(records) == thread.ticks - thread.skipped
+    assert len(seen) >= 10 and int(count) == len(seen)
+    for times in seen:
+        assert list(times) == sorted(times)
+        launch_ns, start_ns, end_ns = times[1:4]
+        assert end_ns - start_ns > 5_000_000 > start_ns - launch_ns
+    assert turns > 10_000
 
 
 @pytest.mark.gpu
-def test_graph_launch_refuses_a_device_that_is_not_there() -> None:
-    num_devices = torch.cuda.device_count()
-    with pytest.raises(ValueError, match=f"device={num_devices} num_devices={num_devices}"):
-        _cuda.graph_launch(16, 0, num_devices)
+def test_graph_launch_refuses_what_is_no_graph() -> None:
+    with pytest.raises(ValueError, match="graph_exec=0"):
+        _cuda.GraphLaunch().run(0, 0)

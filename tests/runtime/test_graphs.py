@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,6 +211,25 @@ def test_gpu_nothing_is_allocated_after_ready(gpu_model: InteractionModel) -> No
             taken.append(free_bytes - torch.cuda.mem_get_info()[0])
     assert [torch.cuda.memory_stats()[name] for name in counters] == before
     assert 0 in taken
+
+
+@pytest.mark.gpu
+def test_gpu_no_capture_is_spoilt_by_graphs_that_nobody_needs(
+    gpu_model: InteractionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state and its graphs know each other, so a collection frees them; CUDA refuses to while
+    another graph is captured, and ends that capture."""
+    run = gpu_model.device_tick.run
+
+    def run_and_collect(*args: Any) -> None:
+        run(*args)
+        if gc.isenabled():  # so one might begin here by itself
+            gc.collect()
+
+    monkeypatch.setattr(gpu_model.device_tick, "run", run_and_collect)
+    for _ in range(3):
+        graphs = TickGraphs(gpu_model, gpu_model.new_state(1), buckets=[Bucket(1, 5, 0)])
+        assert graphs.report()["captured"] == 1
 
 
 @pytest.mark.gpu

@@ -16,7 +16,7 @@ import torch
 from fake_model import CONFIG, MS40, FakeModel, make_runtime
 
 from tml_runtime import Runtime, Session, errors
-from tml_runtime.clock import QuietCollector
+from tml_runtime.clock import QuietCollector, garbage_waits
 from tml_runtime.session import SpeechOut
 
 FAST = replace(CONFIG, layout=MS40)
@@ -197,6 +197,20 @@ def test_garbage_waits_for_slack() -> None:
         assert freed == []
         collector.rest(10_000_000)
         assert freed == [1]
+    assert gc.isenabled()
+
+
+def test_garbage_goes_before_and_after_but_not_within() -> None:
+    freed: list[int] = []
+    Cycle(freed)
+    with garbage_waits():
+        assert freed == [1]
+        Cycle(freed)
+        junk = [[i] for i in range(5000)]
+        assert len(junk) == 5000 and freed == [1]
+        with garbage_waits():
+            assert freed == [1, 1] and not gc.isenabled()
+        assert not gc.isenabled()
     assert gc.isenabled()
 
 

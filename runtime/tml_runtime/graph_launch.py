@@ -1,0 +1,80 @@
+"""How a captured graph is started and waited for: in one call of C++ that leaves the interpreter to
+others meanwhile, or by torch where `tml_kernels._cuda` was not built."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ._tick import now_ns
+
+
+class Launched(NamedTuple):
+    """On the clock of `_tick.now_ns`."""
+
+    launch_ns: int  # before the call that launches
+    start_ns: int  # the GPU began
+    end_ns: int  # and had done it all
+    done_ns: int  # the thread that waited went on
+
+    def stage_ns(self) -> dict[str, int]:
+        return {
+            "launch_gap": max(0, self.start_ns - self.launch_ns),
+            "gpu": self.end_ns - self.start_ns,
+            "fetch": max(0, self.done_ns - self.end_ns),
+        }
+
+
+class TorchLaunch:
+    """By torch. For one thread, and graphs of one device on its current stream."""
+
+    def __init__(self) -> None:
+        self._origin = torch.cuda.Event(enable_timing=True)
+        self._start = torch.cuda.Event(enable_timing=True, external=True)
+        self._end = torch.cuda.Event(enable_timing=True, blocking=True)
+
+    def mark_start(self) -> None:
+        """While a graph is captured, before anything else of it."""
+        self._start.record()
+
+    def run(self, graph: torch.cuda.CUDAGraph) -> Launched:
+        """Nothing else is queued: the GPU's times are counted from just before the launch."""
+        self._origin.record()
+        launch_ns = now_ns()
+        graph.replay()
+        self._end.record()
+        self._end.synchronize()
+        done_ns = now_ns()
+        start_ns, end_ns = (
+            launch_ns + int(1e6 * self._origin.elapsed_time(event))
+            for event in (self._start, self._end)
+        )
+        return Launched(launch_ns, start_ns, end_ns, done_ns)
+
+
+class NativeLaunch:
+    """As TorchLaunch; ImportError where `tml_kernels._cuda` was not built."""
+
+    def __init__(self) -> None:
+        from tml_kernels import _cuda
+
+        self._launch = _cuda.GraphLaunch()
+
+    def mark_start(self) -> None:
+        self._launch.mark_start(_stream())
+
+    def run(self, graph: torch.cuda.CUDAGraph) -> Launched:
+        return Launched(*self._launch.run(graph.raw_cuda_graph_exec(), _stream()))
+
+
+def make_launch() -> NativeLaunch | TorchLaunch:
+    """Of the current device."""
+    try:
+        return NativeLaunch()
+    except ImportError:
+        return TorchLaunch()
+
+
+def _stream() -> int:
+    return torch.cuda.current_stream().cuda_stream
