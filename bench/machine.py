@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-SETTINGS = ("TML_PDL", "TML_EAGER", "TML_DEBUG_GRAPH")  # of the environment: they change what runs
+SETTINGS = ("TML_EAGER", "TML_DEBUG_GRAPH")  # of the environment: they change what runs
 # Bits of NVML's clock event reasons that lower a clock (nvml.h, "ClocksEventReasons").
 SLOWDOWNS = {
     0x004: "power cap",

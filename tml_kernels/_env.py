@@ -8,8 +8,3 @@ import os
 def print_configs() -> bool:
     """TML_PRINT_CONFIGS: print each kernel's configuration once per problem."""
     return os.environ.get("TML_PRINT_CONFIGS", "0") not in ("", "0")
-
-
-def dependent_launch() -> bool:
-    """TML_PDL: kernels are launched while the one before still runs, see `_triton/dependent.py`."""
-    return os.environ.get("TML_PDL", "0") not in ("", "0")

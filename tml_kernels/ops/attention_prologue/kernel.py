@@ -22,7 +22,6 @@ from torch import Tensor
 from ..._aot import AotSpec
 from ..._head_tiles import SHIPPED, Config, Problem, choose_config
 from ..._ragged import ANY_SLOT
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from ..._triton.heads import heads, load_heads, rotate, write_page
 from ..._triton.ragged import session_of
 from .tile import convolve, normalize, write_state
@@ -81,7 +80,6 @@ def attention_prologue_kernel(
     HAS_CONV: tl.constexpr, HAS_NORM: tl.constexpr, HAS_ROPE: tl.constexpr, IS_FP8: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     tl.static_assert(C <= 2 * BLOCK_B, "a head is wider than a block")
     tl.static_assert(not HAS_ROPE or C % 2 == 0, "rotary heads have an even width")
     Q_PARTS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -164,7 +162,7 @@ def launch_attention_prologue(
         HAS_CONV=conv_state is not None, HAS_NORM=q_norm is not None,
         HAS_ROPE=rope_phase is not None, IS_FP8=k_scale is not None,
         BLOCK_S=BLOCK_S, BLOCK_H=config.block_h, BLOCK_B=config.block_b,
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

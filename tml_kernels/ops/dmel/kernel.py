@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import BLOCK_B, LEVELS, SHIPPED, SPECTRUM, EmbedConfig, SpectrumConfig, choose_embed
 from .constants import KernelConstants, bands, kernel_constants
 from .spec import DMEL_20HZ, DMEL_40HZ, MEL_FLOOR, POWER_FLOOR, DmelSpec
@@ -53,7 +52,6 @@ def spectrum_kernel(
     POWER_FLOOR: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     L: tl.constexpr = FFT - HOP
     HALF: tl.constexpr = FFT // 2
     PITCH: tl.constexpr = (NUM_USED + BLOCK_Q - 1) // BLOCK_Q * BLOCK_Q
@@ -158,7 +156,6 @@ def frame_kernel(
     BLOCK_B: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     s = row // F
     slot = tl.load(slot_ptr + s).to(tl.int64)
@@ -194,7 +191,6 @@ def embed_kernel(
     D, eps,
     BANDS: tl.constexpr, NUM_LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     _embed(
         levels_ptr + t * BANDS, table_ptr, norm_weight_ptr, out_ptr + t * D, D, eps,
@@ -261,7 +257,7 @@ def _launch(
         pcm, tail, slot, constants.basis_2_K_Q, work,
         num_sessions, num_samples, num_frames, num_slots,
         **_spectrum_constexprs(spec, spectrum),
-        num_warps=spectrum.num_warps, num_stages=spectrum.num_stages, **LAUNCH,
+        num_warps=spectrum.num_warps, num_stages=spectrum.num_stages,
     )  # fmt: skip
     width = 1 if table is None else table.shape[1]
     config = LEVELS if table is None else choose_embed(width)
@@ -271,7 +267,7 @@ def _launch(
         tail, levels, work if out is None else out,
         num_sessions, num_samples, num_frames, num_slots, width, eps,
         **_frame_constexprs(spec, config, table is not None),
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
@@ -313,7 +309,7 @@ def launch_dmel_embed(
     embed_kernel[(num_tokens,)](
         levels, table, norm_weight, out, table.shape[1], eps,
         BANDS=num_bands, NUM_LEVELS=num_levels, BLOCK_D=config.block_d, UNROLL=config.unroll,
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

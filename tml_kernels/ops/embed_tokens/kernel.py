@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import SHIPPED, Config, choose_config
 from .kinds import TokenKind
 
@@ -60,7 +59,6 @@ def embed_tokens_kernel(
     V, A, P, N, F, D, eps,
     BANDS: tl.constexpr, NUM_LEVELS: tl.constexpr, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -116,7 +114,7 @@ def launch_embed_tokens(
         kind, index, embed, embed_norm, table, table_norm, heard, x, token, said, out,
         len(embed), len(heard), len(x), len(said), said.shape[1], width, eps,
         BANDS=heard.shape[1], NUM_LEVELS=num_levels,
-        BLOCK_D=config.block_d, UNROLL=config.unroll, num_warps=config.num_warps, **LAUNCH,
+        BLOCK_D=config.block_d, UNROLL=config.unroll, num_warps=config.num_warps,
     )  # fmt: skip
 
 

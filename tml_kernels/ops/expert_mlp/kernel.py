@@ -20,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._triton.dependent import wait_for_inputs
 from .products import bias_of, either_bias, either_tile, expert_tile
 
 
@@ -181,7 +180,6 @@ def gate_up_kernel(
     QUANTIZE_X: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     HALF: tl.constexpr = BLOCK_M // 2
     S: tl.constexpr = K + Z
     program = tl.program_id(0)
@@ -253,7 +251,6 @@ def down_kernel(
     QUANTIZE_X: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     S: tl.constexpr = K + Z
     program = tl.program_id(0)
     tiles = tl.cdiv(D, BLOCK_M)

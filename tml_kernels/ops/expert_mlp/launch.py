@@ -10,7 +10,6 @@ import triton
 from torch import Tensor
 
 from ..._routing import Routing, Schedule, choose_blocking
-from ..._triton.dependent import LAUNCH
 from ...moe_weights import MoEWeights
 from ...quant import PackedExperts
 from .configs import BLOCK_M, STEP, Config, Problem, choose_config, kind_of, workspace_of
@@ -70,7 +69,7 @@ def launch_gate_up(
         num_tokens, width, routing.num_experts, rows, shared_rows, hidden,
         work.shared_blocks, work.blocks_per_shared, num_counters,
         **work.constexprs, QUANTIZE_X=quantize_x, **_gate_up_constexprs(weights, activation),
-        **_tile(config), **LAUNCH,
+        **_tile(config),
     )  # fmt: skip
 
 
@@ -97,7 +96,6 @@ def launch_down(
         num_tokens, width, routing.num_experts, weights.expert_width, shared.expert_width, hidden,
         work.shared_blocks, work.blocks_per_shared,
         **work.constexprs, QUANTIZE_X=quantize_x, **_down_constexprs(weights), **_tile(config),
-        **LAUNCH,
     )  # fmt: skip
 
 

@@ -25,7 +25,6 @@ import triton.language as tl
 
 from ..._philox import FLOW_STREAM
 from ..._triton.arrival import is_last
-from ..._triton.dependent import wait_for_inputs
 from .reference import EPS
 
 STREAM: tl.constexpr = tl.constexpr(FLOW_STREAM)
@@ -214,7 +213,6 @@ def noise_kernel(
     arrived_ptr,                      # out  [A]  all zero: counters of the launches that follow
     B, A, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     s = tl.program_id(0).to(tl.int64)
     for start in range(tl.program_id(0) * ZEROS, A, tl.num_programs(0) * ZEROS):
         offs_a = start + tl.arange(0, ZEROS)
@@ -247,7 +245,6 @@ def condition_kernel(
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """SiLU of the sums of every step's time and every row's condition."""
-    wait_for_inputs()
     r, offs_f, split, tile = _place(S, SPLITS, BLOCK_F, BLOCK_R)
     mask_r = r < S
     sum_r_f = _product(x_ptr, 0, r, mask_r, weight_ptr, offs_f, split, F, K,
@@ -281,7 +278,6 @@ def product_kernel(
     SILU: tl.constexpr, X_PARTS: tl.constexpr, SPLITS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     r, offs_f, split, tile = _place(R, SPLITS, BLOCK_F, BLOCK_R)
     mask_r = r < R
     y_r_f = _product(x_ptr, X.to(tl.int64) * K, tl.where(r < X, r, r - X), mask_r, weight_ptr,
@@ -323,7 +319,6 @@ def norm_product_kernel(
     STAT_F: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     r, offs_f, split, tile = _place(R, SPLITS, BLOCK_F, BLOCK_R)
     mask_r = r < R
     mean_r, scale_r = _load_stats(stat_ptr, r, mask_r, K, STAT_F, BLOCK_T)
@@ -360,7 +355,6 @@ def velocity_kernel(
     STAT_F: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr, SPLIT_K: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     SIZE: tl.constexpr = BLOCK_R * BLOCK_F
     r, offs_f, split, tile = _place(S, SPLITS, BLOCK_F, BLOCK_R)
     mask_r = r < S

@@ -18,7 +18,6 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH
 from .configs import (
     MODULATION,
     NORM_PRODUCT,
@@ -85,7 +84,7 @@ def launch_flow_head(
     arrived = run.exchange[0]
     noise_kernel[(len(out),)](
         seed, counter, out, arrived, num_bins, len(arrived),
-        BLOCK_I=triton.next_power_of_2(triton.cdiv(num_bins, 4)), **LAUNCH,
+        BLOCK_I=triton.next_power_of_2(triton.cdiv(num_bins, 4)),
     )  # fmt: skip
     run.modulate(cond, _wave(num_steps, problem.width, out.device))
     for n in range(num_steps):
@@ -123,7 +122,6 @@ class _Launcher:
             x, weight, bias, gate, 0 if gate is None else gate.stride(0), *self.exchange, y, stat,
             num_rows, num_x, num_features, num_columns,
             SILU=silu, X_PARTS=3 if x.ndim == 3 else 1, **_options(config, num_columns, weight),
-            **LAUNCH,
         )  # fmt: skip
 
     def modulate(self, cond: Tensor, wave: Tensor) -> None:
@@ -135,7 +133,7 @@ class _Launcher:
         condition_kernel[(PRODUCT.programs(*sizes),)](
             cond, w.cond_W_D, w.cond_bias_W, part["time_N_W"], w.null_W, *self.exchange,
             part["act_N_Q_W"], p.num_rows, p.evaluated, p.num_steps, p.width, p.model_width,
-            GUIDED=p.guided, **_options(PRODUCT, p.model_width, w.cond_W_D), **LAUNCH,
+            GUIDED=p.guided, **_options(PRODUCT, p.model_width, w.cond_W_D),
         )  # fmt: skip
         act, mod, final = (
             part[name].flatten(0, 1) for name in ("act_N_Q_W", "mod_N_Q_L_3_W", "final_N_Q_2_W")
@@ -154,14 +152,13 @@ class _Launcher:
                 h, stat, mod[:, i], mod.stride(0), w.up_L_U_W[i], w.up_bias_L_U[i], *self.exchange,
                 y, p.evaluated, p.inner, p.width,
                 **_stat_constexprs(p.width), **_options(NORM_PRODUCT, p.width, w.up_L_U_W),
-                **LAUNCH,
             )  # fmt: skip
             gate = mod[:, i, 2]
             self.product(y, w.down_L_W_U[i], w.down_bias_L_W[i], h, gate=gate, stat=stat)
         velocity_kernel[(VELOCITY.programs(p.num_rows, p.num_bins, p.width),)](
             h, stat, final, final.stride(0), w.output_B_W, w.output_bias_B, *self.exchange, x,
             p.num_rows, p.num_bins, p.width, guidance, float(p.num_steps), BRANCHES=p.branches,
-            **_stat_constexprs(p.width), **_options(VELOCITY, p.width, w.output_B_W), **LAUNCH,
+            **_stat_constexprs(p.width), **_options(VELOCITY, p.width, w.output_B_W),
         )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._triton.dependent import wait_for_inputs
 from ..._triton.short_conv import conv_of
 from ..._triton.weight_tile import accumulate
 
@@ -41,7 +40,6 @@ def linear_kernel(
     SPLITS: tl.constexpr, SPLIT_D: tl.constexpr, PARALLEL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     HALF: tl.constexpr = BLOCK_M // 2
     # The blocks of a tile are neighbours: they read one piece of the weight.
     blocks = tl.cdiv(T, BLOCK_N)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..._aot import MAX_LOOP, AotSpec
-from ..._triton.dependent import LAUNCH
 from .configs import MAX_COUNTERS, Config, Problem, choose_config, choose_conv_config
 from .kernel import linear_kernel
 
@@ -48,7 +47,7 @@ def launch_linear(
         x, weight, weight_scale, weight_zero, bias, residual, counter, part, out,
         *x.shape, problem.rows, num_valid, scale, *(conv or NO_CONV),
         **_constexprs(problem, config, activation == "swiglu"),
-        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

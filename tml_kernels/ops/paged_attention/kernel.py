@@ -23,7 +23,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._triton.dependent import wait_for_inputs
 from .products import fold, split_softmax
 
 
@@ -125,7 +124,6 @@ def attention_kernel(
     TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     SPLIT_KEYS: tl.constexpr = SPLIT_PAGES * R
     offs_q, offs_c = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_C)
     tiles_n, splits_n = _rows(start_ptr, length_ptr, count_ptr, T, S, WINDOW, TILE,

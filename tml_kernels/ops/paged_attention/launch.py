@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH
 from .configs import (
     LARGE,
     MAX_PROGRAMS,
@@ -72,7 +71,7 @@ def launch_paged_attention(
         scale, tau_floor or 1.0, tau_alpha, softcap or 1.0,
         **_constexprs(p, config, 0 if rel_table is None else rel_table.shape[1]),
         TAU=tau_floor is not None, SOFTCAP=softcap is not None,
-        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

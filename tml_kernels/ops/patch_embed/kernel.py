@@ -24,7 +24,6 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH
 from .configs import (
     BLOCK_K,
     NORM,
@@ -80,7 +79,7 @@ def launch_patch_embed(
     grid = (num_tokens, triton.cdiv(width, NORM.block_d))
     final_norm_kernel[grid](
         x, ssq, final_norm, out, eps, D=width, BLOCK_D=NORM.block_d,
-        num_warps=NORM.num_warps, num_stages=NORM.num_stages, **LAUNCH,
+        num_warps=NORM.num_warps, num_stages=NORM.num_stages,
     )  # fmt: skip
 
 
@@ -104,7 +103,7 @@ def _launch_stem(
     stem_kernel[(triton.cdiv(num_rows, STEM.block_r),)](
         frames, linears[0], norms[0], linears[1], norms[1], extent, out,
         num_rows, height, width, *spec.grid(height, width), eps,
-        **_stem_constexprs(spec), num_warps=STEM.num_warps, num_stages=STEM.num_stages, **LAUNCH,
+        **_stem_constexprs(spec), num_warps=STEM.num_warps, num_stages=STEM.num_stages,
     )  # fmt: skip
 
 
@@ -139,7 +138,7 @@ def _launch_product(
     product_kernel[(grid,)](
         x, x_ssq if activate else y_ssq, norm, weight, y, y_ssq, num_rows, eps,
         **_product_constexprs(config, features, depth // width, width, activate),
-        num_warps=config.num_warps, num_stages=config.num_stages, **LAUNCH,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
 

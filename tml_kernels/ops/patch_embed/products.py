@@ -11,7 +11,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..._triton.dependent import wait_for_inputs
 from .configs import SLOT_SIZE
 
 SLOT = tl.constexpr(SLOT_SIZE)
@@ -84,7 +83,6 @@ def product_kernel(
     F: tl.constexpr, G: tl.constexpr, C: tl.constexpr, ACTIVATE: tl.constexpr,
     BLOCK_F: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     num_r = tl.cdiv(R, BLOCK_R)  # programs that share weights follow each other
     tile_f = tl.program_id(0) // num_r
     r = (tl.program_id(0) % num_r).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -130,7 +128,6 @@ def final_norm_kernel(
     eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D

@@ -13,7 +13,6 @@ import math
 import triton
 import triton.language as tl
 
-from ..._triton.dependent import wait_for_inputs
 from .products import gelu, load_norm, store_rows
 
 SIZES = ["R", "H", "W", "num_y", "num_x"]  # change from call to call: one compiled kernel for all
@@ -124,7 +123,6 @@ def stem_kernel(
     L: tl.constexpr, FOLDS: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr,
     MEAN: tl.constexpr, STD: tl.constexpr, RAGGED: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     dtype: tl.constexpr = weight_1_ptr.dtype.element_ty
     FOLD_1: tl.constexpr = FOLDS[0]
     FOLD_2: tl.constexpr = FOLDS[1]

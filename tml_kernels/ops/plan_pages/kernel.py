@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import LONG, SHORT, Config, Problem, choose_config
 
 
@@ -24,7 +23,6 @@ def plan_pages_kernel(
     count_ptr,                     # out  [S]
     M, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     s = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + s).to(tl.int64)
     is_live = slot >= 0
@@ -79,7 +77,6 @@ def launch_plan_pages(
     plan_pages_kernel[grid](
         page, base, rows, slot, out_page, out_base, out_rows, count,
         num_columns, BLOCK_M=config.block_m, BLOCK_J=config.block_j, num_warps=config.num_warps,
-        **LAUNCH,
     )  # fmt: skip
 
 

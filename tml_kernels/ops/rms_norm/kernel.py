@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from ..._triton.e4m3 import to_scaled_e4m3
 from .configs import SHIPPED, Config, Problem, choose_config
 
@@ -27,7 +26,6 @@ def rms_norm_kernel(
     D, eps,
     HAS_RESIDUAL: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     t = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -63,7 +61,7 @@ def launch_rms_norm(
         x, weight, x if residual is None else residual, out, out_scale,
         width, eps,
         HAS_RESIDUAL=residual is not None, BLOCK_D=config.block_d,
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 from ..._aot import AotSpec
 from ..._routing import GROUP_T, SPLIT_D, round_up, scratch_sizes
 from ..._triton.arrival import is_last
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import SCHEDULE, SHIPPED, Config, Problem, choose_config, max_registers
 from .group import route_group
 from .reference import Rule
@@ -66,7 +65,6 @@ def route_kernel(
     BLOCK_G: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr, SUM_G: tl.constexpr, PLACE_A: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     num_tiles = tl.cdiv(T, BLOCK_T)
     # What a last program needs that is there already comes before it knows that it is one.
     bias_t_i = None
@@ -130,7 +128,6 @@ def schedule_kernel(
     K: tl.constexpr, E: tl.constexpr, GROUP_T: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr, SUM_G: tl.constexpr, PLACE_A: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     group = tl.program_id(0)
     t = group.to(tl.int64) * GROUP_T + tl.arange(0, GROUP_T)
     offs_k = tl.arange(0, BLOCK_K)
@@ -186,7 +183,7 @@ def launch_route(
         bias, logit_bias, global_scale, residual, expert, weight, shared_weight, inv_rms, schedule,
         *parts, num_tokens, width, max_blocks, block_size, scale, eps,
         **constexprs, num_warps=config.num_warps, num_stages=config.num_stages,
-        maxnreg=max_registers(constexprs["E"], gate_bytes), **LAUNCH,
+        maxnreg=max_registers(constexprs["E"], gate_bytes),
     )  # fmt: skip
 
 
@@ -205,7 +202,7 @@ def launch_route_schedule(
     schedule_kernel[(triton.cdiv(num_tokens, GROUP_T),)](
         expert, schedule, *parts, num_tokens, max_blocks, block_size,
         BLOCK_K=_pad(top_k), **_schedule_constexprs(top_k, num_experts),
-        num_warps=SCHEDULE.num_warps, **LAUNCH,
+        num_warps=SCHEDULE.num_warps,
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from ..._triton.arrival import is_last
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from .configs import MAX_RUNS, SHIPPED, Config, Problem, choose_config, scratch_sizes
 from .narrow import best_draw, list_where, narrow
 from .tiles import NO_ID, first_column, load_tile, may_win, scale_logit, slope_of, uniform_tile
@@ -68,7 +67,6 @@ def sample_kernel(
     V, num_biases, fallback,
     RUN: tl.constexpr, TILE_N: tl.constexpr, LOOK_N: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     B = tl.cdiv(V, RUN * TILE_N)
     N = B * TILE_N
     s = (tl.program_id(0) // B).to(tl.int64)
@@ -170,7 +168,7 @@ def launch_sample(
         arrived, runs.view(torch.float32), listed,
         out, fault.view(torch.uint8), vocabulary, 0 if bias is None else bias.shape[1], fallback,
         **_constexprs(vocabulary, config), num_warps=config.num_warps,
-        maxnreg=config.registers(edited=bias_id is not None or seen is not None), **LAUNCH,
+        maxnreg=config.registers(edited=bias_id is not None or seen is not None),
     )  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..._aot import AotSpec
 from ..._head_tiles import SHIPPED, Config, Problem, choose_config
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from ..._triton.heads import load_heads, rotate, write_page
 
 
@@ -30,7 +29,6 @@ def shift_keys_kernel(
     G: tl.constexpr, C: tl.constexpr, R: tl.constexpr, IS_FP8: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     tl.static_assert(C <= 2 * BLOCK_B, "a head is wider than a block")
     tl.static_assert(C % 2 == 0, "rotary heads have an even width")
     i, layer, block = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -62,7 +60,7 @@ def launch_shift_keys(
         num_pages,
         G=num_kv_heads, C=head_width, R=page_rows, IS_FP8=k_scale is not None,
         BLOCK_H=config.block_h, BLOCK_B=config.block_b,
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 

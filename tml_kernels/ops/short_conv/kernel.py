@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._triton.dependent import LAUNCH, wait_for_inputs
 from ..._triton.ragged import session_of
 from ..._triton.short_conv import conv_of
 from .configs import SHIPPED, Config, Problem, choose_config
@@ -121,7 +120,6 @@ def short_conv_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, LATE_NORM: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_inputs()
     t = tl.program_id(0)
     session = session_of(start_ptr, t, S, BLOCK_S)
     slot = tl.load(slot_ptr + session, mask=session < S, other=-1).to(tl.int64)
@@ -167,7 +165,7 @@ def launch_short_conv(
         num_tokens, slot.shape[0], state.shape[0], width, eps,
         HAS_RESIDUAL=residual is not None, HAS_NORM=norm_weight is not None, LATE_NORM=late_norm,
         BLOCK_S=BLOCK_S, BLOCK_D=config.block_d, NUM_BLOCKS=config.num_blocks,
-        num_warps=config.num_warps, **LAUNCH,
+        num_warps=config.num_warps,
     )  # fmt: skip
 
 
