@@ -76,16 +76,18 @@ class QuietCollector:
 def garbage_waits() -> Iterator[None]:
     """No collection begins in here, and what only a collection frees is freed before.
 
-    Around the capture of CUDA graphs, which fails when another graph is freed meanwhile.
+    Around the capture of CUDA graphs, which fails when another graph is freed meanwhile. Where
+    collections are off already it does nothing.
     """
-    was_enabled = gc.isenabled()
+    if not gc.isenabled():
+        yield
+        return
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        gc.enable()
 
 
 @contextmanager

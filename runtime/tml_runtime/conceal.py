@@ -29,26 +29,32 @@ class Bridge:
         self._mirror = np.resize(to_and_fro, fade)  # distance from the edge
         self._centre = np.arange(fade, dtype=np.float32) + np.float32(0.5)
 
-    def fill(self, before: np.ndarray, after: np.ndarray, out: np.ndarray) -> None:
+    def fill(self, before: np.ndarray, after: np.ndarray, out: np.ndarray, faded: int = 0) -> None:
         """Set `out`, at least one sample, from up to `source` samples on either side.
 
-        One side may be empty: then it fades away from the other one.
+        One side may be empty: then it fades away from the other one. faded: samples between
+        `before` and `out`, which were filled when `after` was not known yet.
         """
         fade = len(self._centre)
         reach = min(len(out), fade)
-        mirror = self._mirror[:reach]
-        gain = 1.0 - self._centre[:reach] / (reach if len(after) and len(before) else fade)
+        across = reach if len(after) and len(before) else fade
         out[:] = 0.0
-        if len(before):
-            out[:reach] = before[-1 - np.minimum(mirror, len(before) - 1)] * gain
+        if len(before) and faded < fade:
+            left = slice(faded, min(faded + len(out), fade))
+            gain = 1.0 - self._centre[left] / (fade if faded else across)
+            mirror = np.minimum(self._mirror[left], len(before) - 1)
+            out[: len(gain)] = before[-1 - mirror] * gain
         if len(after):
-            out[len(out) - reach :] += (after[np.minimum(mirror, len(after) - 1)] * gain)[::-1]
+            gain = 1.0 - self._centre[:reach] / across
+            mirror = np.minimum(self._mirror[:reach], len(after) - 1)
+            out[len(out) - reach :] += (after[mirror] * gain)[::-1]
 
 
 class Concealer:
     """Fills one session's windows, in their order. Bounded work; what it makes never grows.
 
     A hole that reaches its window's end knows its left side only: what follows has not been heard.
+    In the next window it goes on from that side, as far as it has faded by then.
     """
 
     def __init__(self, window_samples: int, sample_rate: int) -> None:
@@ -56,6 +62,9 @@ class Concealer:
         self._source = min(self._bridge.source, window_samples)
         # The last window's end, and a window.
         self._line = np.zeros(self._source + window_samples, np.float32)
+        # Of a hole that is open at the last window's end: how long it is, and what came before it.
+        self._open = 0
+        self._before = np.zeros(self._source, np.float32)
 
     def fill(self, pcm_N: np.ndarray, have_N: np.ndarray) -> None:
         """Conceal in `pcm_N` the samples that `have_N` lacks."""
@@ -64,18 +73,30 @@ class Concealer:
         edges = np.flatnonzero(have_N[1:] != have_N[:-1]) + (source + 1)
         if not have_N[0]:
             edges = np.insert(edges, 0, source)
+        goes_on = 0 if have_N[0] else self._open
+        open_at = len(line) if have_N[-1] else int(edges[-1])
         edges = [*edges.tolist(), len(line), len(line)]  # what is heard last reaches to the end
         for i in range(0, min(len(edges) - 2, 2 * MAX_HOLES), 2):
             begin, end, stop = edges[i : i + 3]
             after = line[end : min(stop, end + source)]
-            self._bridge.fill(line[begin - source : begin], after, line[begin:end])
+            if i == 0 and goes_on:
+                self._bridge.fill(self._before, after, line[begin:end], goes_on)
+            else:
+                self._bridge.fill(line[begin - source : begin], after, line[begin:end])
         pcm_N[:] = line[source:]
+        self._open = len(line) - open_at
+        if open_at == source:
+            self._open += goes_on
+        if open_at > source or not goes_on:
+            self._before[:] = line[open_at - source : open_at]
         line[:source] = line[-source:]
 
     def pass_by(self, pcm_N: np.ndarray) -> None:
         """A window without holes."""
         self._line[: self._source] = pcm_N[-self._source :]
+        self._open = 0
 
     def forget(self) -> None:
         """What comes next follows nothing."""
         self._line[:] = 0.0
+        self._open = 0

@@ -82,5 +82,9 @@ class LoopFailed(NotRunning):
     """The tick itself raised, which ended the loop and all sessions; `__cause__` says why."""
 
 
+class CaptureError(TmlRuntimeError, RuntimeError):
+    """What a CUDA graph is to hold could not be captured; the message names it."""
+
+
 class NotCaptured(TmlRuntimeError, RuntimeError):
     """A tick of shapes that no graph was captured for. The sessions are as they were before it."""

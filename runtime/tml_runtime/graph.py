@@ -21,12 +21,11 @@ from torch import Tensor
 from . import _env
 from .clock import garbage_waits
 from .errors import InputValueError, NotCaptured
-from .graph_launch import make_launch
+from .graph_launch import capture, make_launch
 from .model import InteractionModel, KvBudget, ModelState, TickInput, TurnLayout
 from .model.buffers import Bucket
 from .model.device_tick import DirectRunner, Ran, has_rest, wait
 from .model.parts import cache_groups
-from .model.tick import needed_for
 
 GROWTH = (1, 2, 4, 16)  # tokens per row of a bucket, in those of a row that hears and says a step
 MAX_TOKENS = 4096  # of a bucket, unless all rows need more without any video
@@ -85,8 +84,7 @@ class TickGraphs:
         buckets: Sequence[Bucket] | None = None,
         mode: str | None = None,
     ) -> None:
-        """Captures everything. Raises RuntimeError naming the bucket that
-        could not be captured."""
+        """Captures everything. Raises CaptureError naming the bucket that could not be."""
         if buckets is None:
             buckets = buckets_of(model.config.layout, state.num_slots)
         self.mode = mode or mode_of(model)
@@ -99,6 +97,7 @@ class TickGraphs:
         self._rest: dict[Bucket, torch.cuda.CUDAGraph] = {}  # of ticks that draft, see `has_rest`
         self._kept: list[Tensor] = []
         self._bytes = 0
+        self._last_shed = -1  # row
         announce = getattr(model, "announce_graphs", None)  # other ranks of the model do the same
         if announce is not None:
             announce(state, self.buckets, self.mode)
@@ -124,20 +123,22 @@ class TickGraphs:
     # As a Runner
 
     def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
-        """Where no bucket has room for all video, the rows with most of it lose theirs."""
-        config = self._model.config
-        while self._smallest(needed) is None:
-            patches = [
-                tick.num_patches(config, row) if slot >= 0 else 0
-                for row, slot in enumerate(tick.slot_S.tolist())
-            ]
-            if not any(patches):
-                return tick
-            frames = list(tick.frames)
-            frames[patches.index(max(patches))] = None
-            tick = replace(tick, frames=frames)
-            needed = needed_for(config, tick)
-        return tick
+        """Where no bucket has room for all video, the rows with most of it lose theirs; of equal
+        ones those behind the row that was the last to."""
+        if self._smallest(needed) is not None:
+            return tick
+        live = [row for row, slot in enumerate(tick.slot_S.tolist()) if slot >= 0]
+        patches = {row: tick.num_patches(self._model.config, row) for row in live}
+        turn = {row: (row - self._last_shed - 1) % len(tick.slot_S) for row in live}
+        frames = list(tick.frames)
+        for row in sorted(live, key=lambda row: (-patches[row], turn[row])):
+            if patches[row] == 0 or self._smallest(needed) is not None:
+                break
+            frames[row], self._last_shed = None, row
+            needed = needed._replace(
+                tokens=needed.tokens - patches[row], patches=needed.patches - patches[row]
+            )
+        return replace(tick, frames=frames)
 
     def choose(self, needed: Bucket) -> Bucket:
         """Raises NotCaptured."""
@@ -184,7 +185,7 @@ class TickGraphs:
         self._kept = self._state.scratch.buffers()  # a later, larger call may replace them
         torch.cuda.empty_cache()  # graphs take their memory from a pool of their own
         if self.mode == "graph":
-            with garbage_waits():
+            with garbage_waits():  # once for all of them
                 self._capture(side)
         torch.cuda.synchronize()
         # Of the GPU, not of this process: what another takes or gives back meanwhile counts too.
@@ -200,15 +201,11 @@ class TickGraphs:
         for bucket in reversed(self.buckets):
             for graphs, run in parts:
                 graph = torch.cuda.CUDAGraph(keep_graph=True)
-                try:
-                    with torch.cuda.graph(graph, pool=pool, stream=stream):
-                        self._launch.mark_start()
-                        run(self._state, bucket, _nothing)
-                    graph.instantiate()
-                except RuntimeError as error:
-                    raise RuntimeError(
-                        f"{bucket} could not be captured: TML_EAGER=1 runs ticks op by op"
-                    ) from error
+                what = f"{bucket}, which TML_EAGER=1 would run op by op,"
+                with capture(graph, what, stream=stream, pool=pool):
+                    self._launch.mark_start()
+                    run(self._state, bucket, _nothing)
+                graph.instantiate()
                 graphs[bucket] = graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> Ran:

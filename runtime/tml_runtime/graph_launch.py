@@ -1,13 +1,32 @@
-"""How a captured graph is started and waited for: in one call of C++ that leaves the interpreter to
-others meanwhile, or by torch where `tml_kernels._cuda` was not built."""
+"""How a CUDA graph is captured, and how it is started and waited for: in one call of C++ that
+leaves the interpreter to others meanwhile, or by torch where `tml_kernels._cuda` was not built."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 
 from ._tick import now_ns
+from .clock import garbage_waits
+from .errors import CaptureError
+
+
+@contextmanager
+def capture(
+    graph: torch.cuda.CUDAGraph, what: str, *, stream: torch.cuda.Stream, pool: Any = None
+) -> Iterator[None]:
+    """What is queued in here goes into the graph. Raises CaptureError that names `what`; the
+    current stream is then the one of before again, which torch alone does not see to."""
+    before = torch.cuda.current_stream()
+    try:
+        with garbage_waits(), torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    except RuntimeError as error:
+        torch.cuda.set_stream(before)
+        raise CaptureError(f"{what} could not be captured: {error}") from error
 
 
 class Launched(NamedTuple):

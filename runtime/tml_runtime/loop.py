@@ -393,6 +393,7 @@ class Runtime:
                 if isinstance(pcm, Exception):
                     raise pcm
                 seat.remember(token_S_K[row], mel[row], self._state.length(seat.slot))
+                seat.stats.shed_frames += out.shed.get(row, 0)
                 num_lost += not seat.publish(tick, token_S_K[row], pcm)
             except Exception as error:  # a plugged-in vocoder may raise anything
                 seat.fail(tick, error)

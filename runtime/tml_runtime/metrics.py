@@ -193,7 +193,7 @@ class Metrics:
         for stage, ns in out.stage_ns.items():
             self.set_stage(f"model.{stage}", ns)
         self.set_tokens(out.tokens)
-        self.add("shed_frames", out.shed_frames)
+        self.add("shed_frames", sum(out.shed.values()))
         self.add("passes", out.passes)
         self.add("drafts", out.drafts)
         self.add("drafts_kept", out.drafts_kept)

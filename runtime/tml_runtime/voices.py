@@ -16,7 +16,7 @@ from torch import Tensor
 from tml_kernels.ops.dmel import DmelSpec
 from tml_kernels.ops.dmel.constants import mel_filters
 
-from .clock import garbage_waits
+from .graph_launch import capture
 from .model.layout import TurnLayout
 from .vocoder import (
     LOG_CEILING,
@@ -125,7 +125,7 @@ class DeviceVoices:
         self, vocoder: GriffinLim, num_frames: int, num_slots: int, device: torch.device
     ) -> None:
         spec = vocoder.spec
-        self._spec, self._vocoder = spec, vocoder
+        self._spec, self._vocoder, self._device = spec, vocoder, device
         self._shape = (num_slots, num_frames, spec.num_bands)
 
         def made(*shape: int) -> Tensor:
@@ -155,7 +155,10 @@ class DeviceVoices:
         self._filters_Q_B = const(mel_filters(spec).astype(np.float32))
         guess_Q_B, update_Q_B = mel_inverse(spec)
         self._guess_B_Q, self._update_B_Q = const(guess_Q_B.T), const(update_Q_B.T)
-        self._graph = self._capture() if device.type == "cuda" else None
+        self._graph = None
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                self._graph = self._capture()
 
     def reset(self, slot: int) -> None:
         self._begins_N[slot] = 1.0
@@ -168,9 +171,10 @@ class DeviceVoices:
         if self._graph is None:
             self._run()
         else:
-            self._graph.replay()
-            self._done.record()
-            self._done.synchronize()
+            with torch.cuda.device(self._device):
+                self._graph.replay()
+                self._done.record()
+                self._done.synchronize()
         for slot in slots:
             self._begins_N[slot] = 0.0
         return [self._pcm_N_W[slot] for slot in slots]
@@ -183,7 +187,7 @@ class DeviceVoices:
         with torch.cuda.stream(side):
             self._run()  # nobody speaks; makes the plans of the Fourier transforms
         torch.cuda.current_stream().wait_stream(side)
-        with garbage_waits(), torch.cuda.graph(graph, stream=side):
+        with capture(graph, "the vocoder", stream=side):
             self._run()
         return graph
 

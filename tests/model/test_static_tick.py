@@ -30,7 +30,7 @@ from tml_runtime.model import (
     TurnLayout,
 )
 from tml_runtime.model.buffers import Bucket
-from tml_runtime.model.tick import needed_for
+from tml_runtime.model.tick import shapes_of
 
 CONFIG = small_config()
 SLOTS = 4
@@ -73,6 +73,11 @@ class Ticks:
         side, pairs = self.config.patch.patch, self.dice.choice(self.pairs)
         size = (side * self.dice.randint(1, 2), side * self.dice.randint(1, 4))
         return self.numbers.integers(0, 256, (pairs, 2, *size, 3), np.uint8) if pairs else None
+
+
+def needed_for(config: ModelConfig, tick: TickInput) -> Bucket:
+    """The shapes of a tick of which no row is refused."""
+    return shapes_of(config, tick.counts(config)[tick.slot_S.numpy() >= 0])
 
 
 def contents(state: ModelState) -> dict[str, Tensor]:
@@ -330,10 +335,27 @@ def test_video_goes_first_where_there_is_no_bucket_for_all() -> None:
     state = model.new_state(SLOTS)
     TickGraphs(model, state, buckets=[Bucket(4, 21, 4)], mode="eager")
     out = model.tick(state, tick)
-    assert out.shed_frames == 6
+    assert out.shed == {1: 6}
     assert [state.length(slot) for slot in range(3)] == [4 + 4 + 2 + 1, 4 + 4, 4 + 4 + 2]
     less = model.tick(model.new_state(SLOTS), replace(tick, frames=[frames[0], None, frames[2]]))
     assert_same(out, less)
+
+
+def test_video_that_goes_is_not_always_that_of_the_same_rows() -> None:
+    """Of three rows with the same and room for one, in three ticks each sees something once."""
+    model = InteractionModel.random(CONFIG)
+    side, samples = CONFIG.patch.patch, CONFIG.layout.samples_per_tick
+    tick = TickInput(
+        torch.arange(3, dtype=torch.int32),
+        torch.zeros(3, samples),
+        torch.zeros(3, dtype=torch.bool),
+        [np.zeros((1, 2, side, side, 3), np.uint8)] * 3,
+        [(), (), ()],
+    )
+    state = model.new_state(SLOTS)
+    TickGraphs(model, state, buckets=[Bucket(4, 20, 1)], mode="eager")
+    shed = [set(model.tick(state, tick).shed.items()) for _ in range(3)]
+    assert shed == [{(0, 2), (1, 2)}, {(2, 2), (0, 2)}, {(1, 2), (2, 2)}]
 
 
 def test_debug_mode_says_the_same_and_names_what_is_not_finite() -> None:

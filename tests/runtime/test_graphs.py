@@ -13,6 +13,7 @@ import torch
 from tml_kernels.testing import assert_bitwise
 from tml_runtime import InteractionModel, ModelConfig, Runtime, errors
 from tml_runtime.graph import TickGraphs, graphs_for, mode_of, page_count, pages_that_fit
+from tml_runtime.graph_launch import capture
 from tml_runtime.model import KvBudget, ModelState, TickInput
 from tml_runtime.model.buffers import Bucket
 from tml_runtime.session import SpeechOut
@@ -230,6 +231,18 @@ def test_gpu_no_capture_is_spoilt_by_graphs_that_nobody_needs(
     for _ in range(3):
         graphs = TickGraphs(gpu_model, gpu_model.new_state(1), buckets=[Bucket(1, 5, 0)])
         assert graphs.report()["captured"] == 1
+
+
+@pytest.mark.gpu
+def test_gpu_a_capture_that_fails_says_of_what_and_gives_the_stream_back() -> None:
+    before, x = torch.cuda.current_stream(), torch.zeros(1, device="cuda")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    what = "a look from the host"
+    said = f"{what} could not be captured"
+    with pytest.raises(errors.CaptureError, match=said), capture(graph, what, stream=stream):
+        x.item()
+    assert torch.cuda.current_stream() == before
+    assert float(x + 1) == 1.0
 
 
 @pytest.mark.gpu

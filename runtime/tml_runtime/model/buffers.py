@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .device_tick import Runner
 
 ALIGN = 256  # bytes: what the strictest kernel wants of a pointer
-KEPT_VIEWS = 64  # shapes whose views are kept; a runtime with graphs has fewer buckets
+KEPT_VIEWS = 128  # shapes whose views are kept; a runtime with graphs has fewer buckets
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

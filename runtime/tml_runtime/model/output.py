@@ -36,8 +36,8 @@ class TickOutput:
     its slot reset. An idle row says -1 and the quietest level. stage_ns: how long each stage took,
     one after the other; of ops queued one by one on a GPU, how long that took. bucket: the shapes
     it ran in, None where no row was live. gpu_ns: from when to when a GPU worked on a replayed
-    graph. shed_frames: that there was no bucket for. refused: rows that found no room for this
-    tick's keys, and why; they are faults, and their state is as it was. tokens: that the tick
+    graph. shed: frames that there was no bucket for, by row. refused: rows that found no room for
+    this tick's keys, and why; they are faults, and their state is as it was. tokens: that the tick
     appended, by class (anchor, text, audio, video, reply). kv_pages: that the rows' sessions hold
     in global layers, by class. kv_dropped: that they lost there since the last tick with live rows.
     passes: over the model's layers. drafts: output steps of rows that were drafted; drafts_kept: of
@@ -50,7 +50,7 @@ class TickOutput:
     stage_ns: dict[str, int] = field(default_factory=dict)
     bucket: Bucket | None = None
     gpu_ns: tuple[int, int] | None = None
-    shed_frames: int = 0
+    shed: dict[int, int] = field(default_factory=dict)
     refused: dict[int, CacheError] = field(default_factory=dict)
     tokens: list[int] = field(default_factory=lambda: [0] * 5)
     kv_pages: list[int] = field(default_factory=lambda: [0] * 5)

@@ -77,13 +77,8 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
         output = replace(output, passes=passes, drafts=drafts, drafts_kept=kept)
     else:
         output = replace(output, passes=config.layout.num_steps)
-    shed = 0 if heard is tick else tick.num_frames() - heard.num_frames()
-    return replace(output, bucket=bucket, gpu_ns=ran.gpu_ns, shed_frames=shed)
-
-
-def needed_for(config: ModelConfig, tick: TickInput) -> Bucket:
-    """The shapes of a tick of which no row is refused."""
-    return shapes_of(config, tick.counts(config)[tick.slot_S.numpy() >= 0])
+    shed = {} if heard is tick else tick.frames_beyond(heard)
+    return replace(output, bucket=bucket, gpu_ns=ran.gpu_ns, shed=shed)
 
 
 def shapes_of(config: ModelConfig, count_S_R: np.ndarray) -> Bucket:

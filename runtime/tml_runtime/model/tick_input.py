@@ -85,10 +85,13 @@ class TickInput:
         count_S_R[:, -1] = layout.num_steps
         return count_S_R
 
-    def num_frames(self) -> int:
-        return sum(
-            frames.shape[0] * frames.shape[1] for frames in self.frames if frames is not None
-        )
+    def frames_beyond(self, less: TickInput) -> dict[int, int]:
+        """By row, frames of this tick that one without the video of some rows lacks."""
+        return {
+            row: frames.shape[0] * frames.shape[1]
+            for row, (frames, kept) in enumerate(zip(self.frames, less.frames, strict=True))
+            if frames is not None and kept is None
+        }
 
     def num_patches(self, config: ModelConfig, row: int) -> int:
         frames = self.frames[row] if self.frames else None

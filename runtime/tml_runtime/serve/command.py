@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _env
 from .._optional import require
-from ..errors import InputValueError
+from ..errors import CaptureError, InputValueError
 from ..model_options import EXPERTS, REST, add_memory, budget_of, frame_of, packing_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _serve(
     except InputValueError as error:
         print(f"error: {error}; see `tml-runtime serve --help`", file=sys.stderr)
         return 2
-    except (CheckpointError, OSError) as error:
+    except (CaptureError, CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
