@@ -4,16 +4,18 @@ Builds the extensions in place, runs the GPU tests, measures ceilings, times eac
 floor and peers, runs a short tick, compiles the kernels, runs the other tests. Writes
 DIR/accept.json, accept.md and log.txt. Each section is a process of its own with a time limit; one
 that crashes is a failed check and the others go on. What cannot run here is listed with its reason.
-Exit status 1 when a check failed or none was real.
+Ctrl-C and SIGTERM end it and all that it started; what phases before had found stays written. Exit
+status 1 when a check failed or none was real.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from . import sections
 from .checks import Check, totals
 from .machine import clocks, describe, machine
 from .paths import child_env
-from .process import run
+from .process import run, stop_all
 from .report import clip, markdown_table, read_json, write_json
 from .sections import Section
 
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         plan = sections.plan(
@@ -83,7 +86,14 @@ class Report:
     def run_phase(self, phase: Sequence[Section], deadline: float) -> None:
         """Sections of one phase run side by side; those of a timing phase stand alone."""
         with ThreadPoolExecutor(max(1, len(phase))) as pool:
-            done = list(pool.map(lambda section: self._run(section, deadline), phase))
+            futures = [pool.submit(self._run, section, deadline) for section in phase]
+            try:
+                done = [future.result() for future in futures]
+            except BaseException:  # an interrupt; the pool would wait until each command has ended
+                stop_all()
+                while wait(futures, timeout=0.1).not_done:  # one may only now have started
+                    stop_all()
+                raise
         for section, checks, log, seconds in done:
             self.checks += checks
             self.logs.append(log)

@@ -46,9 +46,9 @@ def _output(text: str) -> str:
 
 
 def unfinished(section: str, done: Finished) -> Check:
-    """For a command that left no readable result."""
+    """For a command that left no readable result. One name for all: `compare` looks for it."""
     detail = f"{done.why()}\n{_output(done.output)}"
-    return Check(section, " ".join(done.command[-4:]), "failed", detail)
+    return Check(section, "ran to its end", "failed", detail)
 
 
 def from_build(section: str, done: Finished) -> list[Check]:
@@ -164,7 +164,9 @@ def from_op(section: str, done: Finished, report: Path) -> list[Check]:
     left_out |= dict.fromkeys(content["out_of_time"], "no time left")
     for name, why in left_out.items():
         checks.append(Check(section, f"{op}: {name}", "skipped", why))
-    if done.timed_out or done.rc not in (0, 1):
+    # Status 1 is a check that failed, or an exception that nothing caught.
+    crashed = done.rc == 1 and all(check.result != "failed" for check in checks)
+    if done.timed_out or crashed or done.rc not in (0, 1):
         result: Result = "skipped" if done.timed_out else "failed"
         checks.append(Check(section, f"{op}: the rest", result, unfinished(section, done).detail))
     return checks

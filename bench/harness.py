@@ -105,9 +105,10 @@ class Gate:
 def gate(op: OpBench, device: str, *, smoke: bool = False, quick: bool = False) -> Gate:
     """Run the op's cases, and on a GPU its smallest timed case, against the oracle.
 
-    smoke: the edge cases alone. quick: not the edge cases, of an op with quick cases.
+    smoke: the edge cases alone. quick: not the edge cases, of an op with quick cases, but for
+    smoke.
     """
-    cases = [] if quick and op.quick else list(op.edge)
+    cases = list(op.edge) if smoke or not (quick and op.quick) else []
     cases += [] if smoke else op.model
     timed = op.timed(quick=quick)
     if device == "cuda" and timed:  # in the dtype that is timed
@@ -122,6 +123,23 @@ def gate(op: OpBench, device: str, *, smoke: bool = False, quick: bool = False) 
             name = str(case) if str(case) not in failures else f"{case}, case {index}"
             failures[name] = f"{type(error).__name__}: {error}\n{trace}".strip()
     return Gate(len(cases), failures)
+
+
+def named(op: OpBench, cases: Sequence[CaseT], texts: Sequence[str] | None) -> list[CaseT]:
+    """The cases whose name has one of the texts; all without. SystemExit for a text of none."""
+    for text in texts or ():
+        if not any(text in str(case) for case in cases):
+            names = ", ".join(map(str, cases))
+            raise SystemExit(f"--case {text}: no case of {op.name} has it; there are {names}")
+    return [case for case in cases if not texts or any(text in str(case) for text in texts)]
+
+
+def check_variants(op: OpBench, names: Sequence[str] | None) -> None:
+    """SystemExit for the name of no variant, whether it can run here or not."""
+    known = [*op.variants, *op.peers, *(["torch.compile"] if "torch" in op.variants else [])]
+    for name in names or ():
+        if name not in known:
+            raise SystemExit(f"--variant {name}: {op.name} has {', '.join(known)}")
 
 
 def resolve(
@@ -213,7 +231,9 @@ def time_case(
     variants = runnable_here(op_variants, inputs, result)
     if "ours" not in variants:
         return result
-    variants[AGAIN] = variants["ours"]
+    # Side by side: a variant in between may wait for the GPU, and only the later one would pay.
+    ours = variants["ours"]
+    variants = {"ours": ours, AGAIN: ours, **variants}
 
     # A call may read only a part of its inputs, say some experts of many.
     touched = min(tensor_bytes(inputs), cost.bytes)

@@ -17,6 +17,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import arguments, models
 from .machine import machine
 from .progress import progress
 from .report import write_json
@@ -50,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model.safetensors and report.json of a training run (default: the one that ships)",
     )
     source.add_argument("--random", action="store_true", help="random weights instead")
-    add("--device", default="cpu", help="cpu or cuda (default %(default)s)")
+    add("--device", choices=models.DEVICES, default="cpu", help="where (default %(default)s)")
     add("--tasks", default="all", metavar="NAME,..", help="of the episodes (default %(default)s)")
-    add("--episodes", type=_number, default=8, metavar="N", help="of each task (%(default)s)")
-    add("--ticks", type=_number, default=60, metavar="N", help="of an episode (%(default)s)")
+    number = arguments.whole(1, 100_000)
+    add("--episodes", type=number, default=8, metavar="N", help="of each task (%(default)s)")
+    add("--ticks", type=number, default=60, metavar="N", help="of an episode (%(default)s)")
     add(
         "--line",
         default="direct",
@@ -70,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "episode has a session of its own (default %(default)s)",
     )
     add("--no-baseline", action="store_true", help="without the model driven turn by turn")
-    add("--seed", type=int, default=0, help="of lines, and of random weights")
+    add("--seed", type=arguments.seed, default=0, help="of lines, and of random weights")
     add("--json", type=Path, metavar="FILE", help="write the result")
     add("--plots", type=Path, metavar="DIR", help="a PNG for each metric (matplotlib)")
 
@@ -205,21 +207,20 @@ def _prepare(
 
     from .interaction_voice import voice_detector
 
+    device = models.device_of(args)
     folder = args.checkpoint or Path(cue.__file__).parent / "checkpoint"
     try:
         detector, media = voice_detector(), held_out_media()
         about = {
             "measured_with": {**media[0].hashes, **media[1].hashes},
             "voice_detector": detector,
-            "device": args.device,
+            "device": device,
         }
         if args.random:
-            model = InteractionModel.random(CONFIG, seed=args.seed, device=args.device)
+            model = InteractionModel.random(CONFIG, seed=args.seed, device=device)
             return model, media, {**about, "weights": "random"}
         check_held_out(read_report(folder)["trained_on"], *media)
-        model = InteractionModel.load(
-            folder, config=CONFIG, device=args.device, dtype=torch.float32
-        )
+        model = InteractionModel.load(folder, config=CONFIG, device=device, dtype=torch.float32)
         return model, media, {**about, "weights": weights_digest(folder)}
     except (TmlRuntimeError, MediaError, MissingExtraError, OSError, ValueError) as error:
         raise SystemExit(str(error)) from None
@@ -259,9 +260,3 @@ def _numbers(name: str, text: str, least: int = 0) -> list[int]:
         if not (part.isdecimal() and least <= int(part) <= 4096):
             raise SystemExit(f"{name}: {part!r} is not a number in {least}..4096")
     return [int(part) for part in parts]
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100_000:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 1..100000")
-    return int(text)

@@ -1,14 +1,16 @@
 """`python -m bench kv`: what a day of ticks costs the host that keeps the cache's books.
 
 Ticks of audio, video and replies go through RollingKVCache as the model drives it, the device's
-part on the CPU and very small. Reported are the time of a tick in the first and the last 20
-minutes, the pages held and the memory of the process: none may grow. Times are this machine's.
+part on the CPU and very small. Of the first 20 minutes and of the last, pages held and changes a
+tick are compared: neither may grow. The time of a tick and the most memory the process has had are
+reported, not judged: they are this machine's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import time
@@ -20,23 +22,27 @@ import torch
 
 from tml_kernels.kv_cache import CLASSES, CacheGroup, PageClass, RollingKVCache
 
+from . import arguments
 from .machine import machine
 from .report import write_json
 
 TICKS_PER_MINUTE = 5 * 60
 WARM_UP, SPAN = 6, 20  # minutes until the budgets are full; that are compared, at either end
+LEAST = WARM_UP + 2 * SPAN  # minutes, so that the two ends have none in common
 RUNS = ((PageClass.VIDEO, 4), (PageClass.AUDIO, 4), (PageClass.REPLY, 4))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--hours", type=float, default=24.0, help="simulated (24)")
-    parser.add_argument("--sessions", type=int, default=1, help="side by side (1)")
+    parser.add_argument(
+        "--hours", type=_hours, default=24.0, help=f"simulated, {LEAST} minutes at least (24)"
+    )
+    parser.add_argument("--sessions", type=arguments.count, default=1, help="side by side (1)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/kv.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 1 when pages or work grew. Time is reported, not judged."""
+    """Exit status 1 when pages or work grew."""
     result = {"kind": "kv", "machine": machine(), **simulate(args.hours, args.sessions)}
     if args.out:
         write_json(args.out / "kv.json", result)
@@ -58,7 +64,8 @@ def simulate(hours: float, num_sessions: int) -> dict[str, Any]:
     tokens = sum(n for _, n in RUNS)
     rows = np.full((len(cache.groups), tokens * num_sessions), -1)
     position_T = np.zeros(tokens * num_sessions, np.int64)
-    minutes = max(WARM_UP + SPAN, round(hours * 60))
+    minutes = round(hours * 60)
+    assert minutes >= LEAST, hours
     kept: list[dict[str, Any]] = []
     for minute in range(minutes):
         begin, work = time.perf_counter_ns(), cache.work
@@ -93,6 +100,19 @@ def simulate(hours: float, num_sessions: int) -> dict[str, Any]:
         "flat": begin["most_pages"] == end["most_pages"]
         and abs(end["work_per_tick"] / begin["work_per_tick"] - 1) <= 0.02,
     }
+
+
+def _hours(text: str) -> float:
+    try:
+        hours = float(text)
+    except ValueError:
+        hours = math.nan
+    if not LEAST <= hours * 60 < math.inf:  # also refuses nan
+        raise argparse.ArgumentTypeError(
+            f"{text!r} hours are not {LEAST} minutes at least: {WARM_UP} until the cache is full, "
+            f"and {SPAN} at either end that are compared"
+        )
+    return hours
 
 
 def _summary(minutes: list[dict[str, Any]]) -> dict[str, Any]:

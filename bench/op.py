@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> int:
-    """Exit status 1 when the gate is red or ours could not be timed."""
+    """Exit status 1 when the gate is red, nothing was checked or ours could not be timed."""
     result = run_op(args)
     print(json.dumps(result, indent=1) if args.json else show(result))
     failed = any("ours" in case["skipped"] for case in result["results"])
-    return 1 if failed or result["gate"]["failures"] else 0
+    gate = result["gate"]
+    return 1 if failed or gate["failures"] or not gate["checked"] else 0
 
 
 def run_op(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,6 +61,8 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     op = harness.load(args.command)
+    cases = harness.named(op, op.timed(quick=args.quick), args.case)
+    harness.check_variants(op, args.variant)
     checked = harness.gate(op, device, smoke=args.smoke, quick=args.quick)
     result: dict[str, Any] = {
         "kind": "op",
@@ -89,12 +92,14 @@ def run_op(args: argparse.Namespace) -> dict[str, Any]:
         )
     with turn(args.turns, args.command, args.of):
         if not result["not_timed"]:
-            _time(args, op, variants, result, save)
+            _time(args, op, cases, variants, result, save)
             save()
     return result
 
 
 def _why_not_timed(checked: harness.Gate, device: str) -> str:
+    if not checked.checked:
+        return "no case was checked"
     if not checked.green:
         return f"the gate is red: {len(checked.failures)} of {checked.checked} cases fail"
     return "" if device == "cuda" else "no GPU: kernels are timed on a GPU only"
@@ -103,6 +108,7 @@ def _why_not_timed(checked: harness.Gate, device: str) -> str:
 def _time(
     args: argparse.Namespace,
     op: harness.OpBench,
+    cases: Sequence[harness.Case],
     variants: dict[str, harness.Variant],
     result: dict[str, Any],
     save: Callable[[], None],
@@ -112,9 +118,6 @@ def _time(
     known = ceilings.known(args.ceilings, timer)
     result["ceilings"] = asdict(known)
     result["clocks"] = {"before": clocks()}
-    cases = op.timed(quick=args.quick)
-    if args.case:
-        cases = [case for case in cases if any(text in str(case) for text in args.case)]
     for case in cases[:1] if args.smoke else cases:
         elapsed = time.monotonic() - started
         if elapsed > args.seconds:

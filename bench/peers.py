@@ -6,19 +6,17 @@ import importlib
 import importlib.metadata
 from typing import Any
 
-# Distribution name -> the module that is imported from it.
-PEERS = {
-    "torch": "torch",
-    "transformers": "transformers",
-    "flashinfer-python": "flashinfer",
-    "xformers": "xformers",
-    "liger-kernel": "liger_kernel",
-    "sglang": "sglang",
-    "sgl-deep-gemm": "deep_gemm",
-    "humming-kernels": "humming",
-    "flag-gems": "flag_gems",
-    "vllm": "vllm",
-}
+PEERS = (  # distributions whose kernels are timed
+    "torch",
+    "transformers",
+    "flashinfer-python",
+    "xformers",
+    "liger-kernel",
+    "sgl-kernel",
+    "humming-kernels",
+    "flag-gems",
+    "vllm",
+)
 
 
 def peer_versions() -> dict[str, str | None]:

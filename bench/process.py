@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from .paths import ROOT
 
 GRACE_S = 10.0  # after an interrupt: pytest then still writes its report
+_running: set[subprocess.Popen] = set()  # of all threads
+_lock = threading.Lock()  # of _running
 
 
 @dataclass(frozen=True)
@@ -47,16 +50,33 @@ def run(command: Sequence[str], *, limit_s: float, env: Mapping[str, str]) -> Fi
             )  # fmt: skip
         except OSError as error:
             return Finished(tuple(command), 127, 0.0, False, str(error))
-        timed_out = not _wait(process, limit_s)
-        if timed_out:
-            process.send_signal(signal.SIGINT)
-            _wait(process, GRACE_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # what it left behind, or itself
+        with _lock:
+            _running.add(process)
+        try:
+            timed_out = not _wait(process, limit_s)
+            if timed_out:
+                process.send_signal(signal.SIGINT)
+                _wait(process, GRACE_S)
+        finally:
+            with _lock:
+                _running.remove(process)
+                _kill(process)  # what it left behind, or itself
         rc = process.wait()
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Finished(tuple(command), rc, time.monotonic() - started, timed_out, text)
+
+
+def stop_all() -> None:
+    """Kill every command that runs now, with everything it started; each `run` then returns."""
+    with _lock:
+        for process in _running:
+            _kill(process)
+
+
+def _kill(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen, seconds: float) -> bool:

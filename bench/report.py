@@ -16,10 +16,26 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """ValueError for a file of another schema."""
-    content = json.loads(path.read_text())
-    if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {content.get('schema')!r}, expected {SCHEMA}")
+    """ValueError for what is no JSON object, or one of another schema."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r}, expected {SCHEMA}")
+    return content
+
+
+def read_result(path: Path, *kinds: str) -> dict[str, Any]:
+    """A result of one of these kinds, for a command. SystemExit where there is none."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from None
+    kind = content.get("kind")
+    if kind not in kinds:
+        raise SystemExit(f"{path}: a result of kind {kind!r}, expected {' or '.join(kinds)}")
     return content
 
 

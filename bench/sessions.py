@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import models
+from . import arguments, models
 from .machine import clocks, describe, machine
 from .progress import progress
 from .report import write_json
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .sessions_run import Combination, Setting
 
 PLOTS = (".png", ".svg", ".pdf")
+SECONDS, MINUTES = 30.0, 60  # of a combination, and of --soak
 MOST_SECONDS = 1200  # of the shortest ticks, as many as their metrics keep; for more, --soak
 EXAMPLES = """\
 examples:
@@ -43,7 +44,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     lists = {
-        "sessions": (_count, "1,2,4,8", "N,..", "that ask for a place"),
+        "sessions": (arguments.count, "1,2,4,8", "N,..", "that ask for a place"),
         "video": (_video, "none", "SIZE,..", "none, or width and height such as 320x240"),
         "profile": (_profile, "clean", "NAME,..", "clean, wifi, 4g, loss2, loss5 or outage"),
     }
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=_list_of(one), default=default, metavar=metavar, help=text
         )
     parser.add_argument(
-        "--seconds", type=_positive, default=30.0, metavar="S", help="of each combination (30)"
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help=f"of each combination, without --soak ({SECONDS:g})",
     )
     parser.add_argument(
         "--warm-up",
@@ -62,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="before what is measured, while lines and buffers find their delays (3)",
     )
-    parser.add_argument("--slots", type=_count, metavar="N", help="fewer than there are sessions")
+    parser.add_argument(
+        "--slots", type=arguments.count, metavar="N", help="fewer than there are sessions"
+    )
     parser.add_argument(
         "--global-pages",
         type=_pages,
@@ -71,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--probe-ticks",
-        type=_count,
+        type=arguments.count,
         default=0,
         metavar="N",
         help="before the start, for admission by time (default: every slot is admitted)",
@@ -80,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG, SVG or PDF (matplotlib)")
     parser.add_argument("--soak", action="store_true", help="one combination, minute by minute")
     parser.add_argument(
-        "--minutes", type=_count, default=60, metavar="M", help="of --soak (default %(default)s)"
+        "--minutes", type=arguments.count, metavar="M", help=f"of --soak (default {MINUTES})"
     )
     parser.add_argument("--fast", action="store_true", help="--soak on the virtual clock")
 
@@ -104,9 +110,9 @@ def main(args: argparse.Namespace) -> int:
         "machine": machine(),
         "clocks": clocks(),
     }
-    seen = [frame for frame in args.video if frame is not None]
+    frames = [frame for frame in args.video if frame is not None]
     setting = Setting(
-        memory=models.memory_options(args, model.config, max(seen, default=None)),
+        memory=models.memory_options(args, model.config, frames),
         seed=args.seed,
         slots=args.slots,
         global_pages=args.global_pages,
@@ -129,11 +135,11 @@ def _sweep(
     from .sessions_run import measure
 
     rows: list[dict[str, Any]] = []
-    result = {"kind": "sessions", **about, "seconds": args.seconds, "rows": rows}
-    with progress(len(combinations) * (args.seconds + setting.warm_up_s)) as (begin, on_second):
+    seconds = args.seconds or SECONDS
+    result = {"kind": "sessions", **about, "seconds": seconds, "rows": rows}
+    with progress(len(combinations) * (seconds + setting.warm_up_s)) as (begin, on_second):
         for combination in combinations:
             begin(str(combination))
-            seconds = args.seconds
             rows.append(measure(model, combination, setting, seconds=seconds, on_second=on_second))
             if args.json:  # after each: a run that is stopped leaves what it found
                 write_json(args.json, result)
@@ -156,10 +162,11 @@ def _soak(
     from .soak import show_soak, soak
 
     (combination,) = combinations
-    with progress(args.minutes * 60 + setting.warm_up_s) as (begin, on_second):
+    minutes = args.minutes or MINUTES
+    with progress(minutes * 60 + setting.warm_up_s) as (begin, on_second):
         begin(str(combination))
         try:
-            figures = soak(model, combination, setting, minutes=args.minutes, on_second=on_second)
+            figures = soak(model, combination, setting, minutes=minutes, on_second=on_second)
         except (NobodyAdmitted, LoopFailed) as error:
             why = f"{error}: {error.__cause__!r}" if error.__cause__ else str(error)
             raise SystemExit(why) from None
@@ -181,6 +188,10 @@ def _check(args: argparse.Namespace, combinations: list[Combination]) -> None:
         )
     if args.fast and not args.soak:
         raise SystemExit("--fast goes with --soak: what is not a soak measures times")
+    if args.minutes and not args.soak:
+        raise SystemExit("--minutes goes with --soak: without it, give --seconds")
+    if args.seconds and args.soak:
+        raise SystemExit("--seconds goes without --soak: with it, give --minutes")
     if args.plot:
         from tml_runtime._optional import MissingExtraError, require
 
@@ -201,12 +212,6 @@ def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [one(part.strip()) for part in text.split(",")]
 
     return values
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in 1..4096")
-    return int(text)
 
 
 def _pages(text: str) -> int | str:
@@ -231,7 +236,7 @@ def _video(text: str) -> FrameSize | None:
     width, by, height = text.partition("x")
     if not by:
         raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a size such as 320x240")
-    return _count(width), _count(height)
+    return arguments.count(width), arguments.count(height)
 
 
 def _profile(text: str) -> str:

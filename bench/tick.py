@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from . import kernels, models
+from . import arguments, kernels, models
 from .beside import KINDS, GpuLoad
 from .disturb import Disturbance
 from .machine import clocks, describe, machine
@@ -45,7 +45,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
-    parser.add_argument("--sessions", type=int, default=1)
+    parser.add_argument("--sessions", type=arguments.count, default=1)
     parser.add_argument("--seconds", type=float, default=30.0, help="of real time")
     parser.add_argument("--ticks", type=int, help="on the virtual clock instead")
     parser.add_argument("--video", action="store_true", help="two frames per tick and session")
@@ -88,12 +88,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     from .feed import Feed, Media
 
+    _check(args)
     model, about = models.make_model(args)
     realtime = args.ticks is None
-    if args.beside and model.device.type != "cuda":
-        raise SystemExit("--beside needs a GPU: it runs products beside the ticks there")
     frame = FRAME if args.video else None
-    memory = models.memory_options(args, model.config, frame)
+    memory = models.memory_options(args, model.config, [] if frame is None else [frame])
     memory["drafts"] = args.drafts
     runtime = Runtime(model, num_slots=args.sessions, seed=args.seed, realtime=realtime, **memory)
     layout = runtime.layout
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 _run_virtual(runtime, feeds, args.ticks, said)
         report, records = runtime.report(), runtime.metrics.records()
-        found = _profile(runtime, feeds, args.kernels) if args.kernels and realtime else None
+        found = _profile(runtime, feeds, args.kernels) if args.kernels else None
     tick_ns = records["woke_ns"] - records["scheduled_ns"] + records["busy_ns"]
     return {
         "kind": "tick",
@@ -128,6 +127,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "histogram": histogram((tick_ns / 1e6).tolist()),
         "kernels": found,
     }
+
+
+def _check(args: argparse.Namespace) -> None:
+    """SystemExit for what does not go together, before a model is made."""
+    if args.kernels and args.ticks is not None:
+        raise SystemExit("--kernels goes without --ticks: it profiles ticks of real time")
+    if models.device_of(args) != "cuda":
+        if args.beside:
+            raise SystemExit("--beside needs a GPU: it runs products beside the ticks there")
+        if args.kernels:
+            raise SystemExit("--kernels needs a GPU: it profiles what runs there")
 
 
 def device_figures(stage_ns: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -207,8 +217,10 @@ def show(result: dict[str, Any]) -> str:
     if result["ticks"] == 0:
         return "\n".join([*lines, "no tick ran"])
     tick = result["tick_ms"]
+    kept = result["records"]
+    newest = f"of the newest {kept} " if kept < result["ticks"] else ""
     lines.append(
-        f"{result['ticks']} ticks, {result['misses']} missed: p50 {tick['p50']:.3f}, "
+        f"{result['ticks']} ticks, {result['misses']} missed: {newest}p50 {tick['p50']:.3f}, "
         f"p99 {tick['p99']:.3f}, p99.9 {tick['p999']:.3f}, max {tick['max']:.3f} ms"
     )
     if result["disturbance"] is not None:

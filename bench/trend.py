@@ -14,10 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import read_json, text_table
+from .report import read_result, text_table
 
 IN_A_ROW = 3
 SAME_CLOCK = 0.02  # of the SM clock while it was measured: a step or two of 15 MHz
+SETTINGS = (  # of the model and its memory: runs that differ in one are not compared
+    "preset", "layout", "device", "dtype", "experts", "rest", "distinct_experts", "page_dtype",
+    "keep", "keep_video", "slots", "global_pages", "probe_ticks",
+)  # fmt: skip
 FIGURES = (("tick_ms", "p50"), ("tick_ms", "p99"), ("turn_ms", "p50"))
 EXAMPLES = """\
 examples:
@@ -45,7 +49,7 @@ class Change:
 
 
 def main(args: argparse.Namespace) -> int:
-    found = changes([read_json(path) for path in args.files])
+    found = changes([read_result(path, "sessions") for path in args.files])
     worse = [change for change in found if change.worse(args.limit)]
     print(show(found, worse))
     return 1 if worse else 0
@@ -94,7 +98,7 @@ def show(found: Sequence[Change], worse: Sequence[Change]) -> str:
 def _machine(run: dict[str, Any]) -> tuple[Any, ...]:
     gpu = run["machine"]["gpu"]
     where = run["machine"]["cpu"] if gpu is None else gpu["name"]
-    return (where, *(run[name] for name in ("preset", "layout", "dtype", "experts", "rest")))
+    return (where, *(run.get(name) for name in SETTINGS))  # older files lack some
 
 
 def _key(row: dict[str, Any]) -> tuple[int, str, str]:

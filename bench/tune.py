@@ -25,6 +25,7 @@ from tml_kernels._configs import changed
 from . import ceilings, harness
 from .harness import Variant
 from .machine import clocks, describe, machine
+from .paths import benched_ops
 from .report import text_table, write_json
 from .timing import CudaTimer, l2_bytes
 from .turns import turn
@@ -33,7 +34,7 @@ SHIPPED = "ours"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op")
+    parser.add_argument("op", choices=benched_ops(), metavar="OP")
     parser.add_argument("--case", action="append", metavar="TEXT", help="cases whose name has it")
     parser.add_argument(
         "--vary", action="append", default=[], metavar="FIELD=A,B", help="may be repeated"
@@ -54,13 +55,9 @@ def main(args: argparse.Namespace) -> int:
         print("no GPU: there is nothing to tune")
         return 2
     op = harness.load(args.op)
-    folder = f"tml_kernels.ops.{args.op}"
     for setting in args.set:
-        name, value = _parse(setting)
-        setattr(importlib.import_module(f"{folder}.configs"), name, value)
-    cases = [c for c in op.bench if not args.case or any(text in str(c) for text in args.case)]
-    if not cases:
-        raise SystemExit(f"no case of {args.op} has any of {args.case}")
+        _set(args.op, *_parse(setting))
+    cases = harness.named(op, op.bench, args.case)
     variants = dict(_variants(args.op, op.variants[SHIPPED], [_parse(v) for v in args.vary]))
     same_bits = _compile(cases, variants)
     result: dict[str, Any] = {
@@ -70,12 +67,14 @@ def main(args: argparse.Namespace) -> int:
         "machine": machine(),
         "clocks": {},
         "results": [],
+        "out_of_time": list(map(str, cases)),
     }
     name = args.out.stem if args.out else args.op
     with turn(args.turns, name, args.of):
         for row in _time(args, op, cases, variants):
             result["results"].append(row | {"same_bits": same_bits[row["case"]]})
             result["clocks"] = clocks()
+            result["out_of_time"].remove(row["case"])
             if args.out:
                 write_json(args.out, result)
     print(describe(result["machine"], result["clocks"]))
@@ -89,6 +88,19 @@ def _parse(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (SyntaxError, ValueError):
         raise SystemExit(f"{text!r}: expected NAME=VALUE or NAME=A,B") from None
+
+
+def _set(op: str, name: str, value: Any) -> None:
+    """A constant of the op's configs.py. SystemExit where it has none of that name."""
+    module = f"tml_kernels.ops.{op}.configs"
+    try:
+        configs = importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise SystemExit(f"--set {name}: {op} has no configurations") from None
+    known = [constant for constant in vars(configs) if constant.isupper()]
+    if name not in known:
+        raise SystemExit(f"--set {name}: {module} has {', '.join(known)}")
+    setattr(configs, name, value)
 
 
 def _variants(op: str, ours: Variant, vary: list[tuple[str, Any]]) -> Iterator[tuple[str, Variant]]:
@@ -174,4 +186,5 @@ def show(result: dict[str, Any]) -> str:
         parts.append(f"{case['case']}  floor {case['floor_us']:.2f} us, noise {case['noise']}")
         parts.append(text_table(("configuration", "us", "of ceiling", "bits"), rows))
         parts += [f"not timed: {name}: {why}" for name, why in case["skipped"].items()]
+    parts += [f"no time left for {case}" for case in result["out_of_time"]]
     return "\n".join(parts)

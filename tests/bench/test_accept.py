@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +17,7 @@ from bench.accept import Report
 from bench.checks import Check, totals
 from bench.paths import ROOT, child_env
 from bench.process import Finished, run
-from bench.report import SCHEMA, clip, read_json, write_json
+from bench.report import SCHEMA, clip, read_json, read_result, write_json
 from bench.sections import Section
 
 DONE = Finished(("python", "-m", "x"), 0, 1.5, False, "output")
@@ -64,6 +69,7 @@ def test_pytest_that_left_nothing_is_a_failure(tmp_path: Path) -> None:
     assert found.result == "failed"
     assert "SIGSEGV" in found.detail
     assert "Segmentation fault" in found.detail
+    assert found.name == "ran to its end"  # whatever folder the command was given
     nothing = Finished(("pytest",), 5, 1.0, False, "no tests ran")
     (found,) = checks.from_pytest("tests", nothing, tmp_path / "absent.xml", all_needed=True)
     assert found.result == "skipped"
@@ -108,6 +114,10 @@ def test_op_report_is_read(tmp_path: Path) -> None:
         ("linear: T64", "skipped", 1),
     ]
     assert (found[1].us, found[1].fraction) == (12.5, 0.5)
+    raised = dataclasses.replace(DONE, rc=1, output="RuntimeError: CUDA error")
+    crashed = checks.from_op("op linear", raised, report)[-1]
+    assert (crashed.name, crashed.result) == ("linear: the rest", "failed")
+    assert "CUDA error" in crashed.detail
     assert checks.from_op("op linear", LATE, report)[-1].result == "skipped"
     assert checks.from_op("op linear", CRASHED, report)[-1].result == "failed"
 
@@ -122,6 +132,8 @@ def test_red_gate_and_failing_ours_are_failures(tmp_path: Path) -> None:
         ("linear: T1-D8", "failed", 1),
         ("linear: times", "skipped", 1),
     ]
+    status = dataclasses.replace(DONE, rc=1)  # of a red gate, which is told already
+    assert checks.from_op("op linear", status, report) == found
     case = op_result()["results"][0] | {"variants": {}, "skipped": {"ours": "illegal address"}}
     write_json(report, op_result(results=[case]))
     assert ("linear T1: ours", "failed", 1) in names(checks.from_op("op linear", DONE, report))
@@ -164,6 +176,25 @@ def test_other_schema_is_refused(tmp_path: Path) -> None:
         read_json(path)
 
 
+def test_what_is_no_result_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"No such file.*absent\.json"):
+        read_result(tmp_path / "absent.json", "op")
+    path = tmp_path / "x.json"
+    path.write_text("nothing")
+    with pytest.raises(SystemExit, match=r"x\.json is not JSON: Expecting value"):
+        read_result(path, "op")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SystemExit, match=r"x\.json is not JSON"):
+        read_result(path, "op")
+    path.write_text("[1]")
+    with pytest.raises(SystemExit, match=r"x\.json: schema None, expected 1"):
+        read_result(path, "op")
+    write_json(path, {"kind": "tick"})
+    with pytest.raises(SystemExit, match="a result of kind 'tick', expected accept or op"):
+        read_result(path, "accept", "op")
+    assert read_result(path, "tick") == {"schema": SCHEMA, "kind": "tick"}
+
+
 def test_clip_keeps_both_ends() -> None:
     text = clip("a" * 5000 + "the end", 100)
     assert text.startswith("aaa")
@@ -203,6 +234,40 @@ def test_process_is_interrupted_first_and_its_children_die_too(tmp_path: Path) -
     assert beat.stat().st_size == size
 
 
+SLEEPER = """
+import os, pathlib, sys, time
+pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+time.sleep(100)
+"""
+ACCEPT = f"""
+import sys
+from bench import sections
+from bench.__main__ import main
+sleep = (sys.executable, "-c", {SLEEPER!r}, sys.argv[1] + "/pid")
+section = sections.Section("sleeps", sleep, lambda done: [], 100.0)
+sections.plan = lambda *_, **__: [[section]]
+main(["accept", "--out", sys.argv[1]])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", ACCEPT, str(tmp_path)]
+    stored = tmp_path / "pid"
+    with subprocess.Popen(command, env=child_env(), start_new_session=True) as accept:
+        try:
+            until = time.monotonic() + 60
+            while not (stored.exists() and stored.read_text()):
+                assert accept.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            accept.send_signal(number)
+            assert accept.wait(10) != 0
+        finally:
+            accept.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(stored.read_text()), 0)
+
+
 def test_child_environment_finds_both_packages() -> None:
     """Also where nothing is installed: -S leaves site-packages out."""
     code = "import sys; print(sys.path[1:3])"
@@ -215,7 +280,7 @@ def section(name: str, code: str, **options) -> Section:
     def read(done: Finished) -> list[Check]:
         return [Check(name, name, "passed" if done.rc == 0 else "failed", done.output)]
 
-    settings = {"limit_s": 30.0} | options
+    settings: dict[str, Any] = {"limit_s": 30.0} | options
     return Section(name, (sys.executable, "-c", code), settings.pop("read", read), **settings)
 
 

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from bench import kv
 from bench.__main__ import COMMANDS, main
 from bench.harness import load
-from bench.paths import bench_names, benched_ops, op_names
-from bench.tick import device_figures, histogram
+from bench.paths import ROOT, bench_names, benched_ops, op_names
+from bench.peers import PEERS
+from bench.tick import device_figures, histogram, show
 
 MOVERS = {"apply_deltas", "move_pages"}  # ops that compute nothing
 
@@ -104,8 +107,88 @@ def test_tick_of_a_packed_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "tiny, float32, experts int4, rest fp8 on cpu, 1 sessions" in capsys.readouterr().out
     result = json.loads(stored.read_text())
     assert (result["experts"], result["rest"], result["ticks"]) == ("int4", "fp8", 2)
-    with pytest.raises(ValueError, match="rest: 'mxfp4' is not None or one of fp8, "):
-        main(["tick", "--ticks", "1", "--rest", "mxfp4"])
+    assert "0 missed: p50" in show(result)
+    assert "missed: of the newest 2 p50" in show({**result, "ticks": 20_000})  # of totals the rest
+
+
+@pytest.mark.parametrize("command", ["tick", "sessions"])
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--preset", "foo"], "model 'foo' is not one of inkling-small, "),
+        (["--layout", "foo"], "layout 'foo' is not one of ms200, "),
+        (["--experts", "foo"], "experts: 'foo' is not None or one of fp8, "),
+        (["--rest", "mxfp4"], "rest: 'mxfp4' is not None or one of fp8, "),
+        (["--distinct-experts", "0"], "distinct_experts=0 is not in 1..8"),
+        (["--keep", "0"], "--keep 0 is not in"),
+    ],
+)
+def test_model_that_cannot_be_is_refused(command: str, options: list[str], text: str) -> None:
+    with pytest.raises(SystemExit, match=text):
+        main([command, "--device", "cpu", *options])
+
+
+@pytest.mark.parametrize("command", ["tick", "sessions", "interaction"])
+def test_device_that_is_not_there_is_refused(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="device 'cuda': torch sees no GPU here"):
+        main([command, "--device", "cuda"])
+    with pytest.raises(SystemExit):
+        main([command, "--device", "foo"])
+    assert "argument --device: invalid choice: 'foo'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("tick --sessions 0", "--sessions: '0' is not a number in 1..4096"),
+        ("tick --seed -1", "--seed: '-1' is not a number in 0.."),
+        ("sessions --seed -1", "--seed: '-1' is not a number in 0.."),
+        ("interaction --seed -1", "--seed: '-1' is not a number in 0.."),
+        ("kv --sessions 0", "--sessions: '0' is not a number in 1..4096"),
+        ("kv --hours 0.76", "--hours: '0.76' hours are not 46 minutes at least"),
+        ("kv --hours nan", "--hours: 'nan' hours are not 46 minutes at least"),
+        ("kv --hours inf", "--hours: 'inf' hours are not 46 minutes at least"),
+        ("kv --hours day", "--hours: 'day' hours are not 46 minutes at least"),
+        ("tune layer", "argument OP: invalid choice: 'layer'"),
+    ],
+)
+def test_wrong_value_is_named(words: str, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(words.split())
+    assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--ticks", "2", "--kernels", "3"], "--kernels goes without --ticks"),
+        (["--device", "cpu", "--kernels", "3"], "--kernels needs a GPU"),
+    ],
+)
+def test_profile_that_cannot_be_taken_is_refused(options: list[str], text: str) -> None:
+    with pytest.raises(SystemExit, match=text):
+        main(["tick", *options])
+
+
+def test_the_ends_of_a_simulated_hour_have_no_minute_in_common(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv, "TICKS_PER_MINUTE", 1)
+    result = kv.simulate(kv.LEAST / 60, 2)
+    assert result["first"]["minutes"] == [6, 25] and result["last"]["minutes"] == [26, 45]
+    assert "peak memory" in kv.show(result)
+
+
+def test_peers_are_those_that_are_timed() -> None:
+    """`find` is given the module that a distribution, whose name begins so, brings."""
+    sources = [path.read_text() for path in (ROOT / "bench").glob("*.py")]
+    modules = {name for text in sources for name in re.findall(r'[^.]\bfind\("(\w+)', text)}
+    timed = {name: [p for p in PEERS if p.replace("-", "_").startswith(name)] for name in modules}
+    assert all(len(found) == 1 for found in timed.values()), timed
+    assert len(timed) == len(PEERS)
 
 
 def test_histogram_counts_everything_once() -> None:

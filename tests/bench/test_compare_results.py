@@ -17,12 +17,16 @@ def summary(median: float) -> dict:
 def result(cold: float = 10.0, graph: float | None = 5.0, noise: float = 0.01) -> dict:
     ours = {"cold_us": summary(cold), "graph_us": None if graph is None else summary(graph)}
     theirs = {"cold_us": summary(1000.0), "graph_us": None}
-    case = {"case": "T1", "noise": noise, "variants": {"ours": ours, "torch": theirs}}
+    case = {
+        "case": "T1", "noise": noise, "variants": {"ours": ours, "torch": theirs}, "skipped": {},
+    }  # fmt: skip
+    gate = {"checked": 3, "failures": {}}
     return {
+        "kind": "accept",
         "machine": {"gpu": {"name": "H200", "driver": "580"}, "torch": "2.11", "triton": "3.6"},
         "ceilings": {"copy": 4.0e12, "read": None, "matmul_bf16": 8e14},
         "checks": [{"section": "tests", "name": "a", "result": "passed"}],
-        "ops": [{"op": "linear", "results": [case], "out_of_time": []}],
+        "ops": [{"op": "linear", "gate": gate, "results": [case], "out_of_time": []}],
     }
 
 
@@ -43,6 +47,13 @@ def test_slower_beyond_the_limit() -> None:
 
 def test_within_both_runs_own_noise_is_no_change() -> None:
     assert compare(result(noise=0.1), result(cold=11.5, noise=0.1), limit=0.1).slower == []
+
+
+def test_noise_of_a_case_with_launch_gaps_is_not_believed() -> None:
+    before, after = result(noise=43.0), result(cold=20.0)
+    assert compare(before, after, limit=0.1).slower == []
+    before["ops"][0]["results"][0]["skipped"] = {"ours (cold)": "launch gaps may be included"}
+    assert compare(before, after, limit=0.1).slower == ["linear T1 cold"]
 
 
 def test_peers_are_not_compared() -> None:
@@ -68,6 +79,30 @@ def test_newly_failing_check_is_worse() -> None:
     found = compare(result(), after, limit=0.1)
     assert found.broken == ["tests: a"]
     assert not compare(copy.deepcopy(after), after, limit=0.1).worse
+
+
+def test_gate_that_is_red_now_is_worse() -> None:
+    """In the file of an op, and in that of `accept`, whose check has the same name."""
+    before, after = result(), result()
+    after["ops"][0]["gate"] = {"checked": 3, "failures": {"T1-D8": "relative L2 error 1"}}
+    named = "op linear: linear: T1-D8"
+    assert compare(before, after, limit=0.1).broken == [named]
+    check = {"section": "op linear", "name": "linear: T1-D8", "result": "failed"}
+    both = {**after, "checks": [check]}
+    assert compare(before, both, limit=0.1).broken == [named]
+    machine = after["machine"]
+    old, new = ({"machine": machine, **content["ops"][0]} for content in (before, after))
+    assert compare(old, new, limit=0.1).broken == [named]
+    assert not compare(new, new, limit=0.1).worse
+
+
+@pytest.mark.parametrize("command", ["compare", "trend"])
+def test_file_of_another_kind_is_refused(tmp_path: Path, command: str) -> None:
+    write_json(tmp_path / "a.json", {"kind": "tick"})
+    with pytest.raises(SystemExit, match="a result of kind 'tick', expected"):
+        main([command, str(tmp_path / "a.json"), str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit, match=r"No such file.*b\.json"):
+        main([command, str(tmp_path / "b.json"), str(tmp_path / "b.json")])
 
 
 def test_other_machine_and_ceiling_are_named() -> None:

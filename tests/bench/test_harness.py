@@ -101,7 +101,7 @@ def test_times_rates_and_fraction() -> None:
     assert row["fraction"] == pytest.approx((8e6 / 4.5e12 * 1e6) / 10.0)
     assert result.noise == pytest.approx(0.01)
     assert set(result.to_json()["variants"]) == {"ours", "other"}
-    assert timer.order[:3] == ["ours", "other", "ours again"]  # interleaved call by call
+    assert timer.order[:3] == ["ours", "ours again", "other"]  # interleaved call by call
     assert timer.order[3:6] == timer.order[:3]
     assert "ours" in show_case(result.to_json())
 
@@ -346,6 +346,7 @@ def test_quick_gate_leaves_out_edge_cases_of_slow_ops() -> None:
     assert slow.timed(quick=True) == [AddCase(4)]
     assert harness.gate(slow, "cuda").checked == 3
     assert slow.timed(quick=False) == op.bench
+    assert harness.gate(slow, "cpu", quick=True, smoke=True).checked == 1  # never nothing
 
 
 def test_gate_without_cases_is_red() -> None:

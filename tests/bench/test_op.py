@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import ceilings, harness, op
-from bench.__main__ import build_parser
+from bench import ceilings, harness, op, tune
+from bench.__main__ import build_parser, main
 from bench.report import read_json
 from bench.timing import Call, Samples
 
@@ -31,12 +31,14 @@ class FakeTimer:
 @pytest.fixture(autouse=True)
 def made_up_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(op, "CudaTimer", FakeTimer)
-    monkeypatch.setattr(op, "l2_bytes", lambda: 1 << 20)
     monkeypatch.setattr(op, "backend_info", lambda: {"ops": {}})
-    monkeypatch.setattr(op, "clocks", dict)
-    monkeypatch.setattr(op, "machine", lambda: {"gpu": None})
-    monkeypatch.setattr(op, "describe", lambda info, now: "made up")
+    for command in (op, tune):
+        monkeypatch.setattr(command, "CudaTimer", FakeTimer)
+        monkeypatch.setattr(command, "l2_bytes", lambda: 1 << 20)
+        monkeypatch.setattr(command, "clocks", dict)
+        monkeypatch.setattr(command, "machine", lambda: {"gpu": None})
+        monkeypatch.setattr(command, "describe", lambda info, now: "made up")
+    monkeypatch.setattr(tune, "_compile", lambda cases, _: {str(case): [] for case in cases})
     monkeypatch.setattr(ceilings, "measure", lambda timer: KNOWN)
     on_cpu = functools.partial(harness.time_case, device="cpu")
     monkeypatch.setattr(harness, "time_case", on_cpu)
@@ -81,6 +83,43 @@ def test_quick_takes_the_quick_cases(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result["gate"]["checked"] == len(known.model)
     (case,) = result["results"]
     assert case["graph_sets"] >= 3 and case["graph_calls"] >= 30
+
+
+def test_nothing_checked_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "gate", lambda *_, **__: harness.Gate(0, {}))
+    status, result = run(tmp_path)
+    assert status == 1
+    assert result["not_timed"] == "no case was checked"
+
+
+def test_names_of_nothing_are_refused(tmp_path: Path) -> None:
+    first = str(harness.load("rms_norm").bench[0])
+    with pytest.raises(SystemExit, match=f"--case moon: no case of rms_norm has it.* {first}"):
+        run(tmp_path, "--case", first, "--case", "moon")
+    known = "ours, torch, flashinfer, liger, torch.compile"
+    with pytest.raises(SystemExit, match=f"--variant moon: rms_norm has {known}"):
+        run(tmp_path, "--variant", "torch", "--variant", "moon")
+    _, result = run(tmp_path, "--case", first, "--variant", "liger")
+    assert [case["case"] for case in result["results"]] == [first]
+
+
+def test_tune_names_what_it_had_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "rms_norm", "--seconds", "-1"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"no time left for {case}" in text for case in harness.load("rms_norm").bench)
+
+
+def test_tune_times_what_it_is_told(tmp_path: Path) -> None:
+    case = str(harness.load("rms_norm").bench[0])
+    assert main(["tune", "rms_norm", "--case", case, "--out", str(tmp_path / "x.json")]) == 0
+    result = read_json(tmp_path / "x.json")
+    assert [row["case"] for row in result["results"]] == [case] and result["out_of_time"] == []
+    with pytest.raises(SystemExit, match="--case moon: no case of rms_norm has it"):
+        main(["tune", "rms_norm", "--case", "moon"])
+    with pytest.raises(SystemExit, match=r"--set SPLIT: .*\.configs has SPLIT_KEYS, "):
+        main(["tune", "paged_attention", "--set", "SPLIT=1"])
+    with pytest.raises(SystemExit, match="--set SPLIT: shift_keys has no configurations"):
+        main(["tune", "shift_keys", "--set", "SPLIT=1"])
 
 
 def test_out_of_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -246,6 +246,9 @@ def test_wrong_arguments_are_named(
     [
         (["--soak"], "--soak runs one combination, not 4"),
         (["--fast"], "--fast goes with --soak"),
+        (["--minutes", "5"], "--minutes goes with --soak"),
+        (["--soak", "--sessions", "1", "--seconds", "5"], "--seconds goes without --soak"),
+        (["--video", "10x10", "--keep", "5", "--device", "cpu"], "frame height 10 is not a mul"),
         (["--plot", "x.gif"], "--plot x.gif: expected a name that ends in .png"),
         (["--soak", "--sessions", "1", "--plot", "x.png"], "--plot goes without --soak"),
     ],
@@ -253,6 +256,15 @@ def test_wrong_arguments_are_named(
 def test_what_does_not_go_together_is_refused(options: list[str], text: str) -> None:
     with pytest.raises(SystemExit, match=text):
         main(["sessions", *options])
+
+
+def test_memory_has_room_for_the_largest_picture() -> None:
+    parser = argparse.ArgumentParser()
+    models.add_arguments(parser)
+    args = parser.parse_args(["--keep", "1"])  # five ticks
+    frames = [(80, 640), (640, 480), (800, 40)]  # 32, 192 and 20 patches
+    for order in (frames, frames[::-1]):
+        assert models.memory_options(args, CONFIG, order)["budget"].video == 5 * 192
 
 
 def test_energy_is_of_the_samples_inside() -> None:

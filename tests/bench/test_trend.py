@@ -55,7 +55,23 @@ def test_only_the_same_gpu_and_clocks_count() -> None:
     assert worse(night(10, sm_mhz=1965), *slow) == [NAME]  # one step
     assert worse(night(10), *slow[:2], night(12, sm_mhz=1500)) == []
     assert worse(night(10), night(50, gpu="H100"), *slow) == [NAME]
-    assert worse(night(10, experts="int4"), *slow) == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"experts": "int4"}, {"page_dtype": "fp8"}, {"keep": 20.0}, {"keep_video": 1.0},
+        {"distinct_experts": 8}, {"slots": 4}, {"global_pages": "auto"}, {"probe_ticks": 20},
+        {"device": "cpu"},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)  # fmt: skip
+def test_only_the_same_model_and_memory_count(setting: dict[str, Any]) -> None:
+    """What an older file does not name is as it is by default."""
+    default: dict[str, Any] = dict.fromkeys(setting)
+    slow = [night(12, **default) for _ in range(3)]
+    assert worse(night(10), *slow) == [NAME]
+    assert worse(night(10, **setting), *slow) == []
 
 
 def test_without_a_gpu_the_processor_is_the_machine() -> None:
