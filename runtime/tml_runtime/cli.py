@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import _env
 from ._optional import MissingExtraError
 from .convert_command import add_convert
-from .errors import InputValueError
+from .errors import InputValueError, LoopFailed
 from .plan_command import add_plan
 from .serve.command import Trained, add_serve
 from .serve.load_command import add_load
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .text import Tokenizer
 
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+UNREAD = 141  # the same of one whose output nobody reads any more
 CUE = "cue"
 CUE_HINT = "speak, count flash, count motion, wait flash 3, every 4, stop"
 
@@ -51,13 +53,19 @@ Default recordings come out of two public wheels, fetched once: python -m tml_ru
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C."""
+    """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C, 141 by the end of
+    whoever read the output."""
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        return args.run(args, parser)
+        status = args.run(args, parser)
+        print(end="", flush=True)  # a pipe that is closed is found here, not as Python exits
+        return status
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return UNREAD
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -243,6 +251,9 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         report = run_demo(options)
     except (DemoError, MediaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except LoopFailed as error:
+        print(f"error: {error}: {error.__cause__!r:.300}", file=sys.stderr)
         return 1
     return INTERRUPTED if report["interrupted"] else 0
 

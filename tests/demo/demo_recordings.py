@@ -36,7 +36,7 @@ def write_film(
             frame.pts, frame.time_base = index, Fraction(1, fps)
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
-        if audio is not None:
+        if audio is not None and tone_hz is not None:
             t = np.arange(round(seconds * 44_100)) / 44_100
             tone = np.tile(0.3 * np.sin(2 * np.pi * tone_hz * t).astype(np.float32), (2, 1))
             sound = av.AudioFrame.from_ndarray(tone, format="fltp", layout="stereo")

@@ -49,7 +49,7 @@ def episode(num_ticks: int, *events: Event, read: dict[int, str] | None = None) 
     for event in events:
         if event.kind == "due":
             said_T[event.tick] = event.word
-    text = [()] * num_ticks
+    text: list[tuple[int, ...]] = [()] * num_ticks
     for tick, word in (read or {}).items():
         text[tick] = (ID[word],)
     return Episode(

@@ -134,12 +134,23 @@ def test_a_scene_has_an_instruction_for_every_part(monkeypatch: pytest.MonkeyPat
     assert scene.texts == again.texts
 
 
+@pytest.mark.parametrize(("seconds", "sections"), [(1.0, 1), (9.0, 1), (12.0, 2), (20.0, 3)])
+def test_a_scene_is_as_long_as_the_run(
+    seconds: float, sections: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "scene_media", lambda say=None: MEDIA)
+    assert len(make_scene(seconds, 3).media.pcm) == sections * 9 * 16_000
+
+
 def test_a_scene_knows_what_was_said_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shipped, "scene_media", lambda say=None: MEDIA)
     scene = make_scene(20.0, 3)
     assert len(scene.due) > 20 and scene.due == tuple(sorted(scene.due))
     ticks = [tick for tick, _ in scene.due]
-    texts = [TextOut("", (word,), (tick + 1) * 0.2) for tick, word in scene.due]
+    texts = [  # in any output step of the tick
+        TextOut("", (word,), (tick + 1) * 0.2 + n % 4 * 0.05)
+        for n, (tick, word) in enumerate(scene.due)
+    ]
     share = scene.in_time(texts, 1000)
     assert share.hits == share.total == len(scene.due)
     late = [TextOut("", out.ids, out.t + 0.2) for out in texts[-1:]]

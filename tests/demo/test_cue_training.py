@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cue_media import made_footage, made_speech
 
+from tml_kernels._tensor_file import TensorFile, write_tensor_file
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo import train as command
 from tml_runtime.demo.cue import trainer as training
@@ -86,6 +89,33 @@ def test_the_state_of_another_run_is_refused_and_stays(tmp_path: Path) -> None:
             Trainer(0, *MEDIA).resume(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda about: None,
+        lambda about: "{",
+        lambda about: "[" * 100_000,
+        lambda about: "[]",
+        lambda about: json.dumps({name: x for name, x in about.items() if name != "step"}),
+        lambda about: json.dumps(about | {"num_steps": "many"}),
+        lambda about: json.dumps(about | {"losses": {}}),
+    ],
+    ids=("none", "cut", "deep", "list", "no step", "no number", "no losses"),
+)
+def test_a_state_that_says_nothing_sensible_of_itself_is_refused(
+    edit: Callable[[dict[str, Any]], str | None], tmp_path: Path
+) -> None:
+    Trainer(0, *MEDIA).save(tmp_path)
+    file = TensorFile(tmp_path / STATE)
+    about = edit(json.loads(file.metadata["about"]))
+    tensors = [(name, file.tensor(name).clone()) for name in file.entries]
+    write_tensor_file(tmp_path / STATE, tensors, None if about is None else {"about": about})
+    trainer = Trainer(0, *MEDIA)
+    with pytest.raises(TrainingError, match="delete it to begin anew"):
+        trainer.resume(tmp_path)
+    assert (trainer.step, trainer.num_steps) == (0, 0)
+
+
 def test_the_command_trains_goes_on_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +142,46 @@ def test_the_command_trains_goes_on_and_reports(
     assert "made-0" in (tmp_path / TEXT).read_text()
     assert command.main([*out[:2], "--threads", "1", "--seed", "4", "--steps", "4"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_a_folder_that_is_trained_keeps_its_report_and_its_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path), "--threads", "1"]
+    assert command.main([*out, "--steps", "2"]) == 0
+    report = read_report(tmp_path)
+    assert report["loss"]
+    measured = {**report, "weights_sha256": "0", "measured_with": {}}
+    (tmp_path / REPORT).write_text(json.dumps(measured))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    for steps in ([], ["--steps", "2"]):
+        assert command.main([*out, *steps]) == 0
+        assert capsys.readouterr().out == (
+            f"{tmp_path} is trained already, for 2 steps; more --steps train it further\n"
+        )
+    assert command.main([*out, "--steps", "1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --steps 1 is less than the 2 steps")
+    assert len(error.splitlines()) == 1
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert command.main([*out, "--steps", "3"]) == 0
+    assert read_report(tmp_path)["steps"] == 3
+
+
+def test_a_run_that_was_stopped_before_its_report_is_not_taken_to_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = ["--out", str(tmp_path), "--threads", "1", "--steps", "2"]
+    monkeypatch.setattr(command, "SAVE_EVERY_S", 0.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "write_report", interrupted)
+        assert command.main(out) == 130
+    assert command.main(out) == 0
+    assert read_report(tmp_path)["loss"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import tml_kernels
-from tml_runtime import cli
+from tml_runtime import Runtime, cli
+from tml_runtime.demo.run import FILES
 
 
 def failed(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -108,6 +110,54 @@ def test_help_names_every_option_with_its_default(capsys: pytest.CaptureFixture[
         assert default in text
     assert "examples:" in text
     assert "yields when it is interrupted" in text
+
+
+def test_a_name_that_cannot_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for out in (tmp_path / ("x" * 300), tmp_path / ("x" * 300) / "out"):
+        status, error = failed(["demo", "--fast", "--out", str(out)], capsys)
+        assert (status, len(error.splitlines())) == (2, 1)
+        assert error.startswith("error: out: ") and "too long" in error
+
+
+@pytest.mark.parametrize("clock", ["--fast", "--realtime"])
+def test_a_tick_that_raises_is_one_line_and_what_was_recorded_is_written(
+    clock: str,
+    talk: Path,
+    film: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    think, ticks = Runtime._think, []
+
+    def raises_in_the_third(runtime: Runtime, *inputs: object) -> object:
+        ticks.append(inputs)
+        if len(ticks) == 3:
+            raise ZeroDivisionError("of a\ntick")
+        return think(runtime, *inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Runtime, "_think", raises_in_the_third)
+    asked = ["demo", clock, "--preset", "tiny", "--audio", str(talk), "--video", str(film)]
+    status, error = failed([*asked, "--seconds", "3", "--out", str(tmp_path)], capsys)
+    assert status == 1
+    assert error == (
+        "error: the tick raised, which ended the loop: ZeroDivisionError('of a\\ntick')\n"
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["interrupted"]
+    assert report["clients"][0]["speech_s"] == pytest.approx(0.4)
+
+
+def test_nobody_who_reads_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert cli.main(["info", "--json"]) == 141
+        unread.flush()  # as Python does when it exits
 
 
 def test_demo_as_a_program(talk: Path, film: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_damaged_file_is_refused(wheel: media.Wheel) -> None:
 def test_wrong_checksum_keeps_nothing(
     part: str, wheel: media.Wheel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (file,) = media.FILES
+    file = media.FILES[0]
     if part == "wheel":
         wrong = replace(file, wheel=replace(wheel, sha256="0" * 64))
     else:
@@ -108,6 +108,21 @@ def test_without_a_network_the_error_says_what_to_do(
     assert "cannot fetch pyannote.audio==4.0.7" in error
     assert f"copy its cache to {cache}" in error
     assert "--audio and --video" in error
+
+
+def test_a_cache_that_cannot_be_is_one_line_before_anything_is_fetched(
+    wheel: media.Wheel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for name in ("file", "file/below", "x" * 300):
+        monkeypatch.setenv("TML_CACHE", str(tmp_path / name))
+        assert media.main([]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith("error: ") and len(shown.err.splitlines()) == 1
+        assert name in shown.err and "fetching" not in shown.out
 
 
 def test_cache_of_a_checkout_is_inside_it(monkeypatch: pytest.MonkeyPatch) -> None:

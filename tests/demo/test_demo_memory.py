@@ -69,7 +69,7 @@ def test_what_is_kept_lies_within_what_the_report_says() -> None:
         for seconds in np.arange(40.0, 43.2, 0.2):
             options = Options(preset=preset, keep=4.5, keep_video=1.3, seconds=float(seconds))
             memory, config = simulate_memory(options), ModelConfig.preset(preset)
-            told = dict.fromkeys(("kv_pages", "kv_pages_most", "kv_pages_dropped"))
+            told: dict[str, Any] = dict.fromkeys(("kv_pages", "kv_pages_most", "kv_pages_dropped"))
             kept_s = kv_report(options, config, told)["kept_s"]
             at_s = np.linspace(0, memory.seconds, len(memory.start_N))
             for name in TIMED:
@@ -161,6 +161,13 @@ def test_the_picture_is_drawn_by_the_command(
     for name in TIMED:
         rgb = [int(CLASSES[name][i : i + 2], 16) for i in (1, 3, 5)]
         assert (np.abs(shown - rgb).max(axis=2) <= 2).sum() > 200, name
+
+
+@pytest.mark.parametrize("name", ["session.svg", "session.foo", "session"])
+def test_whatever_it_is_called_the_picture_is_a_png(name: str, tmp_path: Path) -> None:
+    draw_memory(tmp_path / name, Options(seconds=0.2))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert Image.open(tmp_path / name).format == "PNG"
 
 
 @pytest.mark.parametrize("seconds", [0.2, 30.1], ids=str)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from tml_runtime.demo.client import Answers, printable
 from tml_runtime.demo.decode import Clip
 from tml_runtime.demo.live import meter
 from tml_runtime.demo.source import Feeder, LiveSource, Media
-from tml_runtime.demo.timeline import tick_bars
+from tml_runtime.demo.timeline import Timeline, _draw_ticks, tick_bars
 from tml_runtime.errors import InputBackpressure, LateInput, SessionFault
 from tml_runtime.metrics import RECORD
 from tml_runtime.perfetto import stage_spans
@@ -143,6 +145,15 @@ def test_feeder_plays_by_the_sessions_clock_and_stops() -> None:
     assert len(session.audio) == 20
 
 
+def test_feeder_does_not_hurry_for_a_session_that_is_over() -> None:
+    (over, its_session), (live, session) = make(), make()
+    its_session.error = SessionFault("not finite", t=0.0)
+    feeder = Feeder([(over, its_session), (live, session)])  # type: ignore[list-item]
+    for now_s, rest_s in ((0.0, 0.001), (1.0, 0.02), (1.013, 0.007)):
+        its_session.media_time = session.media_time = now_s
+        assert feeder._deliver_all() == pytest.approx(rest_s)
+
+
 def test_feeder_keeps_what_ended_it() -> None:
     source, session = make()
     session.error = ZeroDivisionError("unexpected")
@@ -212,12 +223,33 @@ def test_bars_add_up_to_the_tick() -> None:
     assert not missed.any()
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (),  # ended in the first tick
+        ("take", "publish"),
+        ("take", "model", *(f"model.{part}" for part in "abcd"), "publish"),  # as many as there are
+    ],
+    ids=len,
+)
+def test_bars_are_drawn_as_tall_as_their_ticks(stages: tuple[str, ...]) -> None:
+    nothing, made = np.zeros(0, np.float32), records(3)
+    timeline = Timeline(
+        "", "", 0.8, 200, nothing, None, 0.0, nothing, Answers(), made, stages, True
+    )  # fmt: skip
+    axis = Figure().subplots()
+    _draw_ticks(axis, timeline)
+    bars = [bar for bar in axis.patches if isinstance(bar, Rectangle)]
+    tops = [bar.get_y() + bar.get_height() for bar in bars]
+    assert max(tops) == pytest.approx(11.0)  # 1 ms late, 10 ms busy
+
+
 def test_a_bar_of_many_ticks_shows_the_slowest_and_any_miss() -> None:
     made = records(4000)
     made["busy_ns"][1234] = 150_000_000
     made["skipped"][3210] = 1
     t_s, parts_ms, missed = tick_bars(made, STAGES, 200)
-    total_ms = sum(parts_ms.values())
+    total_ms = np.sum(list(parts_ms.values()), axis=0)
     assert len(t_s) == 400
     assert total_ms.max() == pytest.approx(151.0)
     assert t_s[total_ms.argmax()] == pytest.approx(1235 * 0.2)

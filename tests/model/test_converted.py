@@ -114,10 +114,11 @@ def test_shapes_are_known_without_packing() -> None:
 
 
 def test_arguments_that_agree_are_welcome_and_others_are_refused(made: Path) -> None:
-    model = InteractionModel.load(made, config=CONFIG, **PACKED, seed=99)
+    model = InteractionModel.load(made, config=CONFIG, **PACKED, seed=0)
     assert model.report.seed == 0
     for arguments, reason in [
         ({"dtype": torch.bfloat16}, "dtype is torch.float32, and torch.bfloat16 was asked for"),
+        ({"seed": 99}, "seed is 0, and 99 was asked for"),
         ({"experts": "nvfp4"}, "experts is int4, and nvfp4 was asked for"),
         ({"rest": "int4"}, "rest is fp8, and int4 was asked for"),
         ({"config": small_config(norm_eps=1e-5)}, "config.norm_eps is 1e-06, and 1e-05 was"),
@@ -142,7 +143,7 @@ def test_a_folder_of_before_there_was_search_is_opened(folder: Path) -> None:
 def test_a_search_is_said_in_the_manifest_and_goes_on_as_such(tmp_path: Path) -> None:
     names: dict[str, Any] = {"experts": "int4", "rest": "int4_f16", "dtype": torch.float32}
     convert_checkpoint(None, tmp_path / "out", CONFIG, **names, search=True)
-    model = InteractionModel.load(tmp_path / "out")
+    model = InteractionModel.load(tmp_path / "out", search=True)
     plain = InteractionModel.random(CONFIG)
     searched = plain.packed(experts="int4", rest="int4_f16", search=True)
     unsearched = tensors_of(plain.packed(experts="int4", rest="int4_f16").weights)

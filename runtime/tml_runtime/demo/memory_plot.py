@@ -23,7 +23,7 @@ _LEAST_SHARE = 0.0015  # of the upper panel, for a page to be seen
 
 
 def draw_memory(path: Path, options: Options) -> None:
-    """Write a PNG of what a session holds after `options.seconds`.
+    """Write a PNG, whatever `path` ends in, of what a session holds after `options.seconds`.
 
     The same options on the same machine give the same bytes.
     """
@@ -43,7 +43,7 @@ def draw_memory(path: Path, options: Options) -> None:
         _connect(whole, near, (zoom[0], memory.length))
         _draw_key(figure)
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Software": None})
+        figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def _zoom(memory: Memory) -> tuple[float, float]:

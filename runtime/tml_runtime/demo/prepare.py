@@ -68,7 +68,11 @@ class Options:
         for name, seconds in (("keep", self.keep), ("keep_video", self.keep_video)):
             if seconds is not None and not (math.isfinite(seconds) and 0 < seconds <= MAX_KEEP_S):
                 raise DemoError(f"{name}={seconds:g} is not in 0..{MAX_KEEP_S:g} (above 0)")
-        if self.out.exists() and not self.out.is_dir():
+        try:
+            is_file = self.out.exists() and not self.out.is_dir()
+        except OSError as error:  # too long a name, or a parent that may not be read
+            raise DemoError(f"out: {error}") from error
+        if is_file:
             raise DemoError(f"out: {self.out} is a file, not a folder")
 
     def keep_s(self, name: str) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 from .._optional import require
+from ..errors import LoopFailed
 from ..loop import Runtime
 from ..model import InteractionModel
 from .client import Client
@@ -31,8 +32,9 @@ Progress = Callable[[float], None]  # called with the media time so far, in seco
 def run_demo(options: Options, stream: TextIO | None = None) -> dict[str, Any]:
     """Run, show progress on `stream` (default: stdout), write FILES; returns the report.
 
-    Ctrl-C ends the run early: what was made until then is written, and the report says so. Raises
-    DemoError, MediaError, MissingExtraError, and LoopFailed when a tick raised.
+    Ctrl-C, or a tick that raises, ends the run early: what was made until then is written, and the
+    report says so. Raises DemoError, MediaError, MissingExtraError, OSError, and after such a tick,
+    with everything written, LoopFailed.
     """
     out = sys.stdout if stream is None else stream
     for module in ("av", "soundfile", "matplotlib", "rich"):
@@ -50,9 +52,13 @@ def run_demo(options: Options, stream: TextIO | None = None) -> dict[str, Any]:
     total_s = num_ticks * runtime.layout.period_ms / 1000
     title = _title(options, model)
     view = make_view(title, note_on(model), runtime, clients, total_s, out)
+    failed: LoopFailed | None = None
     with view:
         play = play_realtime if options.realtime else play_fast
-        interrupted = not play(runtime, clients, num_ticks, view.update)
+        try:
+            interrupted = not play(runtime, clients, num_ticks, view.update)
+        except LoopFailed as error:
+            interrupted, failed = True, error
     report = _write_files(options, model, runtime, loaded, clients, title, interrupted)
     told = runtime.report()
     for line in summary_lines(report, told):
@@ -61,13 +67,18 @@ def run_demo(options: Options, stream: TextIO | None = None) -> dict[str, Any]:
         share = loaded.scene.in_time(clients[0].answers.texts, told["ticks"] + told["skipped"])
         say(f"said {share.hits} of {share.total} words in the very tick in which they were due")
     say(f"wrote {', '.join(FILES)} in {options.out}")
+    if failed is not None:
+        raise failed
     return report
 
 
 def play_realtime(
     runtime: Runtime, clients: Sequence[Client], num_ticks: int, progress: Progress
 ) -> bool:
-    """Feed and poll until `num_ticks` are over; stops the runtime. False when interrupted."""
+    """Feed and poll until `num_ticks` are over; stops the runtime. False when interrupted.
+
+    Raises LoopFailed when a tick raised; what was said before has been polled.
+    """
     period_ms = runtime.layout.period_ms
     end_ns = round((num_ticks + 0.5) * period_ms * 1e6)  # tick n runs at (n + 1) * period
     feeder = Feeder([(client.source, client.session) for client in clients])
@@ -87,15 +98,18 @@ def play_realtime(
         return False
     finally:
         feeder.stop()
-        runtime.stop()  # waits for the tick that is running
-        for client in clients:
-            client.poll()
+        try:
+            runtime.stop()  # waits for the tick that is running
+        finally:
+            for client in clients:
+                client.poll()
 
 
 def play_fast(
     runtime: Runtime, clients: Sequence[Client], num_ticks: int, progress: Progress
 ) -> bool:
-    """Feed, tick and poll in lockstep on the virtual clock. False when interrupted."""
+    """Feed, tick and poll in lockstep on the virtual clock. False when interrupted. Raises
+    LoopFailed when a tick raised."""
     period_ms = runtime.layout.period_ms
     try:
         for tick in range(num_ticks):

@@ -163,6 +163,8 @@ class Feeder:
         """Returns the seconds until something is due again."""
         rest_ns = PIECE_MS * 1_000_000
         for source, session in self._sources:
+            if source.ended is not None:
+                continue  # what would come next stays due for ever
             now_media_ns = round((session.media_time + LEAD_S) * 1e9)
             source.deliver(now_media_ns)
             rest_ns = min(rest_ns, source.next_due_ns - now_media_ns)

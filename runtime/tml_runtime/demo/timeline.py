@@ -19,7 +19,10 @@ from .decode import SAMPLE_RATE, Clip
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 HEARD, SPOKEN, MISS = "#2f6fab", "#c2561a", "#c81e1e"
 ACTIONS = {"delegate": ("^", "#7048a8"), "yield": ("v", "#2d8659")}
-STAGES = ("#9fb3c8", "#2f6fab", "#7cc4a4", "#e3a857", "#b56576", "#8d6a9f", "#52606d")
+# Of the parts of a tick, of which a run that ends in its first tick has fewer.
+STAGES = (
+    "#9fb3c8", "#2f6fab", "#7cc4a4", "#e3a857", "#b56576", "#8d6a9f", "#52606d", "#c9ced6",
+)  # fmt: skip
 # In the order of CLASS_NAMES. What is heard and spoken has its own colour in memory, too.
 CLASSES = dict(zip(CLASS_NAMES, (INK, "#7b8794", HEARD, "#2d8659", SPOKEN), strict=True))
 _MAX_BARS = 400  # more ticks than this share a bar, which shows the slowest of them
@@ -201,8 +204,8 @@ def _draw_ticks(axis: Any, timeline: Timeline) -> None:
     records, period_ms = timeline.records, timeline.period_ms
     t_s, parts_ms, missed = tick_bars(records, timeline.stages, period_ms)
     width = min(timeline.seconds / max(1, len(t_s)), 0.8 * period_ms / 1000) * 0.9
-    bottom = np.zeros(len(t_s))
-    for (name, part_ms), color in zip(parts_ms.items(), STAGES, strict=False):
+    bottom, colors = np.zeros(len(t_s)), STAGES[: len(parts_ms)]
+    for (name, part_ms), color in zip(parts_ms.items(), colors, strict=True):
         axis.bar(t_s, part_ms, width, bottom, color=color, label=name, align="edge", linewidth=0)
         bottom += part_ms
     axis.axhline(period_ms, color=MISS, linewidth=1.2)

@@ -25,7 +25,7 @@ from .cue.report import (
     weights_digest,
     write_report,
 )
-from .cue.trainer import Loss, Trainer
+from .cue.trainer import Loss, Trainer, TrainingError
 from .media import MediaError
 
 TIMED_STEPS = 20  # by which --minutes becomes a number of steps
@@ -78,11 +78,20 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> Non
     """Raises TrainingError, MediaError, MissingExtraError, OSError."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(seed, *training_media())
-    if trainer.resume(out):
+    resumed = trainer.resume(out)
+    if num_steps is not None:
+        if num_steps < trainer.step:
+            raise TrainingError(
+                f"--steps {num_steps} is less than the {trainer.step} steps that {out} is trained "
+                "for: give more, or another folder"
+            )
+        trainer.num_steps = num_steps
+    if 0 < trainer.num_steps <= trainer.step:
+        print(f"{out} is trained already, for {trainer.step} steps; more --steps train it further")
+        return
+    if resumed:
         print(f"goes on after step {trainer.step} of {trainer.num_steps}")
     begin = saved = time.monotonic()
-    if num_steps is not None:
-        trainer.num_steps = num_steps
     newest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NEWEST))
     with _bar("training") as show:
         while trainer.num_steps == 0 or trainer.step < trainer.num_steps:
@@ -94,13 +103,13 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> Non
                 each_s = (now - begin) / TIMED_STEPS
                 trainer.num_steps = max(TIMED_STEPS, round(60 * minutes / each_s))
             show(trainer.step, trainer.num_steps, _loss_text(loss))
-            if now - saved > SAVE_EVERY_S and trainer.num_steps > 0:
+            if now - saved > SAVE_EVERY_S and trainer.step < trainer.num_steps:
                 trainer.save(out)
                 saved = now
-    trainer.save(out)
     trainer.save_weights(out)
     means = {task: float(np.mean(values)) for task, values in newest.items()}
     write_report(out, training_report(trainer, means))
+    trainer.save(out)  # last: with the last step saved, the folder is taken to be complete
     print(f"wrote {out}: step {trainer.step}; now measure it: --out {out} --evaluate")
 
 

@@ -143,12 +143,10 @@ class ConvertedModel:
             return None
         return cls(Path(path), Manifest.read(Path(path)))
 
-    def check(
-        self, config: ModelConfig | None, dtype: torch.dtype | None, packing: Packing
-    ) -> None:
+    def check(self, config: ModelConfig | None, *, search: bool, **given: object) -> None:
         """CheckpointError where the folder holds another model than the one that is asked for.
-        None, and no search: whatever it holds."""
-        given = {"dtype": dtype, **asdict(packing), "search": packing.search or None}
+        None, and no search: whatever it holds. given: seed, dtype, experts, rest."""
+        given["search"] = search or None
         asked = {name: value for name, value in given.items() if value is not None}
         if config is not None:
             asked |= {f"config.{name}": value for name, value in vars(config).items()}

@@ -109,7 +109,7 @@ class InteractionModel:
         path: str | Path,
         *,
         config: ModelConfig | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         experts: str | None = None,
@@ -121,23 +121,24 @@ class InteractionModel:
         """Weights of a safetensors checkpoint in the published layout, see `load_weights`, or a
         folder that `convert_checkpoint` wrote.
 
-        `report.random` names what the checkpoint lacks and `seed` made up. dtype: by default
-        float32. experts, rest, search, ranks: as in `random`. Raises CheckpointError.
+        `report.random` names what the checkpoint lacks and `seed`, by default 0, made up. dtype: by
+        default float32. experts, rest, search, ranks: as in `random`. Raises CheckpointError.
 
         A converted folder needs none of the arguments but `device` and `ranks`, and is refused
         where another one is given and it holds something else. Sizes, names, dtypes and shapes are
         always checked; verify: checksums too, which reads every byte once more.
         """
-        packing = Packing(experts, rest, search)
         converted = ConvertedModel.open(path)
-        if converted is not None:
-            converted.check(config, dtype, packing)
+        if converted is None:
+            packing, seed = Packing(experts, rest, search), seed or 0
+            if config is None:
+                raise InputTypeError(f"config: {path} is no converted model, so it needs one")
+        else:
+            asked = {"seed": seed, "dtype": dtype, "experts": experts, "rest": rest}
+            converted.check(config, search=search, **asked)
             found = converted.manifest
-            config, dtype, packing, seed = (
-                found.config, found.dtype, found.packing, found.report.seed
-            )  # fmt: skip
-        elif config is None:
-            raise InputTypeError(f"config: {path} is no converted model, so it needs one")
+            config, dtype = found.config, found.dtype
+            packing, seed = found.packing, found.report.seed
         dtype = torch.float32 if dtype is None else dtype
         _check_dtype(dtype)
         if ranks is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +39,17 @@ class Scene:
     def in_time(self, texts: Iterable[TextOut], num_ticks: int) -> Share:
         """Words due in the first ticks of a session that began with the scene; hits are those that
         it said in the very tick."""
-        said = {(round(out.t / PERIOD_S) - 1, word) for out in texts for word in out.ids}
+        said = {(tick_of(out.t), word) for out in texts for word in out.ids}
         share = Share()
         for due in self.due:
             if due[0] < num_ticks:
                 share.add(due in said)
         return share
+
+
+def tick_of(t: float) -> int:
+    """The tick that says what is due at media time `t`, in any of its output steps."""
+    return math.floor(t / PERIOD_S + 1e-6) - 1
 
 
 def load_shipped(device: str = "cpu") -> InteractionModel:
@@ -55,7 +61,7 @@ def make_scene(seconds: float, seed: int, say: Say | None = None) -> Scene:
     """Tasks with their instructions as text, on a real conversation and a real film. Raises
     MediaError."""
     recordings = scene_media(say)
-    count = max(1, round(seconds / (SECTION * PERIOD_S)))
+    count = max(1, math.ceil(seconds / (SECTION * PERIOD_S)))
     parts = [
         make_episode(
             SCENE[n % len(SCENE)],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor
 from tml_kernels._tensor_file import TensorFile, replacing, write_tensor_file
 
 from ...errors import TmlRuntimeError
+from ...model.config import from_data
 from ...model.load import random_weights, save_weights
 from ...model.weights import ModelWeights, MoeWeights
 from . import forward
@@ -43,7 +44,20 @@ BALANCE = 2e-3  # by which the bias of an expert moves in a step towards an even
 
 
 class TrainingError(TmlRuntimeError):
-    """A folder that another run's state is in; says what differs."""
+    """A folder whose state another run has left, or that is damaged; says what to do."""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a saved state says of itself, in JSON."""
+
+    step: int
+    num_steps: int
+    cpu_seconds: float
+    losses: dict[str, float]
+    seed: int
+    speech: dict[str, str]  # hashes of the recordings
+    footage: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -101,18 +115,18 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """The whole state, or nothing of it."""
-        about = {
-            "step": self.step,
-            "num_steps": self.num_steps,
-            "cpu_seconds": self.cpu_seconds,
-            "losses": self.losses,
-            "seed": self.seed,
-            "speech": self.speech.hashes,
-            "footage": self.footage.hashes,
-        }
+        about = About(
+            step=self.step,
+            num_steps=self.num_steps,
+            cpu_seconds=self.cpu_seconds,
+            losses=self.losses,
+            seed=self.seed,
+            speech=self.speech.hashes,
+            footage=self.footage.hashes,
+        )
         with replacing(folder / STATE) as path:
             tensors = [*self.leaves.items(), *self.optimiser.state.items()]
-            write_tensor_file(path, tensors, {"about": json.dumps(about)})
+            write_tensor_file(path, tensors, {"about": json.dumps(asdict(about))})
 
     def save_weights(self, folder: Path) -> None:
         """The checkpoint as `InteractionModel.load` reads it."""
@@ -126,25 +140,31 @@ class Trainer:
         if not (folder / STATE).is_file():
             return False
         file = TensorFile(folder / STATE, lambda path, name, why: TrainingError(f"{path}: {why}"))
-        about = json.loads(file.metadata.get("about", "{}"))
+        try:
+            about = from_data(About, json.loads(file.metadata.get("about", "{}")), "about")
+        except (ValueError, RecursionError) as error:
+            raise TrainingError(
+                f"{folder / STATE} is damaged ({error}): delete it to begin anew"
+            ) from error
         wanted = {
             "seed": self.seed,
             "speech": self.speech.hashes,
             "footage": self.footage.hashes,
         }
         for name, value in wanted.items():
-            if about.get(name) != value:
+            found = getattr(about, name)
+            if found != value:
                 raise TrainingError(
-                    f"{folder / STATE} is of a run with {name}={about.get(name)}, not {value}: "
+                    f"{folder / STATE} is of a run with {name}={found}, not {value}: "
                     "choose another folder, or delete that file to begin anew"
                 )
         state = {**self.leaves, **self.optimiser.state}
-        if sorted(state) != sorted(file.entries):
+        if sorted(state) != sorted(file.entries) or not set(TASKS) <= set(about.losses):
             raise TrainingError(f"{folder / STATE} is of another version: delete it to begin anew")
         for name, tensor in state.items():
             tensor.copy_(file.tensor(name))
-        self.step, self.num_steps = about["step"], about["num_steps"]
-        self.cpu_seconds, self.losses = about["cpu_seconds"], about["losses"]
+        self.step, self.num_steps = about.step, about.num_steps
+        self.cpu_seconds, self.losses = about.cpu_seconds, about.losses
         return True
 
     @torch.no_grad()
