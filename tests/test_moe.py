@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tml_kernels._routing import choose_blocking
 from tml_kernels.moe import (
+    MoEWeights,
     Routing,
     explain,
     fused_moe,
@@ -95,6 +97,12 @@ def test_warmup_runs_every_kernel_once() -> None:
         warmup(gate, weights, max_tokens=0, **ROUTE)
 
 
+def test_warmup_takes_of_a_residual_as_many_rows_as_it_runs() -> None:
+    weights = Case(1, 32, 16, 6, 2, num_shared=1).make_weights("cpu")
+    late = {"residual_T_D": randn(8, 32), "dtype": torch.float32, **ROUTE}
+    assert warmup(randn(7, 32), weights, max_tokens=8, **late) == [1, 5]
+
+
 @pytest.mark.gpu
 def test_gpu_warmup_leaves_nothing_to_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     import triton.compiler.compiler as compiler
@@ -129,6 +137,23 @@ def test_explain_counts_what_must_move() -> None:
     assert "gate-up: fp32 weights" in str(many)
     with pytest.raises(ValueError, match=r"1\.\.16, got 1 and 17"):
         explain(weights, num_tokens=1, top_k=17)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20])
+def test_explain_counts_shared_experts_of_another_width(num_tokens: int) -> None:
+    def prepare(num_experts: int, hidden: int, **shared: MoEWeights) -> MoEWeights:
+        w13, w2 = randn(num_experts, 2 * hidden, 64), randn(num_experts, 64, hidden)
+        return prepare_moe_weights(w13, w2, layout="interleaved", precision="fp32", **shared)
+
+    weights = prepare(8, 64, shared=prepare(1, 512))
+    found = explain(weights, num_tokens=num_tokens, top_k=2, dtype=torch.float32)
+    blocks = choose_blocking(num_tokens, 2, 8).max_blocks(num_tokens, 2, 8)
+    shared_blocks = -(-num_tokens // found.block_n)
+    assert found.num_blocks == blocks + shared_blocks
+    assert f" {blocks + 8 * shared_blocks} programs" in found.launches[0]  # 64 columns each
+    assert f" {blocks + shared_blocks} programs" in found.launches[1]
+    rows = 2 * 64 + (2 * 64 + 512) * 2 + 3 * 64 * 2  # x and out; hidden; parts, both ways
+    assert found.activation_bytes == 4 * num_tokens * rows
 
 
 def test_explain_knows_that_few_tokens_have_a_block_for_each_assignment() -> None:

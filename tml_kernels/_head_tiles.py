@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from ._configs import chooser
@@ -40,7 +41,7 @@ SHIPPED = (
 )
 
 
-@chooser
+@functools.partial(chooser, ops=("attention_prologue", "shift_keys"))
 def choose_config(p: Problem) -> Config:
     """Pure: the head width alone decides, so that a token's bits do not depend on the others."""
     for config in SHIPPED:

@@ -60,6 +60,14 @@ def _taps(start_S1: Tensor, slot_S: Tensor, num_tokens: int) -> Taps:
     return Taps(live_T, tap_T_4, active_A, rows(active_A[:, None], size_A[:, None] + back_4[:3]))
 
 
+def states_of(state_N: Tensor, slot_S: Tensor) -> Tensor:
+    """The state of every session row; of an idle one anything, as no tap of a live token is in it.
+    There may be no slot at all while every row is idle."""
+    if state_N.shape[0] == 0:
+        return state_N.new_zeros(slot_S.shape[0], *state_N.shape[1:])
+    return state_N[slot_S.long().clamp(min=0)]
+
+
 def check_start(start_S1: Tensor, num_tokens: int) -> None:
     """Raise ValueError unless start_S1 ascends from 0 to at most num_tokens. Synchronises."""
     start = start_S1.tolist()

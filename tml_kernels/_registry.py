@@ -105,3 +105,10 @@ def is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         return tensor is other
     return tensor.numel() > 0 and tensor.is_set_to(other)
+
+
+def refuse_same(**pair: torch.Tensor) -> None:
+    """ValueError where an output, named first, is what is still read once it is written."""
+    (name, tensor), (other_name, other) = pair.items()
+    if is_same(tensor, other):
+        raise ValueError(f"{name}: must not be the same memory as {other_name}")

@@ -108,7 +108,9 @@ class Routing:
     ones included, sums to scale * global_scale = 8. An id that is not in 0..num_experts - 1 is
     skipped: nothing is read for it, whatever its weight holds.
 
-    schedule: on CUDA, and there only above a handful of tokens (`choose_blocking`). scratch: what
+    schedule: on CUDA, and there only above a handful of tokens (`choose_blocking`). It is that of
+    these very ids: one of another size is refused (of some of a routing's tokens, make a new one),
+    one of the right size but of other ids cannot be detected and gives wrong results. scratch: what
     `moe_route` needs between its parts; None where the routing was not made by its kernel.
     inv_rms_T: where tokens come without the division of their norm, what makes up for it: token t
     stands for x[t] * inv_rms[t], in the router and in the experts.
@@ -204,3 +206,34 @@ def new_scratch(
     scratch = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     scratch[: sizes[0]].zero_()
     return scratch
+
+
+def check_schedule(
+    name: str,
+    schedule: Schedule | None,
+    num_tokens: int,
+    top_k: int,
+    num_experts: int,
+    device: torch.device,
+) -> None:
+    """TypeError or ValueError unless a schedule has the size that routings of these sizes need:
+    the kernels trust it. Whether it is of their ids would take a look at its values."""
+    if schedule is None:
+        return
+    blocks = schedule.blocking.max_blocks(num_tokens, top_k, num_experts)
+    words = 2 + 2 * blocks + num_tokens * top_k
+    if schedule.max_blocks != blocks or schedule.buffer.shape != (words,):
+        raise ValueError(
+            f"{name}: expected {blocks} blocks in {words} words, got "
+            f"{schedule.max_blocks} in {tuple(schedule.buffer.shape)}"
+        )
+    check_words(f"{name}.buffer", schedule.buffer, words, device)
+
+
+def check_words(name: str, tensor: Tensor, words: int, device: torch.device) -> None:
+    if tensor.dtype != torch.int32:
+        raise TypeError(f"{name}: expected torch.int32, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+    if tensor.numel() < words or not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected {words} words in a row, got {tuple(tensor.shape)}")

@@ -64,13 +64,15 @@ def warmup(
     dtype: torch.dtype = torch.bfloat16,
     activation: str = "silu",
     quantize_x: bool = False,
+    residual_T_D: Tensor | None = None,
     **route: Any,
 ) -> list[int]:
     """Run the block once for every kernel that 1..max_tokens tokens can choose.
 
     Afterwards no number of tokens up to max_tokens compiles anything, so that the block may be
-    captured in a CUDA graph. route: keywords of `moe_route`. Returns the numbers of tokens run. On
-    the CPU nothing is compiled, and the block runs all the same.
+    captured in a CUDA graph. route: keywords of `moe_route`, of which residual_T_D has max_tokens
+    rows. Returns the numbers of tokens run. On the CPU nothing is compiled, and the block runs all
+    the same.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
@@ -85,7 +87,16 @@ def warmup(
             tokens.append(num_tokens)
     for num_tokens in tokens:
         x = torch.zeros(num_tokens, weights.width, dtype=dtype, device=weights.device)
-        moe_layer(x, w_gate, weights, activation=activation, quantize_x=quantize_x, **route)
+        residual = None if residual_T_D is None else residual_T_D[:num_tokens]
+        moe_layer(
+            x,
+            w_gate,
+            weights,
+            activation=activation,
+            quantize_x=quantize_x,
+            residual_T_D=residual,
+            **route,
+        )
     return tokens
 
 
@@ -141,7 +152,7 @@ def explain(
     blocking = choose_blocking(num_tokens, top_k, weights.num_experts)
     shared = weights.shared or weights
     blocks = blocking.max_blocks(num_tokens, top_k, weights.num_experts)
-    blocks += weights.num_shared * -(-num_tokens // blocking.size)
+    shared_blocks = weights.num_shared * -(-num_tokens // blocking.size)
     launches = []
     for name, routed, other in (
         ("gate-up", weights.w13, shared.w13),
@@ -149,23 +160,26 @@ def explain(
     ):
         kinds = kind_of(routed), kind_of(other)
         config = choose_config(Problem(*kinds, blocking.size, alone=not blocking.scheduled))
+        programs = blocks * -(-routed.num_rows // BLOCK_M)
+        programs += shared_blocks * -(-other.num_rows // BLOCK_M)
         launches.append(
             f"{name}: {routed.format.name} weights, tile {config.block_m} x {config.block_n}, "
             f"{config.num_warps} warps, {config.num_stages} stages, "
-            f"{blocks * -(-routed.num_rows // BLOCK_M)} programs"
+            f"{programs} programs"
         )
     touched = weights.num_experts * (1.0 - (1.0 - top_k / weights.num_experts) ** num_tokens)
     weight_bytes = round(touched * (_bytes_of(weights.w13) + _bytes_of(weights.w2)))
     if weights.shared is not None:
         weight_bytes += weights.shared.w13.nbytes + weights.shared.w2.nbytes
-    slots = num_tokens * (top_k + weights.num_shared)
+    slots = top_k + weights.num_shared
+    hidden = top_k * weights.expert_width + weights.num_shared * shared.expert_width
     moved = 2 * num_tokens * weights.width * dtype.itemsize
-    moved += 2 * slots * (shared.expert_width * dtype.itemsize + 4 * weights.width)
+    moved += 2 * num_tokens * (hidden * dtype.itemsize + 4 * slots * weights.width)
     time = None if bandwidth is None else (weight_bytes + moved) / bandwidth * 1e6
     return Explanation(
         "grouped" if blocking.scheduled else "token-centric",
         blocking.size,
-        blocks,
+        blocks + shared_blocks,
         tuple(launches),
         touched,
         weight_bytes,

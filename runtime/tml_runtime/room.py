@@ -35,6 +35,11 @@ def make_room(
     kind, or that have no room for one session, and for a model that cannot draft."""
     if page_dtype is not None and page_dtype not in PAGE_DTYPES:
         raise InputValueError(f"page_dtype={page_dtype}: expected one of {PAGE_DTYPES} or None")
+    if page_dtype == torch.float8_e4m3fn and model.dtype == torch.float16:
+        raise InputValueError(
+            f"page_dtype={page_dtype}: not of a float16 model, whose range is too small for the "
+            "scales; take bfloat16"
+        )
     if global_pages is not None and global_pages != "auto":
         check_int("global_pages", global_pages, at_least=2)
     if type(drafts) is not bool:

@@ -154,6 +154,16 @@ def test_the_kernel_takes_what_is_out_of_range_as_idle(device: str) -> None:
     assert_bitwise(inputs["conv_state_N_2_3_GC"], state)
 
 
+@pytest.mark.parametrize(("run", "place"), PATHS)
+def test_no_slots_and_idle_rows_give_zeros(run, place, device: str) -> None:
+    inputs = Case((1, 2), 2, 1, 32, idle=(0, 1)).make_inputs(place or device)
+    inputs["conv_state_N_2_3_GC"] = inputs["conv_state_N_2_3_GC"][:0]
+    inputs["kv_row_T"].fill_(1)  # of tokens that write nothing, as often as one likes
+    before = clone(inputs)
+    assert not run(inputs).any()
+    assert_same_writes(inputs, before)
+
+
 @pytest.mark.parametrize("leave", ["conv", "norm", "both"])
 def test_steps_left_out_are_identities(leave: str, device: str) -> None:
     """No taps is a convolution with zero weights; no norms leave q alone."""
@@ -231,6 +241,7 @@ FP8_POOLS = dict.fromkeys(POOLS, torch.zeros(2, 1, 4, 8).to(FP8))
         ({"v_pages_P_G_R_C": torch.zeros(2, 1, 5, 8)}, ValueError, "v_pages_P_G_R_C: R=5, but R=4"),
         ({"kv_row_T": torch.zeros(5).int()}, TypeError, "kv_row_T.*int32"),
         ({"kv_row_T": torch.tensor([0, 1, 2, 8, -1])}, ValueError, "kv_row_T: .*below 8, got 8"),
+        ({"kv_row_T": torch.tensor([7, -1, 3, -1, 7])}, ValueError, "kv_row_T: 7 is named twice"),
         ({"slot_S": torch.tensor([0, 3]).int()}, ValueError, r"slot_S: .*0..2, got \[0, 3"),
         ({"slot_S": torch.zeros(3).int()}, ValueError, "slot_S: S=3, but S=2"),
         (

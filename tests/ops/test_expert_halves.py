@@ -10,7 +10,7 @@ from kernel_expert_mlp import scheduled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tml_kernels._routing import Routing
+from tml_kernels._routing import Blocking, Routing, Schedule
 from tml_kernels.moe import moe_route
 from tml_kernels.moe_weights import MoEWeights, part_of
 from tml_kernels.ops.expert_mlp import expert_hidden, expert_sum, fused_moe
@@ -137,6 +137,16 @@ def test_refusals() -> None:
     other = Routing(routing.expert_T_K, routing.weight_T_K, x.new_zeros(1, 3), 4)
     with pytest.raises(ValueError, match="shared_weight_T_Z"):
         expert_hidden(x, share, other)
+    schedule = Schedule.empty(Blocking(16, scheduled=True), 2, 2, 4, "cpu")
+    for call in (expert_hidden, lambda x, *rest: expert_sum(x.new_zeros(1, 3, 64), *rest)):
+        with pytest.raises(ValueError, match=r"routing.schedule: expected 2 blocks"):
+            call(x, share, replace(routing, schedule=schedule))
+        with pytest.raises(TypeError, match=r"weights: expected MoEWeights.*NoneType"):
+            call(x, None, routing)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"activation: expected one of .*silu.*, got 'relu'"):
+        expert_hidden(x, share, routing, activation="relu")
+    with pytest.raises(TypeError, match=r"dtype: expected .*, got torch.int32"):
+        expert_sum(x.new_zeros(1, 3, 64), share, routing, dtype=torch.int32)
 
 
 def test_fp8_rows_that_would_share_a_scale_are_refused() -> None:

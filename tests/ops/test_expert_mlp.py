@@ -202,6 +202,20 @@ def test_expert_map_makes_shards_that_add_up(device: str) -> None:
     assert_matches(outs[0] + outs[1], expected(inputs))
 
 
+def test_what_a_map_names_outside_the_weights_is_skipped(device: str) -> None:
+    inputs = Case(7, 32, 16, 8, 3).make_inputs(device)
+    data = [side.data[:4] for side in (inputs["weights"].w13, inputs["weights"].w2)]
+    inputs["weights"] = prepare_moe_weights(
+        *data, layout="interleaved", precision="fp32", inplace=True
+    )
+    expert_map = torch.arange(8, dtype=torch.int32, device=device)  # rows 4..7 lie behind
+    expert_map[0] = -3
+    plain = fused_moe(**inputs, expert_map=expert_map)
+    assert_bitwise(plain, fused_moe(**inputs, expert_map=expert_map.where(expert_map < 4, -1)))
+    for given in (inputs, scheduled(inputs)):
+        assert_matches(launch(given, expert_map), plain)
+
+
 def test_experts_past_two_billion_elements(tmp_path: Path, device: str) -> None:
     """Expert 262,144 of 128 x 64 begins at element 2^31. A sparse file holds the pages in use."""
     if device == "cuda":

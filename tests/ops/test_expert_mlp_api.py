@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tml_kernels._routing import Routing
+from tml_kernels._routing import Blocking, Routing, Schedule
 from tml_kernels.moe import prepare_moe_weights
 from tml_kernels.ops.expert_mlp import fused_moe, workspace_bytes
 from tml_kernels.ops.expert_mlp.api import flatten
@@ -90,6 +90,11 @@ def small() -> dict[str, Any]:
     return {"x": torch.zeros(3, 8), "weights": weights, "routing": Routing(ids, one, one[:, :0], 4)}
 
 
+def schedule_for(num_tokens: int, dtype: torch.dtype = torch.int32) -> Schedule:
+    made = Schedule.empty(Blocking(16, scheduled=True), num_tokens, 2, 4, "cpu")
+    return replace(made, buffer=made.buffer.to(dtype))
+
+
 def routing_with(**fields: Any) -> Routing:
     return replace(small()["routing"], **fields)
 
@@ -123,6 +128,16 @@ def routing_with(**fields: Any) -> Routing:
             {"routing": routing_with(inv_rms_T=torch.zeros(2))},
             ValueError,
             "inv_rms_T: T=2, but T=3",
+        ),
+        (  # of five tokens, of which only three are given
+            {"routing": routing_with(schedule=schedule_for(5))},
+            ValueError,
+            r"routing.schedule: expected 4 blocks in 16 words, got 4 in \(20,\)",
+        ),
+        (
+            {"routing": routing_with(schedule=schedule_for(3, torch.float32))},
+            TypeError,
+            "routing.schedule.buffer: expected torch.int32, got torch.float32",
         ),
         (
             {"routing": routing_with(shared_weight_T_Z=torch.zeros(3, 1))},

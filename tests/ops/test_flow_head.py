@@ -13,7 +13,7 @@ from tml_kernels._philox import FLOW_STREAM, normal
 from tml_kernels.ops.flow_head import FlowWeights, flow_head, flow_work_size
 from tml_kernels.ops.flow_head.cases import EDGE, MODEL, Case
 from tml_kernels.ops.flow_head.kernel import noise_kernel
-from tml_kernels.ops.flow_head.launch import launch_flow_head
+from tml_kernels.ops.flow_head.launch import _wave, launch_flow_head
 from tml_kernels.ops.flow_head.reference import flow_head_ref
 from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
 
@@ -295,6 +295,13 @@ def test_gpu_captured_with_the_caller_s_scratch() -> None:
     assert_bitwise(out, expected)
     with pytest.raises(ValueError, match=f"work: expected at least {size} values"):
         flow_head(**inputs, work=work[:-1])
+
+
+def test_sinusoids_live_as_long_as_a_graph_that_has_their_pointer() -> None:
+    first = _wave(1, 16, torch.device("cpu"))
+    for num_steps in range(2, 40):
+        _wave(num_steps, 16, torch.device("cpu"))
+    assert _wave(1, 16, torch.device("cpu")) is first
 
 
 def test_cost_reads_every_matrix_once() -> None:

@@ -204,3 +204,9 @@ def test_bad_input(change: dict, error: type, words: str) -> None:
     inputs |= change
     with pytest.raises(error, match=words):
         linear(**inputs)
+
+
+def test_output_may_not_be_the_input() -> None:
+    x = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match="out_T_F: must not be the same memory as x_T_D"):
+        linear(x, torch.zeros(8, 8), out_T_F=x)

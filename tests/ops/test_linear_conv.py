@@ -265,7 +265,12 @@ def test_bad_input(change: dict, error: type, words: str) -> None:
     assert (state == 1).all()
 
 
-def test_output_may_not_be_the_residual() -> None:
-    inputs = ConvCase(2, 8, 6).make_inputs("cpu")
-    with pytest.raises(ValueError, match="same memory as residual_T_F"):
-        linear_conv(**inputs, out_T_F=inputs["residual_T_F"])
+def test_what_is_written_may_not_be_what_is_read() -> None:
+    inputs = ConvCase(2, 8, 8).make_inputs("cpu")
+    x, residual = inputs["x_T_D"], inputs["residual_T_F"]
+    with pytest.raises(ValueError, match=r"out_T_F: .*same memory as residual_T_F"):
+        linear_conv(**inputs, out_T_F=residual)
+    with pytest.raises(ValueError, match=r"out_T_F: .*same memory as x_T_D"):
+        linear_conv(**inputs, out_T_F=x)
+    with pytest.raises(ValueError, match=r"residual_T_F: .*same memory as x_T_D"):
+        linear_conv(**inputs | {"residual_T_F": x})

@@ -51,6 +51,13 @@ def test_kernel(case: Case, config: Config, device: str) -> None:
         assert_same(launch_plan(*inputs.values(), config), plan_pages_ref(**inputs))
 
 
+def test_a_slot_outside_the_table_is_idle_to_the_kernel(device: str) -> None:
+    page, base, rows, _ = Case(2, 5, used=1.0).make_inputs(device).values()
+    slot = torch.tensor([2, 1, -7], dtype=torch.int32, device=device)
+    plan = launch_plan(page[:2], base[:2], rows[:2], slot)  # row 2 lies behind the table
+    assert_same(plan, plan_pages_ref(page, base, rows, slot.where(slot == 1, -1)))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", EDGE + MODEL + BENCH, ids=str)
 def test_gpu(case: Case) -> None:

@@ -154,6 +154,7 @@ def test_every_width_has_a_config() -> None:
         ({"x_T_D": torch.zeros(3, 8, dtype=torch.float64)}, TypeError, "torch.float64"),
         ({"x_T_D": [[1.0]]}, TypeError, "list"),
         ({"weight_D": torch.zeros(9)}, ValueError, "D=9, but D=8"),
+        ({"weight_D": torch.zeros(8).half()}, TypeError, "weight_D: .*float16"),
         ({"x_T_D": torch.zeros(8, 3).T}, ValueError, "contiguous"),
         ({"residual_T_D": torch.zeros(3, 8, dtype=torch.bfloat16)}, TypeError, "bfloat16"),
         ({"out_T_D": torch.zeros(2, 8)}, ValueError, "T=2, but T=3"),

@@ -418,6 +418,11 @@ def with_nan(*at: int, shape: tuple[int, ...] = (3, 2)) -> Tensor:
         ({"residual_T_D": RESIDUAL}, ValueError, "residual_T_D: a tensor does not go"),
         ({"bias_E": torch.zeros(6)}, ValueError, "bias_E: a tensor does not go"),
         ({"out": OUT}, ValueError, "shared_weight_T_Z: Z=2, but Z=0"),
+        (
+            {"out": Routing.empty(3, 2, 0, 6, "cpu", late_norm=True)},
+            ValueError,
+            "out.inv_rms_T: given without residual_T_D",
+        ),
     ],
 )
 def test_bad_ready_ids(change: dict, error: type, words: str) -> None:

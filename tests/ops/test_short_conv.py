@@ -182,6 +182,15 @@ def test_a_slot_outside_the_state_is_idle_to_the_kernel(device: str) -> None:
     assert not state.any()
 
 
+@pytest.mark.parametrize(("run", "place"), PATHS)
+def test_no_slots_and_idle_rows_give_zeros(run, place, device: str) -> None:
+    inputs = make_stream(3, 32, place or device)
+    ends = {"start_S1": ints([0, 2, 3], place or device), "slot_S": ints([-1, -1], place or device)}
+    state = torch.zeros(0, 3, 32, device=place or device)
+    out = run({**inputs, **ends, "state_N_3_D": state})
+    assert_bitwise(out, torch.zeros_like(out))
+
+
 def test_out_is_used() -> None:
     inputs = make_stream(2, 32, "cpu")
     inputs |= {"start_S1": ints([0, 2]), "slot_S": ints([0]), "state_N_3_D": torch.zeros(1, 3, 32)}

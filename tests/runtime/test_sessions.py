@@ -453,3 +453,6 @@ def test_keys_in_fp8_serve_all_that_a_session_may_ask() -> None:
         runtime._state.cache.check_invariants()
     with pytest.raises(errors.InputValueError, match=r"page_dtype=torch\.int8"):
         Runtime(model, page_dtype=torch.int8)
+    half = InteractionModel.random(ModelConfig.preset("tiny"), dtype=torch.float16)
+    with pytest.raises(errors.InputValueError, match="not of a float16 model"):
+        Runtime(half, realtime=False, page_dtype=torch.float8_e4m3fn)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._head_tiles import MAX_HEAD_WIDTH
 from ..._pages import FP8, write_rows
-from ..._ragged import ANY_SLOT, check_below, check_slots, check_start
+from ..._ragged import ANY_SLOT, check_below, check_distinct, check_slots, check_start
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .reference import attention_prologue_ref
@@ -60,8 +60,9 @@ def _plain(
         position_T=position,
         dtype=torch.float32,
     )
-    out.copy_(result.q_T_H_C)
     written = (result.live_T & (kv_row >= 0)).nonzero().squeeze(1)
+    check_distinct(kv_row_T=kv_row[written])
+    out.copy_(result.q_T_H_C)
     write_rows(k_pages, k_scale, result.k_T_G_C[written], kv_row[written])
     write_rows(v_pages, v_scale, result.v_T_G_C[written], kv_row[written])
     if conv_state is not None and result.state_A_2_3_GC is not None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._ragged import taps_of
+from ..._ragged import states_of, taps_of
 from ..._rope import rotate_ref
 
 TAPS_BEFORE = 3  # the convolution sees the token and the three before it
@@ -60,7 +60,7 @@ def attention_prologue_ref(
 
     new_state = None
     if conv_state_N_2_3_GC is not None and k_conv_GC_4 is not None and v_conv_GC_4 is not None:
-        state_S_2_3_GC = conv_state_N_2_3_GC[slot_S.clamp(min=0).long()].to(dtype)
+        state_S_2_3_GC = states_of(conv_state_N_2_3_GC, slot_S).to(dtype)
         source = torch.cat([state_S_2_3_GC.transpose(1, 2).reshape(-1, 2 * width), kv_T_W])
         new_state = source[tail_A_3].unflatten(2, (2, width)).transpose(1, 2)
         kv_T_W = _conv(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import is_same, refuse_grad, register_op
-from ..._routing import Blocking, Routing, Schedule
+from ..._routing import Blocking, Routing, Schedule, check_schedule
 from ...moe_weights import MoEWeights
 from ...precision import ACTIVATIONS as DTYPES
 from ...quant import FORMATS, PackedExperts
@@ -156,8 +156,8 @@ def fused_moe(
     times the up) or "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) *
     (up + 1)). quantize_x: also round the activations of fp8 weights, to e4m3 with one scale per
     token and 128 columns, and multiply in fp8. expert_map: [G] int32, row of the weights for each
-    of G global ids, -1 for one that lives elsewhere; `routing` then holds global ids. workspace:
-    uint8, of `workspace_bytes`, any content, aligned to 64.
+    of G global ids, -1 (or what is none of their rows) for one that lives elsewhere; `routing` then
+    holds global ids. workspace: uint8, of `workspace_bytes`, any content, aligned to 64.
 
     Accumulates in float32 and rounds once, but for the hidden row between the launches, which CUDA
     rounds to x's dtype. Deterministic; row t depends on row t, its ids and weights alone: the same
@@ -166,8 +166,7 @@ def fused_moe(
     """
     dims = _check_input(x, weights, routing, expert_map)
     num_slots = dims["K"] + weights.num_shared
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+    check_activation(activation)
     if quantize_x:
         _check_fp8(weights)
     if out is None:
@@ -208,15 +207,24 @@ def workspace_bytes(weights: MoEWeights, num_tokens: int, top_k: int, dtype: tor
     return workspace_of(num_tokens, slots, weights.width, hidden, dtype).size
 
 
-def _check_input(
-    x: Tensor, weights: MoEWeights, routing: Routing, expert_map: Tensor | None
-) -> Dims:
+def check_types(weights: MoEWeights, routing: Routing) -> None:
     if not isinstance(weights, MoEWeights):
         raise TypeError(
             f"weights: expected MoEWeights (see prepare_moe_weights), got {type(weights).__name__}"
         )
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected Routing (see moe_route), got {type(routing).__name__}")
+
+
+def check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
+def _check_input(
+    x: Tensor, weights: MoEWeights, routing: Routing, expert_map: Tensor | None
+) -> Dims:
+    check_types(weights, routing)
     dims = Dims()
     dims.check(x_T_D=x, dtype=DTYPES)
     if dims["D"] != weights.width:
@@ -235,6 +243,8 @@ def _check_input(
         dims.check(inv_rms_T=routing.inv_rms_T, dtype=torch.float32, device=x.device)
     if dims["K"] == 0:
         raise ValueError("expert_T_K: expected K of at least 1, got 0")
+    sizes = (dims["T"], dims["K"], routing.num_experts)
+    check_schedule("routing.schedule", routing.schedule, *sizes, x.device)
     if expert_map is None:
         if routing.num_experts != weights.num_experts:
             raise ValueError(

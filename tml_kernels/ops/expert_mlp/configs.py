@@ -49,12 +49,6 @@ class Config:
         return None
 
 
-# Columns that a program takes at a time; a width that is no multiple needs masks.
-STEP = {
-    "plain": 64, "fp8": 128, "fp8_channel": 128, "int4": 256, "int4_f16": 256, "mxfp4": 256,
-    "nvfp4": 256,
-}  # fmt: skip
-
 # The depth of the pipeline. bf16 and fp8 need 24 KB of weights in flight on an SM. Steps of 4 bits
 # are long: what counts is how many programs fit, and then that a step's weights come during the one
 # before. int4 in 3 stages takes 57 of an SM's 228 KB, so that four programs fit to the byte.

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
-from ..._routing import Routing
+from ..._routing import Routing, check_schedule
 from ...moe_weights import MoEWeights
 from ...precision import ACTIVATIONS as DTYPES
-from .api import SCHEMA, Call, flatten
+from .api import SCHEMA, Call, check_activation, check_types, flatten
 from .configs import BLOCK_M, kernel_why_not
 from .reference import expert_hidden_ref, expert_sum_ref
 
@@ -85,9 +85,11 @@ def expert_hidden(
     between the launches of `fused_moe`. Slots of skipped ids hold anything. Raises TypeError or
     ValueError naming the argument.
     """
+    check_types(weights, routing)
+    check_activation(activation)
     dims = Dims(D=weights.width)
     dims.check(x_T_D=x, dtype=DTYPES)
-    _check(x, weights, routing)
+    _check_weights(x, weights)
     _check_routing(routing, dims["T"], weights)
     slots = routing.expert_T_K.shape[1] + weights.num_shared
     dtype = torch.float32 if x.device.type == "cpu" else x.dtype
@@ -105,9 +107,12 @@ def expert_sum(
     of its rows. Sums in float32, slots in their order, and rounds once. Raises TypeError or
     ValueError naming the argument.
     """
+    check_types(weights, routing)
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     dims = Dims(F=weights.expert_width)
     dims.check(h_T_S_F=h, dtype=DTYPES)
-    _check(h, weights, routing)
+    _check_weights(h, weights)
     _check_routing(routing, dims["T"], weights)
     if dims["S"] != routing.expert_T_K.shape[1] + weights.num_shared:
         raise ValueError(
@@ -119,9 +124,7 @@ def expert_sum(
     return out
 
 
-def _check(x: Tensor, weights: MoEWeights, routing: Routing) -> None:
-    if not isinstance(weights, MoEWeights):
-        raise TypeError(f"weights: expected MoEWeights, got {type(weights).__name__}")
+def _check_weights(x: Tensor, weights: MoEWeights) -> None:
     if weights.device != x.device:
         raise ValueError(f"weights: expected device {x.device}, got {weights.device}")
     shared = weights.shared
@@ -139,8 +142,6 @@ def _check(x: Tensor, weights: MoEWeights, routing: Routing) -> None:
 
 
 def _check_routing(routing: Routing, num_tokens: int, weights: MoEWeights) -> None:
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing: expected Routing (see moe_route), got {type(routing).__name__}")
     dims = Dims(T=num_tokens, Z=weights.num_shared)
     dims.check(expert_T_K=routing.expert_T_K, dtype=torch.int32, device=weights.device)
     dims.check(weight_T_K=routing.weight_T_K, dtype=torch.float32, device=weights.device)
@@ -149,6 +150,8 @@ def _check_routing(routing: Routing, num_tokens: int, weights: MoEWeights) -> No
     )
     if routing.inv_rms_T is not None:
         dims.check(inv_rms_T=routing.inv_rms_T, dtype=torch.float32, device=weights.device)
+    sizes = (num_tokens, dims["K"], routing.num_experts)
+    check_schedule("routing.schedule", routing.schedule, *sizes, weights.device)
     if routing.num_experts != weights.num_experts:
         raise ValueError(
             f"routing: made for num_experts={routing.num_experts}, but the weights hold "

@@ -24,11 +24,13 @@ from .products import bias_of, either_bias, either_tile, expert_tile
 
 
 @triton.jit
-def _local_expert(id, E, map_ptr, mask):
-    """The row of the weights that an id names, -1 when it is skipped. Scalar or vector."""
+def _local_expert(id, E, map_ptr, num_local, mask):
+    """The row of the weights that an id names, a negative number when it is skipped, as where a
+    map names none of the num_local rows. Scalar or vector."""
     inside = mask & (id >= 0) & (id < E)
     if map_ptr is not None:
         local = tl.load(map_ptr + id, mask=inside, other=-1)
+        inside = inside & (local < num_local)
     else:
         local = id
     return tl.where(inside, local, -1)
@@ -36,7 +38,7 @@ def _local_expert(id, E, map_ptr, mask):
 
 @triton.jit
 def _find_block(
-    block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E, shared_blocks,
+    block, expert_ptr, map_ptr, num_local, num_blocks_ptr, block_expert_ptr, E, shared_blocks,
     blocks_per_shared, SCHEDULED: tl.constexpr,
 ):  # fmt: skip
     """Whose weights a block takes, -1 for no work. Shared blocks come first. Past the last block
@@ -49,7 +51,7 @@ def _find_block(
         id = tl.where(routed < num_blocks, id, -1)
     else:
         id = tl.load(expert_ptr + routed, mask=~is_shared, other=-1)
-    expert = _local_expert(id, E, map_ptr, ~is_shared)
+    expert = _local_expert(id, E, map_ptr, num_local, ~is_shared)
     return tl.where(is_shared, block // blocks_per_shared, expert)
 
 
@@ -90,12 +92,13 @@ def _slots_of(
 
 
 @triton.jit
-def _num_valid(t_n, mask_n, expert_ptr, map_ptr, E, K: tl.constexpr):
+def _num_valid(t_n, mask_n, expert_ptr, map_ptr, num_local, E, K: tl.constexpr):
     """How many of each token's K ids are not skipped."""
     num_n = tl.zeros_like(t_n)
     for k in range(K):
         id_n = tl.load(expert_ptr + t_n.to(tl.int64) * K + k, mask=mask_n, other=-1)
-        num_n += (_local_expert(id_n, E, map_ptr, mask_n) >= 0).to(tl.int32)
+        expert_n = _local_expert(id_n, E, map_ptr, num_local, mask_n)
+        num_n += (expert_n >= 0).to(tl.int32)
     return num_n
 
 
@@ -126,8 +129,8 @@ def _activate(gate_m_n, up_m_n, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _prepare(
-    program, num_programs, expert_ptr, map_ptr, counter_ptr, out_ptr, T, D, E, num_counters,
-    K: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
+    program, num_programs, expert_ptr, map_ptr, num_local, counter_ptr, out_ptr,
+    T, D, E, num_counters, K: tl.constexpr, Z: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Clear this program's share of the counters, and the rows that no expert will write."""
     offs = tl.arange(0, BLOCK)
@@ -136,7 +139,8 @@ def _prepare(
     if Z == 0:
         for t in range(program, T, num_programs):
             offs_t = t + tl.zeros([1], tl.int32)
-            empty = tl.max(_num_valid(offs_t, offs_t < T, expert_ptr, map_ptr, E, K)) == 0
+            valid_t = _num_valid(offs_t, offs_t < T, expert_ptr, map_ptr, num_local, E, K)
+            empty = tl.max(valid_t) == 0
             for begin in range(0, D, BLOCK):
                 mask = (begin + offs < D) & empty
                 zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
@@ -173,7 +177,7 @@ def gate_up_kernel(
     num_blocks_ptr, begin_ptr, block_expert_ptr, order_ptr,  # in  [1], [B + 1], [B], [A]
     h_ptr,                                            # out  [T * S, H]  by token and slot
     counter_ptr, out_ptr,                             # out  [.] cleared; [T, D] rows without work
-    T, D, E, F, SHARED_F, H, shared_blocks, blocks_per_shared, num_counters,
+    T, D, E, num_local, F, SHARED_F, H, shared_blocks, blocks_per_shared, num_counters,
     K: tl.constexpr, Z: tl.constexpr, SCHEDULED: tl.constexpr, ACTIVATION: tl.constexpr,
     FORMAT: tl.constexpr, ORDER: tl.constexpr,
     SHARED_FORMAT: tl.constexpr, SHARED_ORDER: tl.constexpr, ALIKE: tl.constexpr,
@@ -183,7 +187,7 @@ def gate_up_kernel(
     HALF: tl.constexpr = BLOCK_M // 2
     S: tl.constexpr = K + Z
     program = tl.program_id(0)
-    _prepare(program, tl.num_programs(0), expert_ptr, map_ptr, counter_ptr, out_ptr,
+    _prepare(program, tl.num_programs(0), expert_ptr, map_ptr, num_local, counter_ptr, out_ptr,
              T, D, E, num_counters, K, Z, 1024)  # fmt: skip
 
     shared_tiles = tl.cdiv(SHARED_F, HALF)
@@ -194,8 +198,8 @@ def gate_up_kernel(
     tile = tl.where(is_shared, program % shared_tiles, routed % tiles)
     begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
                             SCHEDULED, BLOCK_N)  # fmt: skip
-    expert = _find_block(block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E,
-                         shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
+    expert = _find_block(block, expert_ptr, map_ptr, num_local, num_blocks_ptr, block_expert_ptr,
+                         E, shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
     if expert >= 0:
         slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
                                    K, S, SCHEDULED, BLOCK_N)  # fmt: skip
@@ -245,7 +249,7 @@ def down_kernel(
     num_blocks_ptr, begin_ptr, block_expert_ptr, order_ptr,  # in  [1], [B + 1], [B], [A]
     part_ptr, counter_ptr,                            # work [T * S, D]; [T, tiles] all zero
     out_ptr,                                          # out  [T, D]
-    T, D, E, F, SHARED_F, H, shared_blocks, blocks_per_shared,
+    T, D, E, num_local, F, SHARED_F, H, shared_blocks, blocks_per_shared,
     K: tl.constexpr, Z: tl.constexpr, SCHEDULED: tl.constexpr,
     FORMAT: tl.constexpr, SHARED_FORMAT: tl.constexpr, ALIKE: tl.constexpr,
     QUANTIZE_X: tl.constexpr,
@@ -259,8 +263,8 @@ def down_kernel(
     is_shared = block < shared_blocks
     begin, end = _bounds_of(block, begin_ptr, T, shared_blocks, blocks_per_shared,
                             SCHEDULED, BLOCK_N)  # fmt: skip
-    expert = _find_block(block, expert_ptr, map_ptr, num_blocks_ptr, block_expert_ptr, E,
-                         shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
+    expert = _find_block(block, expert_ptr, map_ptr, num_local, num_blocks_ptr, block_expert_ptr,
+                         E, shared_blocks, blocks_per_shared, SCHEDULED)  # fmt: skip
     if expert >= 0:
         slot_n, mask_n = _slots_of(begin, end, expert, is_shared, order_ptr,
                                    K, S, SCHEDULED, BLOCK_N)  # fmt: skip
@@ -295,17 +299,17 @@ def down_kernel(
         y_n_m = (acc_m_n * weight_n[None, :]).T
         part_ptrs = part_ptr + slot_n.to(tl.int64)[:, None] * D + row_m[None, :]
         tl.store(part_ptrs, y_n_m, mask=mask_n[:, None] & (row_m < D)[None, :])
-        _combine(t_n, mask_n, row_m, tile, tiles, expert_ptr, map_ptr, part_ptr, counter_ptr,
-                 out_ptr, D, E, K, Z, BLOCK_M, BLOCK_N)  # fmt: skip
+        _combine(t_n, mask_n, row_m, tile, tiles, expert_ptr, map_ptr, num_local, part_ptr,
+                 counter_ptr, out_ptr, D, E, K, Z, BLOCK_M, BLOCK_N)  # fmt: skip
 
 
 @triton.jit
 def _combine(
-    t_n, mask_n, row_m, tile, tiles, expert_ptr, map_ptr, part_ptr, counter_ptr, out_ptr, D, E,
-    K: tl.constexpr, Z: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    t_n, mask_n, row_m, tile, tiles, expert_ptr, map_ptr, num_local, part_ptr, counter_ptr, out_ptr,
+    D, E, K: tl.constexpr, Z: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add up the slots of the tokens whose last row has just been written, in slot order."""
-    num_n = _num_valid(t_n, mask_n, expert_ptr, map_ptr, E, K) + Z
+    num_n = _num_valid(t_n, mask_n, expert_ptr, map_ptr, num_local, E, K) + Z
     tl.debug_barrier()  # every thread's rows are written before one thread counts them
     before_n = tl.atomic_add(counter_ptr + t_n * tiles + tile, 1, mask=mask_n, sem="acq_rel")
     last_n = mask_n & (before_n == num_n - 1)
@@ -316,7 +320,7 @@ def _combine(
             mask_n_m = last_n[:, None] & (row_m < D)[None, :]
             if slot < K:
                 id_n = tl.load(expert_ptr + t_n * K + slot, mask=mask_n, other=-1)
-                mask_n_m &= (_local_expert(id_n, E, map_ptr, mask_n) >= 0)[:, None]
+                mask_n_m &= (_local_expert(id_n, E, map_ptr, num_local, mask_n) >= 0)[:, None]
             offs_n = (t_n * (K + Z) + slot).to(tl.int64) * D
             part_ptrs = part_ptr + offs_n[:, None] + row_m[None, :]
             y_n_m += tl.load(part_ptrs, mask=mask_n_m, other=0.0, cache_modifier=".cg")

@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from ..._routing import Routing, Schedule, choose_blocking
+from ..._triton.steps import STEP
 from ...moe_weights import MoEWeights
 from ...quant import PackedExperts
-from .configs import BLOCK_M, STEP, Config, Problem, choose_config, kind_of, workspace_of
+from .configs import BLOCK_M, Config, Problem, choose_config, kind_of, workspace_of
 from .kernel import down_kernel, gate_up_kernel
 from .specs import aot_specs as aot_specs
 
@@ -58,7 +59,7 @@ def launch_gate_up(
     """x: [T, D]. Writes h [T * S, hidden], clears `num_counters` counters and, without shared
     experts, the rows of out [T, D] that have no expert."""
     (num_tokens, width), shared = x.shape, weights.shared or weights
-    work = _Work.of(weights, routing, num_tokens)
+    work = _Work.of(weights, routing, expert_map, num_tokens)
     config = _config(weights.w13, shared.w13, work.block_n, routing.schedule is None)
     rows, shared_rows = weights.w13.num_rows // 2, shared.w13.num_rows // 2
     programs = work.shared_blocks * triton.cdiv(shared_rows, HALF_M)
@@ -66,7 +67,7 @@ def launch_gate_up(
     gate_up_kernel[(programs,)](
         x, routing.inv_rms_T, *_matrices(weights, "w13"), routing.expert_T_K, expert_map,
         *_tables(routing.schedule), h, counter, out,
-        num_tokens, width, routing.num_experts, rows, shared_rows, hidden,
+        num_tokens, width, routing.num_experts, work.num_local, rows, shared_rows, hidden,
         work.shared_blocks, work.blocks_per_shared, num_counters,
         **work.constexprs, QUANTIZE_X=quantize_x, **_gate_up_constexprs(weights, activation),
         **_tile(config),
@@ -86,14 +87,15 @@ def launch_down(
 ) -> None:
     """h: [T * S, hidden]; out: [T, D] of as many columns as w2 has rows; counters all zero."""
     (num_tokens, width), shared = out.shape, weights.shared or weights
-    work = _Work.of(weights, routing, num_tokens)
+    work = _Work.of(weights, routing, expert_map, num_tokens)
     config = _config(weights.w2, shared.w2, work.block_n, routing.schedule is None)
     programs = (work.shared_blocks + work.routed_blocks) * triton.cdiv(width, BLOCK_M)
     down_kernel[(programs,)](
         h, *_matrices(weights, "w2"), routing.expert_T_K, expert_map,
         routing.weight_T_K, routing.shared_weight_T_Z, *_tables(routing.schedule),
         part, counter, out,
-        num_tokens, width, routing.num_experts, weights.expert_width, shared.expert_width, hidden,
+        num_tokens, width, routing.num_experts, work.num_local,
+        weights.expert_width, shared.expert_width, hidden,
         work.shared_blocks, work.blocks_per_shared,
         **work.constexprs, QUANTIZE_X=quantize_x, **_down_constexprs(weights), **_tile(config),
     )  # fmt: skip
@@ -106,17 +108,21 @@ class _Work(NamedTuple):
     blocks_per_shared: int
     shared_blocks: int
     routed_blocks: int
+    num_local: int | None  # experts of the weights, where a map names them; None without a map
     constexprs: dict[str, Any]
 
     @classmethod
-    def of(cls, weights: MoEWeights, routing: Routing, num_tokens: int) -> _Work:
+    def of(
+        cls, weights: MoEWeights, routing: Routing, expert_map: Tensor | None, num_tokens: int
+    ) -> _Work:
         top_k, schedule = routing.expert_T_K.shape[1], routing.schedule
         blocking = choose_blocking(num_tokens, top_k, routing.num_experts)
         block_n = schedule.blocking.size if schedule is not None else blocking.size
         per_shared = -(-num_tokens // block_n)
         routed = num_tokens * top_k if schedule is None else schedule.max_blocks
         flags = {"K": top_k, "Z": weights.num_shared, "SCHEDULED": schedule is not None}
-        return cls(block_n, per_shared, weights.num_shared * per_shared, routed, flags)
+        num_local = None if expert_map is None else weights.num_experts
+        return cls(block_n, per_shared, weights.num_shared * per_shared, routed, num_local, flags)
 
 
 def _matrices(weights: MoEWeights, name: str) -> list[Tensor | None]:

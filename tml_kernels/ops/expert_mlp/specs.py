@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..._aot import MAX_LOOP, AotSpec
-from .configs import STEP, Problem, choose_config
+from ..._triton.steps import STEP
+from .configs import Problem, choose_config
 from .kernel import GIVEN, INV_RMS, SIZES, TABLES, down_kernel, gate_up_kernel
 
 # Format -> Triton types of data, scale, zero and outer; None: there is no such tensor.
@@ -136,6 +137,8 @@ def _type_of(name: str, shape: Shape) -> str | None:
     """None: this shape has no such tensor."""
     if name in _TYPES:
         return None if name in TABLES and not shape.scheduled else _TYPES[name]
+    if name in ("map_ptr", "num_local"):
+        return None
     if not name.endswith("_ptr"):
         return "i32"
     if name == INV_RMS:
@@ -144,6 +147,4 @@ def _type_of(name: str, shape: Shape) -> str | None:
     name = name.removeprefix("shared_").removesuffix("_ptr")
     if name == "bias":
         return "*fp32" if shape.bias else None
-    if name == "map":
-        return None
     return _TENSORS[format][("w", "scale", "zero", "outer").index(name)]

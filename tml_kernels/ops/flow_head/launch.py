@@ -38,9 +38,10 @@ from .kernel import (
 from .reference import FlowWeights, time_wave
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def _wave(num_steps: int, width: int, device: torch.device) -> Tensor:
-    """wave_N_W, float32. Copied to the device the first time: warm up before capturing a graph."""
+    """wave_N_W, float32. Copied to the device the first time: warm up before capturing a graph,
+    which then holds no more than its pointer, so none is ever dropped."""
     return time_wave(num_steps, width, torch.device("cpu")).float().to(device)
 
 

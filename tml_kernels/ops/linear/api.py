@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
-from ..._registry import refuse_grad, register_op
+from ..._registry import refuse_grad, refuse_same, register_op
+from ..._scratch import check_scratch
 from ...precision import ACTIVATIONS
 from ...quant import FORMATS, PackedExperts
 from .configs import STEP, kernel_why_not, problem_of, scratch_bytes
@@ -128,13 +129,14 @@ def linear(
     else:
         wanted = ACTIVATIONS if out_dtype is None else out_dtype
         out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
+        refuse_same(out_T_F=out_T_F, x_T_D=x_T_D)
     if parts < 1:
         raise ValueError(f"parts: expected at least 1, got {parts}")
     refuse_grad(x_T_D, weight, bias_F, residual_T_F)
     if out_T_F.numel() > 0:
         if scratch_B is not None:
             needed = scratch_bytes(problem_of(x_T_D, weight_F_D, parts))
-            check_scratch(scratch_B, needed, x_T_D.device)
+            check_scratch(scratch_B, needed, x_T_D.device, align=16)
         _op(
             x_T_D, weight, weight_scale, weight_zero, format, bias_F, residual_T_F, scale,
             activation, num_valid, out_T_F, scratch_B, parts,
@@ -187,17 +189,6 @@ def given_weight(
         return weight
     sizes = (weight.shape[-2], x.shape[1])
     return PackedExperts(FORMATS[format], weight, weight_scale, weight_zero, None, *sizes)
-
-
-def check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
-    Dims().check(scratch_B=scratch, dtype=torch.uint8, device=device)
-    if scratch.numel() < needed:
-        raise ValueError(f"scratch_B: {needed} bytes are needed, got B={scratch.numel()}")
-    if scratch.storage_offset() % 16:
-        raise ValueError(
-            f"scratch_B: starts {scratch.storage_offset()} bytes into its storage, "
-            "must be a multiple of 16"
-        )
 
 
 def _output_width(num_rows: int, activation: str | None, num_valid: int | None) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._configs import chooser
+from ..._triton import steps
 from ...quant import PackedExperts
 
 # Programs that fill the largest chip twice over (132 or 148 processors); less than this half of
@@ -28,12 +29,10 @@ MAX_ELEMENTS = 2**31 - 1  # of a packed matrix: offsets within it are 32-bit
 # never lie where another counts.
 MAX_COUNTERS = 512
 
-# Columns that a program takes at a time; a width that is no multiple needs masks.
-STEP = {"plain": 64, "fp8": 128, "fp8_channel": 128, "int4": 256, "int4_f16": 256}
-
 # Tokens of the widest block. Decoding takes registers; and a step of int4 has eight products with
 # sums of their own, which for 64 tokens exceed sm_100's tensor memory of 512 columns.
 WIDEST = {"plain": 128, "fp8": 64, "fp8_channel": 64, "int4": 32, "int4_f16": 32}
+STEP = {format: steps.STEP[format] for format in WIDEST}  # of the formats that linear takes
 WIDEST_CONV = 64  # with a convolution behind the product, whose taps take registers too
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..._ragged import check_slots
-from ..._registry import is_same, refuse_grad, register_op
+from ..._registry import refuse_grad, refuse_same, register_op
+from ..._scratch import check_scratch
 from ...quant import PackedExperts
-from .api import check_products, check_scratch, flatten, given_weight, launch_or
+from .api import check_products, flatten, given_weight, launch_or
 from .configs import problem_of, scratch_bytes
 from .reference import linear_conv_ref
 
@@ -102,12 +103,14 @@ def linear_conv(
         out_T_F = residual_T_F.new_empty(residual_T_F.shape)
     else:
         dims.check(out_T_F=out_T_F, dtype=dtype, device=device)
-        if is_same(out_T_F, residual_T_F):
-            raise ValueError("out_T_F: must not be the same memory as residual_T_F")
+    refuse_same(residual_T_F=residual_T_F, x_T_D=x_T_D)
+    refuse_same(out_T_F=out_T_F, x_T_D=x_T_D)
+    refuse_same(out_T_F=out_T_F, residual_T_F=residual_T_F)
     refuse_grad(x_T_D, weight, conv_weight_F_4, state_N_3_F, residual_T_F, norm_weight_F)
     if out_T_F.numel() > 0:
         if scratch_B is not None:
-            check_scratch(scratch_B, scratch_bytes(problem_of(x_T_D, weight_F_D)), device)
+            needed = scratch_bytes(problem_of(x_T_D, weight_F_D))
+            check_scratch(scratch_B, needed, device, align=16)
         _op(
             x_T_D, weight, weight_scale, weight_zero, format, conv_weight_F_4, state_N_3_F, slot_T,
             residual_T_F, norm_weight_F, out_T_F, scratch_B,

@@ -15,6 +15,7 @@ from ..._dims import Dims
 from ..._page_plan import PagePlan, check_plan
 from ..._ragged import check_below, check_start
 from ..._registry import refuse_grad, register_op
+from ..._scratch import check_scratch
 from ...precision import ACTIVATIONS
 from .configs import kernel_why_not, problem_of, scratch_bytes
 from .reference import check_positions, paged_attention_ref
@@ -164,9 +165,10 @@ def paged_attention(
 
     On CUDA the weights of values are rounded to q's dtype, and so are their sums; a table of
     float32 counts as two terms of it. Shapes and dtypes for which `configs.kernel_why_not` has a
-    reason take the plain path there, in other bits: so does a call whose partial results would take
-    over 2 GiB, which is about the tokens of all rows. With a window, bits of an append do not
-    depend on how it is cut where the plan's bases are multiples of R.
+    reason (float32 queries, float16 ones with fp8 pages) take the plain path there, in other bits:
+    so does a call whose partial results would take over 2 GiB, which is about the tokens of all
+    rows. With a window, bits of an append do not depend on how it is cut where the plan's bases are
+    multiples of R.
 
     One launch. scratch: uint8, `configs.scratch_bytes(problem)` of them with
     `configs.problem_of(...)`, aligned to 256. It must be zeros before its first use; every call
@@ -199,7 +201,7 @@ def paged_attention(
         dims.check(out_T_H_C=out_T_H_C, dtype=dtype, device=device)
     if scratch_B is not None:
         problem = problem_of(q_T_H_C, k_pages_P_G_R_C, plan.page_S_M, window, rel_T_H_B)
-        _check_scratch(scratch_B, scratch_bytes(problem), device)
+        check_scratch(scratch_B, scratch_bytes(problem), device, align=256)
     refuse_grad(q_T_H_C, k_pages_P_G_R_C, v_pages_P_G_R_C, rel_T_H_B, rel_table_B_X)
     if dims["T"] > 0:
         _op(
@@ -240,17 +242,6 @@ def _check_scales(
         if scale is not None:
             named = {name: scale}
             dims.check(dtype=torch.float32, device=k_pages.device, contiguous=True, **named)
-
-
-def _check_scratch(scratch: Tensor, needed: int, device: torch.device) -> None:
-    Dims().check(scratch_B=scratch, dtype=torch.uint8, device=device)
-    if scratch.numel() < needed:
-        raise ValueError(f"scratch_B: {needed} bytes are needed, got B={scratch.numel()}")
-    if scratch.storage_offset() % 256:
-        raise ValueError(
-            f"scratch_B: starts {scratch.storage_offset()} bytes into its storage, "
-            "which is not a multiple of 256"
-        )
 
 
 def _check_options(

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._page_plan import PagePlan
+from ..._pages import FP8, quantize_ref
 from ...testing import Cost, randn
-
-FP8 = torch.float8_e4m3fn
 
 
 class Row(NamedTuple):
@@ -23,13 +22,6 @@ class Row(NamedTuple):
     new: int
     length: int
     kept: int | None = None
-
-
-def quantize(pages_P_G_R_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Pages of fp8 and the scale of every row: its largest magnitude goes to 448."""
-    scale_P_G_R = pages_P_G_R_C.abs().amax(-1) / 448
-    scale_P_G_R = torch.where(scale_P_G_R == 0, 1.0, scale_P_G_R)
-    return (pages_P_G_R_C / scale_P_G_R[..., None]).to(torch.float8_e4m3fn), scale_P_G_R
 
 
 class Page(NamedTuple):
@@ -171,8 +163,8 @@ class Case:
                 x.masked_fill_(hidden_P_R.to(device)[:, None, :, None], float("nan"))
         scales = {}
         if page_dtype == FP8:
-            pages[0], scales["k_scale_P_G_R"] = quantize(pages[0])
-            pages[1], scales["v_scale_P_G_R"] = quantize(pages[1])
+            pages[0], scales["k_scale_P_G_R"] = quantize_ref(pages[0])
+            pages[1], scales["v_scale_P_G_R"] = quantize_ref(pages[1])
         k_pages, v_pages = (x.to(page_dtype) for x in pages)
         return {"k_pages_P_G_R_C": k_pages, "v_pages_P_G_R_C": v_pages, **scales}
 

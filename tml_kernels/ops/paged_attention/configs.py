@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..._configs import chooser
+from ..._configs import chooser, tile_of
+from ..._scratch import Buffer, lay_out
 
 SPLIT_KEYS = 512  # keys of a split: fixed, because a query's bits depend on where splits begin
 MAX_PROGRAMS = 528  # a program takes every MAX_PROGRAMS-th item: four for each SM of an H200
@@ -146,6 +146,8 @@ def shape_why_not(p: Problem) -> str | None:
     """What stands against the kernels in the interpreter too."""
     if p.page_dtype not in (p.dtype, torch.float8_e4m3fn):
         return f"queries of {p.dtype} with pages of {p.page_dtype}"
+    if p.dtype == torch.float16 and p.page_dtype == torch.float8_e4m3fn:
+        return "weights times values' scales are rounded to float16, which has no range for them"
     if p.head_width > 256:
         return f"C={p.head_width}: at most 256"
     if p.page_rows > 64:
@@ -159,37 +161,17 @@ def shape_why_not(p: Problem) -> str | None:
     return None
 
 
-def tile_of(size: int) -> int:
-    """The least tile of a dot that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """A piece of the scratch: `shape` of `dtype` at byte `offset`."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.offset + math.prod(self.shape) * self.dtype.itemsize
-
-
 def scratch_buffers(p: Problem) -> tuple[Buffer, ...]:
     """The counters of the tiles, zero between calls; maximum and sum of every partial result
     [T, H, K, 2] and weighted values [T, H, K, C]."""
     partial = (p.num_tokens, p.num_heads, p.max_splits)
-    buffers, end = [], 0
-    for shape, dtype in (
-        ((MAX_COUNTERS,), torch.int32),
-        ((*partial, 2), torch.float32),
-        ((*partial, p.block_c), torch.float32),
-    ):
-        buffers.append(Buffer(math.ceil(end / 256) * 256, shape, dtype))
-        end = buffers[-1].end
-    return tuple(buffers)
+    return lay_out(
+        [
+            ((MAX_COUNTERS,), torch.int32),
+            ((*partial, 2), torch.float32),
+            ((*partial, p.block_c), torch.float32),
+        ]
+    )
 
 
 def scratch_bytes(p: Problem) -> int:

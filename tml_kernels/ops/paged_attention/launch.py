@@ -60,7 +60,7 @@ def launch_paged_attention(
     if scratch is None:
         scratch = torch.empty(buffers[-1].end, dtype=torch.uint8, device=q.device)
         scratch[: 4 * config.max_tiles(p) * p.num_kv_heads].zero_()
-    counter, part_ml, part_acc = (scratch[b.offset : b.end].view(b.dtype) for b in buffers)
+    counter, part_ml, part_acc = (b.of(scratch) for b in buffers)
     programs = min(MAX_PROGRAMS, config.max_tiles(p) * p.num_kv_heads * p.max_splits)
     attention_kernel[(programs,)](
         q, k_pages, v_pages, k_scale, v_scale, page, base, rows, count, row_position,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import refuse_grad, register_op
+from ..._scratch import check_scratch
 from ...precision import ACTIVATIONS
 from .configs import kernel_why_not, scratch_bytes
 from .reference import PATCH_40, PatchSpec, PatchWeights, patch_embed_ref, spec_of
@@ -125,15 +126,8 @@ def patch_embed(
     else:
         dims.check(out_T_D=out_T_D, dtype=ACTIVATIONS, device=device)
     if scratch_B is not None:
-        dims.check(scratch_B=scratch_B, dtype=torch.uint8, device=device)
         needed = scratch_bytes(spec, dims["T"], width, dtype)
-        if dims["B"] < needed:
-            raise ValueError(f"scratch_B: {needed} bytes are needed, got B={dims['B']}")
-        if scratch_B.storage_offset() % 16:
-            raise ValueError(
-                f"scratch_B: starts {scratch_B.storage_offset()} bytes into its storage, "
-                "which is not a multiple of 16"
-            )
+        check_scratch(scratch_B, needed, device, align=16)
     refuse_grad(*weights.linears, *weights.norms, weights.final_norm)
     if out_T_D.numel() > 0:
         _op(

@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from ..._configs import chooser
+from ..._configs import chooser, tile_of
+from ..._scratch import Buffer, lay_out
 from .reference import NUM_CHANNELS, PatchSpec
 
 # Output features per partial sum of squares. One size for every configuration: a row's norm then
@@ -83,7 +83,7 @@ def kernel_why_not(spec: PatchSpec, dtype: torch.dtype) -> str | None:
 def stem_why_not(spec: PatchSpec) -> str | None:
     if len(spec.folds) < 2:
         return f"folds={spec.folds}: the first kernel computes two folds"
-    if _tile(spec.widths[0]) * _tile(NUM_CHANNELS * spec.folds[0] ** 2) > MAX_FIRST_WEIGHTS:
+    if tile_of(spec.widths[0]) * tile_of(NUM_CHANNELS * spec.folds[0] ** 2) > MAX_FIRST_WEIGHTS:
         return (
             f"folds={spec.folds}, widths={spec.widths}: the first layer is too large for one tile"
         )
@@ -97,15 +97,10 @@ def stem_shared(spec: PatchSpec) -> int:
     """Most bytes of shared memory that the stem takes: the second layer's weights for one place of
     its fold, twice, the first layer's, and its input and output rows, all of 16 bits."""
     first, second = spec.widths[:2]
-    c1, k = _tile(first), _tile(NUM_CHANNELS * spec.folds[0] ** 2)
+    c1, k = tile_of(first), tile_of(NUM_CHANNELS * spec.folds[0] ** 2)
     part = max(16, 1 << (second.bit_length() - 1))
-    c2 = part + (_tile(second - part) if second > part else 0)
+    c2 = part + (tile_of(second - part) if second > part else 0)
     return 2 * (STEM.num_stages * c1 * c2 + c1 * k + STEM.block_r * (c1 + k))
-
-
-def _tile(size: int) -> int:
-    """The least tile of a dot that holds `size`."""
-    return max(16, 1 << (size - 1).bit_length())
 
 
 def num_slots(num_features: int) -> int:
@@ -113,43 +108,22 @@ def num_slots(num_features: int) -> int:
     return 1 << (-(-num_features // SLOT_SIZE) - 1).bit_length()
 
 
-@dataclass(frozen=True)
-class Buffer:
-    """A piece of the scratch: shape [rows, columns] of `dtype` at byte `offset`."""
-
-    offset: int
-    rows: int
-    columns: int
-    dtype: torch.dtype
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.rows * self.columns * self.dtype.itemsize
-
-
 def scratch_buffers(
     spec: PatchSpec, num_tokens: int, width: int, dtype: torch.dtype
 ) -> tuple[Buffer, ...]:
     """Stem rows, then for every product its rows and their partial sums.
 
-    >>> [(b.rows, b.columns) for b in scratch_buffers(PatchSpec(), 1, 4096, torch.bfloat16)]
+    >>> [b.shape for b in scratch_buffers(PatchSpec(), 1, 4096, torch.bfloat16)]
     [(32, 320), (2, 4800), (2, 128), (1, 4096), (1, 64)]
     """
     side = spec.patch // (spec.folds[0] * spec.folds[1])
     rows = num_tokens * spec.frames * side * side
-    shapes = [(rows, spec.widths[1], dtype)]
+    shapes = [((rows, spec.widths[1]), dtype)]
     for fold, features in zip(spec.folds[2:], spec.widths[2:], strict=True):
         rows //= fold * fold
-        shapes += [(rows, features, dtype), (rows, num_slots(features), torch.float32)]
-    shapes += [
-        (num_tokens, width, torch.float32),
-        (num_tokens, num_slots(width), torch.float32),
-    ]
-    buffers, end = [], 0
-    for rows, columns, kind in shapes:
-        buffers.append(Buffer(math.ceil(end / 256) * 256, rows, columns, kind))
-        end = buffers[-1].end
-    return tuple(buffers)
+        shapes += [((rows, features), dtype), ((rows, num_slots(features)), torch.float32)]
+    shapes += [((num_tokens, n), torch.float32) for n in (width, num_slots(width))]
+    return lay_out(shapes)
 
 
 def scratch_bytes(spec: PatchSpec, num_tokens: int, width: int, dtype: torch.dtype) -> int:

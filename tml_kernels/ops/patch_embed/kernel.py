@@ -29,7 +29,6 @@ from .configs import (
     NORM,
     PRODUCTS,
     STEM,
-    Buffer,
     ProductConfig,
     choose_product,
     scratch_buffers,
@@ -70,7 +69,10 @@ def launch_patch_embed(
     if reason is not None:
         raise ValueError(f"patch_embed: {reason}")
     num_tokens, width = out.shape
-    x, *pairs = _carve(scratch, scratch_buffers(spec, num_tokens, width, linears[0].dtype), out)
+    buffers = scratch_buffers(spec, num_tokens, width, linears[0].dtype)
+    if scratch is None:
+        scratch = torch.empty(buffers[-1].end, dtype=torch.uint8, device=out.device)
+    x, *pairs = (b.of(scratch) for b in buffers)
     _launch_stem(frames, extent, linears, norms, spec, eps, x)
     ssq = None
     for i, y, y_ssq in zip(range(2, len(linears)), pairs[::2], pairs[1::2], strict=True):
@@ -81,12 +83,6 @@ def launch_patch_embed(
         x, ssq, final_norm, out, eps, D=width, BLOCK_D=NORM.block_d,
         num_warps=NORM.num_warps, num_stages=NORM.num_stages,
     )  # fmt: skip
-
-
-def _carve(scratch: Tensor | None, buffers: tuple[Buffer, ...], out: Tensor) -> list[Tensor]:
-    if scratch is None:
-        scratch = torch.empty(buffers[-1].end, dtype=torch.uint8, device=out.device)
-    return [scratch[b.offset : b.end].view(b.dtype).view(b.rows, b.columns) for b in buffers]
 
 
 def _launch_stem(

@@ -68,7 +68,7 @@ def plan_pages(
     page, rows int32 and base int64, [N, M]; slot int32 [S], a table row may be named twice.
     Integers, so every backend gives the same; one launch. Allocates only when `out` is None; `out`
     must not overlap the lists. Raises TypeError or ValueError naming the argument; on the plain
-    path also for slots of N and more.
+    path also for slots of N and more, which a GPU takes as idle.
     """
     dims = Dims()
     device = page_N_M.device if isinstance(page_N_M, Tensor) else None

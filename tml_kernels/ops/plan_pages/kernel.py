@@ -15,18 +15,18 @@ from ..._aot import AotSpec
 from .configs import LONG, SHORT, Config, Problem, choose_config
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["N", "M"])
 def plan_pages_kernel(
     page_ptr, base_ptr, rows_ptr,  # in   [N, M]
     slot_ptr,                      # in   [S]
     out_page_ptr, out_base_ptr, out_rows_ptr,  # out  [S, M]
     count_ptr,                     # out  [S]
-    M, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
+    N, M, BLOCK_M: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_ptr + s).to(tl.int64)
-    is_live = slot >= 0
-    row = tl.maximum(slot, 0) * M
+    is_live = (slot >= 0) & (slot < N)
+    row = slot * M
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = (offs_m < M) & is_live
     page_m = tl.load(page_ptr + row + offs_m, mask=mask_m, other=-1)
@@ -76,12 +76,13 @@ def launch_plan_pages(
     grid = (num_rows, max(1, triton.cdiv(num_columns, config.block_m)))
     plan_pages_kernel[grid](
         page, base, rows, slot, out_page, out_base, out_rows, count,
-        num_columns, BLOCK_M=config.block_m, BLOCK_J=config.block_j, num_warps=config.num_warps,
+        page.shape[0], num_columns,
+        BLOCK_M=config.block_m, BLOCK_J=config.block_j, num_warps=config.num_warps,
     )  # fmt: skip
 
 
 def aot_specs() -> list[AotSpec]:
-    signature = dict.fromkeys(plan_pages_kernel.arg_names[:8], "*i32") | {"M": "i32"}
+    signature = dict.fromkeys(plan_pages_kernel.arg_names[:8], "*i32") | {"N": "i32", "M": "i32"}
     signature |= {"base_ptr": "*i64", "out_base_ptr": "*i64"}
     return [
         AotSpec(

@@ -71,7 +71,7 @@ def rms_norm(
     """
     dims = Dims()
     dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
-    dims.check(weight_D=weight_D, dtype=(*ACTIVATIONS,), device=x_T_D.device)
+    dims.check(weight_D=weight_D, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
     if dims["D"] == 0 or dims["D"] > MAX_WIDTH:
         raise ValueError(f"x_T_D: D={dims['D']} is not in 1..{MAX_WIDTH}")
     if residual_T_D is not None:

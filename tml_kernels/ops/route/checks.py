@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
-from ..._routing import Routing, choose_blocking, scratch_sizes
+from ..._routing import Routing, check_schedule, check_words, choose_blocking, scratch_sizes
 from ...precision import ACTIVATIONS
 from .configs import MAX_EXPERTS
 from .reference import SCORINGS, Rule
@@ -135,13 +135,9 @@ def _refuse_nan(name: str, weight: Tensor, used: Tensor | None) -> None:
         raise ValueError(f"{name}: NaN at {bad.nonzero()[0].tolist()}")
 
 
-def check_out(
-    out: Routing, dims: Dims, device: torch.device, *, late_norm: bool | None = None
-) -> None:
-    """That `out` has these sizes, and on CUDA the schedule and scratch that the kernel writes.
-
-    late_norm: whether it must have `inv_rms_T` or must not; None: that is not written.
-    """
+def check_out(out: Routing, dims: Dims, device: torch.device, *, late_norm: bool = False) -> None:
+    """That `out` has these sizes, `inv_rms_T` exactly with `late_norm`, and on CUDA the schedule
+    and scratch that the kernel writes."""
     if not isinstance(out, Routing):
         raise TypeError(f"out: expected a Routing, got {type(out).__name__}")
     if out.num_experts != dims["E"]:
@@ -149,36 +145,19 @@ def check_out(
     dims.check(expert_T_K=out.expert_T_K, dtype=torch.int32, device=device)
     dims.check(weight_T_K=out.weight_T_K, dtype=torch.float32, device=device)
     dims.check(shared_weight_T_Z=out.shared_weight_T_Z, dtype=torch.float32, device=device)
-    if late_norm is not None and (out.inv_rms_T is not None) != late_norm:
+    if (out.inv_rms_T is not None) != late_norm:
         wanted = "needed with residual_T_D" if late_norm else "given without residual_T_D"
         raise ValueError(f"out.inv_rms_T: {wanted}; see Routing.empty")
     if out.inv_rms_T is not None:
         dims.check(inv_rms_T=out.inv_rms_T, dtype=torch.float32, device=device)
     tokens, top_k, experts = dims["T"], dims["K"], dims["E"]
-    schedule, scratch = out.schedule, out.scratch
-    if schedule is not None:
-        blocks = schedule.blocking.max_blocks(tokens, top_k, experts)
-        words = 2 + 2 * blocks + tokens * top_k
-        if schedule.max_blocks != blocks or schedule.buffer.shape != (words,):
-            raise ValueError(
-                f"out.schedule: expected {blocks} blocks in {words} words, got "
-                f"{schedule.max_blocks} in {tuple(schedule.buffer.shape)}"
-            )
-        _check_words("out.schedule.buffer", schedule.buffer, words, device)
-    elif device.type == "cuda" and choose_blocking(tokens, top_k, experts).scheduled:
+    check_schedule("out.schedule", out.schedule, tokens, top_k, experts, device)
+    needed = device.type == "cuda" and choose_blocking(tokens, top_k, experts).scheduled
+    if out.schedule is None and needed:
         raise ValueError(f"out.schedule: needed for {tokens} tokens; see Routing.empty")
-    if scratch is not None:
+    if out.scratch is not None:
         width, logits = dims.get("D", 0), dims.get("A", 0)
         words = sum(scratch_sizes(tokens, top_k, logits, experts, width))
-        _check_words("out.scratch", scratch, words, device)
+        check_words("out.scratch", out.scratch, words, device)
     elif device.type == "cuda":
         raise ValueError("out.scratch: needed on CUDA; see Routing.empty")
-
-
-def _check_words(name: str, tensor: Tensor, words: int, device: torch.device) -> None:
-    if tensor.dtype != torch.int32:
-        raise TypeError(f"{name}: expected torch.int32, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
-    if tensor.numel() < words or not tensor.is_contiguous():
-        raise ValueError(f"{name}: expected {words} words in a row, got {tuple(tensor.shape)}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._ragged import check_slots, check_start
-from ..._registry import is_same, refuse_grad, register_op
+from ..._registry import refuse_grad, refuse_same, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
 from .reference import short_conv_ref
@@ -120,10 +120,10 @@ def short_conv(
         out_T_D = x_T_D.new_empty(x_T_D.shape)
     else:
         dims.check(out_T_D=out_T_D, dtype=x_T_D.dtype, device=device)
-        _refuse_same(out_T_D=out_T_D, x_T_D=x_T_D)
+        refuse_same(out_T_D=out_T_D, x_T_D=x_T_D)
     if residual_T_D is not None:
-        _refuse_same(residual_T_D=residual_T_D, x_T_D=x_T_D)
-        _refuse_same(residual_T_D=residual_T_D, out_T_D=out_T_D)
+        refuse_same(residual_T_D=residual_T_D, x_T_D=x_T_D)
+        refuse_same(residual_T_D=residual_T_D, out_T_D=out_T_D)
     refuse_grad(x_T_D, weight_D_4, state_N_3_D, residual_T_D, norm_weight_D)
     if dims["T"] > 0:
         _op(
@@ -131,10 +131,3 @@ def short_conv(
             residual_T_D, norm_weight_D, eps, late_norm, out_T_D,
         )  # fmt: skip
     return out_T_D
-
-
-def _refuse_same(**pair: Tensor) -> None:
-    """A token reads its three neighbours' inputs, so no output may overwrite them meanwhile."""
-    (name, tensor), (other_name, other) = pair.items()
-    if is_same(tensor, other):
-        raise ValueError(f"{name}: must not be the same memory as {other_name}")

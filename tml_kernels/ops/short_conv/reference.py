@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._ragged import taps_of
+from ..._ragged import states_of, taps_of
 
 
 class ShortConvResult(NamedTuple):
@@ -44,8 +44,7 @@ def short_conv_ref(
     """
     live_T, tap_T_4, active_A, tail_A_3 = taps_of(start_S1, slot_S, x_T_D.shape[0])
     # All that a tap can read: three state rows of every session, then the inputs.
-    slot_S = slot_S.long()
-    source_R_D = torch.cat([state_N_3_D[slot_S.clamp(min=0)].flatten(0, 1), x_T_D])
+    source_R_D = torch.cat([states_of(state_N_3_D, slot_S).flatten(0, 1), x_T_D])
     tap_T_4_D = source_R_D[tap_T_4].to(dtype)
     y_T_D = tap_T_4_D[:, 3] + (tap_T_4_D * weight_D_4.T.to(dtype)).sum(1)
     y_T_D = y_T_D.masked_fill(~live_T[:, None], 0.0)
@@ -62,5 +61,5 @@ def short_conv_ref(
             out_T_D = out_T_D.masked_fill(~live_T[:, None], 0.0)
 
     state_N_3_D = state_N_3_D.clone()
-    state_N_3_D[slot_S[active_A]] = source_R_D[tail_A_3]
+    state_N_3_D[slot_S[active_A].long()] = source_R_D[tail_A_3]
     return ShortConvResult(out_T_D, state_N_3_D, residual_out, live_T)
