@@ -66,7 +66,7 @@ LESSONS = (
     # long after a word it has to be remembered; few words are due then, so there is more of it, and
     # more time to take speech for a tone
     Lesson(
-        0.7,
+        0.6,
         paces=(0.2, 1.0, 2.5, 4.0, 7.0),
         talks=0.7,
         lengths=(0.1, 0.05, 0.35, 0.35, 0.15),
