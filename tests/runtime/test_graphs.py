@@ -12,8 +12,9 @@ import torch
 
 from tml_kernels.testing import assert_bitwise
 from tml_runtime import InteractionModel, ModelConfig, Runtime, errors
+from tml_runtime._tick import now_ns
 from tml_runtime.graph import TickGraphs, graphs_for, mode_of, page_count, pages_that_fit
-from tml_runtime.graph_launch import capture
+from tml_runtime.graph_launch import NativeLaunch, TorchLaunch, capture
 from tml_runtime.model import KvBudget, ModelState, TickInput
 from tml_runtime.model.buffers import Bucket
 from tml_runtime.session import SpeechOut
@@ -231,6 +232,21 @@ def test_gpu_no_capture_is_spoilt_by_graphs_that_nobody_needs(
     for _ in range(3):
         graphs = TickGraphs(gpu_model, gpu_model.new_state(1), buckets=[Bucket(1, 5, 0)])
         assert graphs.report()["captured"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [NativeLaunch, TorchLaunch])
+def test_gpu_a_launch_waits_and_says_when_the_gpu_worked(make: type) -> None:
+    """By C++ and by torch alike."""
+    launch, graph = make(), torch.cuda.CUDAGraph(keep_graph=True)
+    with capture(graph, "a pause", stream=torch.cuda.Stream()):
+        launch.mark_start()
+        torch.cuda._sleep(20_000_000)  # cycles, some 10 ms
+    graph.instantiate()
+    for _ in range(3):
+        times = [now_ns(), *(launched := launch.run(graph)), now_ns()]
+        assert times == sorted(times)
+        assert launched.stage_ns()["gpu"] > 5_000_000 > launched.stage_ns()["launch_gap"]
 
 
 @pytest.mark.gpu
