@@ -57,6 +57,12 @@ def main(args: argparse.Namespace) -> int:
     op = harness.load(args.op)
     for setting in args.set:
         _set(args.op, *_parse(setting))
+    if args.vary:
+        try:
+            with changed(args.op):
+                pass
+        except ValueError as error:
+            raise SystemExit(f"--vary: {error}") from None
     cases = harness.named(op, op.bench, args.case)
     variants = dict(_variants(args.op, op.variants[SHIPPED], [_parse(v) for v in args.vary]))
     same_bits = _compile(cases, variants)

@@ -249,6 +249,8 @@ def _demo(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"wrote {args.draw_memory}")
             return 0
         report = run_demo(options)
+    except BrokenPipeError:
+        raise  # see `main`
     except (DemoError, MediaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,35 @@ class VirtualClock:
         self._now_ns = max(self._now_ns, ns)
 
 
+class _Automatic:
+    """Python's own collections: off while anybody holds them off, then as they were before.
+
+    forbidden: how many want no collection at all; one thread at a time makes graphs.
+    """
+
+    def __init__(self) -> None:
+        self.forbidden = 0
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._was_enabled = False
+
+    def hold(self) -> None:
+        with self._lock:
+            if self._holders == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0 and self._was_enabled:
+                gc.enable()
+
+
+_automatic = _Automatic()
+
+
 class QuietCollector:
     """Takes Python's garbage collector off the tick: a full collection can stop it for 85 ms.
 
@@ -46,23 +76,23 @@ class QuietCollector:
     FULL_EVERY = 64  # ticks
 
     def __init__(self) -> None:
-        self._was_enabled = False
         self._ticks = 0
         self._full_ns = 0  # CPU time of the last full collection
 
     def __enter__(self) -> None:
-        self._was_enabled = gc.isenabled()
-        gc.collect()
+        if _automatic.forbidden == 0:
+            gc.collect()
         gc.freeze()
-        gc.disable()
+        _automatic.hold()
 
     def __exit__(self, *_: object) -> None:
         gc.unfreeze()
-        if self._was_enabled:
-            gc.enable()
+        _automatic.release()
 
     def rest(self, slack_ns: int) -> None:
         self._ticks += 1
+        if _automatic.forbidden > 0:
+            return
         if self._ticks >= self.FULL_EVERY and 4 * self._full_ns < slack_ns:
             begin_ns = time.thread_time_ns()
             gc.collect()
@@ -74,20 +104,20 @@ class QuietCollector:
 
 @contextmanager
 def garbage_waits() -> Iterator[None]:
-    """No collection begins in here, and what only a collection frees is freed before.
+    """No collection of ours or of Python's own begins in here, and what only a collection frees is
+    freed before.
 
-    Around the capture of CUDA graphs, which fails when another graph is freed meanwhile. Where
-    collections are off already it does nothing.
+    Around the capture of CUDA graphs, which fails when another graph is freed meanwhile.
     """
-    if not gc.isenabled():
-        yield
-        return
-    gc.collect()
-    gc.disable()
+    if _automatic.forbidden == 0:
+        gc.collect()
+    _automatic.hold()
+    _automatic.forbidden += 1
     try:
         yield
     finally:
-        gc.enable()
+        _automatic.forbidden -= 1
+        _automatic.release()
 
 
 @contextmanager

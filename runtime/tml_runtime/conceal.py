@@ -75,6 +75,7 @@ class Concealer:
             edges = np.insert(edges, 0, source)
         goes_on = 0 if have_N[0] else self._open
         open_at = len(line) if have_N[-1] else int(edges[-1])
+        is_filled = len(edges) <= 2 * MAX_HOLES  # the hole that is open at the end
         edges = [*edges.tolist(), len(line), len(line)]  # what is heard last reaches to the end
         for i in range(0, min(len(edges) - 2, 2 * MAX_HOLES), 2):
             begin, end, stop = edges[i : i + 3]
@@ -88,7 +89,7 @@ class Concealer:
         if open_at == source:
             self._open += goes_on
         if open_at > source or not goes_on:
-            self._before[:] = line[open_at - source : open_at]
+            self._before[:] = line[open_at - source : open_at] if is_filled else 0.0
         line[:source] = line[-source:]
 
     def pass_by(self, pcm_N: np.ndarray) -> None:

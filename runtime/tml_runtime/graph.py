@@ -200,12 +200,10 @@ class TickGraphs:
             parts.append((self._rest, device_tick.run_rest))
         for bucket in reversed(self.buckets):
             for graphs, run in parts:
-                graph = torch.cuda.CUDAGraph(keep_graph=True)
                 what = f"{bucket}, which TML_EAGER=1 would run op by op,"
-                with capture(graph, what, stream=stream, pool=pool):
+                with capture(what, stream=stream, pool=pool) as graph:
                     self._launch.mark_start()
                     run(self._state, bucket, _nothing)
-                graph.instantiate()
                 graphs[bucket] = graph
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> Ran:

@@ -16,14 +16,15 @@ from .errors import CaptureError
 
 @contextmanager
 def capture(
-    graph: torch.cuda.CUDAGraph, what: str, *, stream: torch.cuda.Stream, pool: Any = None
-) -> Iterator[None]:
-    """What is queued in here goes into the graph. Raises CaptureError that names `what`; the
-    current stream is then the one of before again, which torch alone does not see to."""
-    before = torch.cuda.current_stream()
+    what: str, *, stream: torch.cuda.Stream, pool: Any = None
+) -> Iterator[torch.cuda.CUDAGraph]:
+    """A graph of what is queued in here, instantiated on leaving. Raises CaptureError that names
+    `what`; the current stream is then the one of before again, which torch does not see to."""
+    before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph(keep_graph=True)
     try:
         with garbage_waits(), torch.cuda.graph(graph, pool=pool, stream=stream):
-            yield
+            yield graph
+        graph.instantiate()
     except RuntimeError as error:
         torch.cuda.set_stream(before)
         raise CaptureError(f"{what} could not be captured: {error}") from error

@@ -181,13 +181,13 @@ class DeviceVoices:
 
     @torch.inference_mode()
     def _capture(self) -> torch.cuda.CUDAGraph:
-        side, graph = torch.cuda.Stream(priority=-1), torch.cuda.CUDAGraph()  # as ticks
+        side = torch.cuda.Stream(priority=-1)  # as ticks
         self._done = torch.cuda.Event(blocking=True)
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             self._run()  # nobody speaks; makes the plans of the Fourier transforms
         torch.cuda.current_stream().wait_stream(side)
-        with capture(graph, "the vocoder", stream=side):
+        with capture("the vocoder", stream=side) as graph:
             self._run()
         return graph
 

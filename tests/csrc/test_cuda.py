@@ -145,16 +145,18 @@ def test_graph_launch_waits_and_tells_when() -> None:
         torch.cuda._sleep(spin_cycles)
         count += 1
     graph.instantiate()
-    stream, seen = torch.cuda.Stream(), []
+    stream, seen, turns, meanwhile = torch.cuda.Stream(), [], 0, 0
 
     def step(tick: int) -> None:
-        before_ns = now_ns()
+        nonlocal meanwhile
+        before_ns, before = now_ns(), turns
         times = launch.run(graph.raw_cuda_graph_exec(), stream.cuda_stream)
+        meanwhile += turns - before
         seen.append((before_ns, *times, now_ns()))
 
     thread = TickThread(step, 100_000_000)
     thread.start()
-    end, turns = time.monotonic() + 30, 0
+    end = time.monotonic() + 30
     while len(seen) < 10 and time.monotonic() < end:
         turns += 1
     thread.stop()
@@ -163,7 +165,7 @@ def test_graph_launch_waits_and_tells_when() -> None:
         assert list(times) == sorted(times)
         launch_ns, start_ns, end_ns = times[1:4]
         assert end_ns - start_ns > 5_000_000 > start_ns - launch_ns
-    assert turns > 10_000
+    assert meanwhile > 1000
 
 
 @pytest.mark.gpu

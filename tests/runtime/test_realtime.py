@@ -210,7 +210,22 @@ def test_garbage_goes_before_and_after_but_not_within() -> None:
         assert len(junk) == 5000 and freed == [1]
         with garbage_waits():
             assert freed == [1]
+        with QuietCollector():
+            pass
         assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_no_tick_collects_while_garbage_waits() -> None:
+    freed: list[int] = []
+    collector = QuietCollector()
+    with collector:
+        with garbage_waits():
+            Cycle(freed)
+            collector.rest(10_000_000)
+            assert freed == []
+        collector.rest(10_000_000)
+        assert freed == [1] and not gc.isenabled()
     assert gc.isenabled()
 
 

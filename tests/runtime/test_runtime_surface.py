@@ -26,7 +26,7 @@ def test_public_names() -> None:
 
 def test_every_error_is_ours_and_a_builtin_one() -> None:
     ours = [e for e in vars(errors).values() if isinstance(e, type)]
-    assert len(ours) == 15
+    assert len(ours) == 16
     for error in ours:
         assert issubclass(error, errors.TmlRuntimeError)
         bases = [b for b in error.__mro__ if vars(builtins).get(b.__name__) is b]

@@ -148,6 +148,16 @@ def test_more_holes_than_a_bad_line_makes_are_zeros() -> None:
     assert out.sum() == N // 2 + MAX_HOLES
 
 
+def test_a_hole_beyond_those_does_not_come_back_in_the_next_window() -> None:
+    windows, out = AudioWindows(2, N, RATE), np.empty(N, np.float32)
+    for first in range(0, 4 * MAX_HOLES, 4):  # each followed by a hole of two, the last by the rest
+        windows.write(first, np.full(2, 0.5, np.float32))
+    windows.write(4 * MAX_HOLES, np.full(2, 0.5, np.float32))
+    windows.take(0, out)
+    assert not out[4 * MAX_HOLES + 2 :].any()
+    assert windows.take(1, out) == N and not out.any()
+
+
 def test_where_pieces_overlap_the_last_pushed_wins() -> None:
     runtime, model = make_runtime()
     with runtime, runtime.open_session() as session:
