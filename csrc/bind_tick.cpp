@@ -1,5 +1,4 @@
-// tml_runtime._tick: the tick thread's parts for Python. Links no CUDA: a graph launch comes in a
-// capsule (tick/launch.h).
+// tml_runtime._tick: the tick thread's parts for Python. Links no CUDA.
 #include <pybind11/pybind11.h>
 
 #include <deque>
@@ -55,26 +54,33 @@ py::object pop_bytes(tml::Ring& ring) {
   return py::reinterpret_steal<py::object>(bytes);
 }
 
-// What a tick calls: a Python callable, or a capsule's function. It outlives the tick thread.
-class Step {
+// A Python callable as what a tick calls. The thread keeps one Python thread state for all its
+// ticks, as threading.local expects.
+class Step final : public tml::TickStep {
  public:
   explicit Step(py::object target) : target_(std::move(target)) {
-    if (PyCapsule_CheckExact(target_.ptr())) {
-      const char* name = PyCapsule_GetName(target_.ptr());
-      TML_CHECK(PyCapsule_IsValid(target_.ptr(), tml::kTickLaunchCapsule) != 0,
-                "capsule=", name == nullptr ? "unnamed" : name,
-                " expected=", tml::kTickLaunchCapsule);
-      void* pointer = PyCapsule_GetPointer(target_.ptr(), tml::kTickLaunchCapsule);
-      launch_ = *static_cast<tml::TickLaunch*>(pointer);
-    } else if (PyCallable_Check(target_.ptr()) != 0) {
-      launch_ = {&call, nullptr, &leave, this};
-    } else {
-      throw py::type_error(std::string("step: expected a callable or a launch capsule, got ") +
+    if (PyCallable_Check(target_.ptr()) == 0) {
+      throw py::type_error(std::string("step: expected a callable, got ") +
                            Py_TYPE(target_.ptr())->tp_name);
     }
   }
 
-  const tml::TickLaunch& launch() const { return launch_; }
+  bool run(int64_t tick) override {
+    if (state_ == nullptr) {
+      gil_ = PyGILState_Ensure();
+    } else {
+      PyEval_RestoreThread(state_);
+    }
+    const bool done = call(tick);
+    state_ = PyEval_SaveThread();
+    return done;
+  }
+
+  void leave() override {
+    if (state_ == nullptr) return;
+    PyEval_RestoreThread(state_);
+    PyGILState_Release(gil_);
+  }
 
   // Raises the step's exception, if there is one, from where the step raised it.
   void raise_error() const {
@@ -95,40 +101,19 @@ class Step {
   void clear() { target_ = error_ = trace_ = py::object(); }
 
  private:
-  // The thread keeps one Python thread state for all its ticks, as threading.local expects.
-  static int call(void* ctx, int64_t tick) {
-    auto& self = *static_cast<Step*>(ctx);
-    if (self.state_ == nullptr) {
-      self.gil_ = PyGILState_Ensure();
-    } else {
-      PyEval_RestoreThread(self.state_);
-    }
-    const int code = self.call_with_gil(tick);
-    self.state_ = PyEval_SaveThread();
-    return code;
-  }
-
-  static void leave(void* ctx) {
-    auto& self = *static_cast<Step*>(ctx);
-    if (self.state_ == nullptr) return;
-    PyEval_RestoreThread(self.state_);
-    PyGILState_Release(self.gil_);
-  }
-
-  int call_with_gil(int64_t tick) {
+  bool call(int64_t tick) {
     try {
       const py::object step = target_;
       step(tick);
-      return 0;
+      return true;
     } catch (py::error_already_set& error) {
       error_ = error.value();
       trace_ = error.trace();
-      return 1;
+      return false;
     }
   }
 
   py::object target_, error_, trace_;
-  tml::TickLaunch launch_{};
   PyThreadState* state_ = nullptr;
   PyGILState_STATE gil_{};
 };
@@ -144,7 +129,7 @@ std::shared_ptr<Step> make_step(py::object target) {
 class TickThread {
  public:
   TickThread(py::object step, const tml::TickOptions& options)
-      : step_(make_step(std::move(step))), thread_(step_->launch(), step_, options) {}
+      : step_(make_step(std::move(step))), thread_(step_, options) {}
 
   ~TickThread() {
     try {
@@ -170,7 +155,7 @@ class TickThread {
 
   void stop() {
     join();
-    raise_failure();
+    if (thread_.failed()) step_->raise_error();
   }
 
   py::list drain(const py::object& record_type) {
@@ -179,7 +164,7 @@ class TickThread {
       records.append(
           record_type(r->tick, r->scheduled_ns, r->woke_ns, r->done_ns, r->missed, r->skipped));
     }
-    if (records.empty()) raise_failure();
+    if (records.empty() && thread_.failed()) step_->raise_error();
     return records;
   }
 
@@ -202,14 +187,6 @@ class TickThread {
       py::module_::import("atexit").attr("unregister")(at_exit_);
       at_exit_ = py::object();
     }
-  }
-
-  void raise_failure() {
-    const auto failure = thread_.failure();
-    if (!failure) return;
-    step_->raise_error();
-    throw tml::StateError(tml::concat("tick ", failure->tick, ": launch returned ", failure->code,
-                                      failure->text.empty() ? "" : ": ", failure->text));
   }
 
   std::shared_ptr<Step> step_;

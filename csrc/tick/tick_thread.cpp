@@ -40,9 +40,8 @@ std::string set_priority(int priority) {
 }  // namespace
 
 struct TickThread::Loop {
-  Loop(TickLaunch launch, std::shared_ptr<void> owner, const TickOptions& options)
-      : owner(std::move(owner)),
-        launch(launch),
+  Loop(std::shared_ptr<TickStep> step, const TickOptions& options)
+      : step(std::move(step)),
         options(options),
         records(static_cast<size_t>(options.max_records) * (sizeof(TickRecord) + Ring::kHeader)) {}
 
@@ -50,8 +49,7 @@ struct TickThread::Loop {
   void run_ticks(Schedule& schedule);
   void publish(const Schedule& schedule);
 
-  const std::shared_ptr<void> owner;
-  const TickLaunch launch;
+  const std::shared_ptr<TickStep> step;
   const TickOptions options;
   Ring records;
 
@@ -59,7 +57,6 @@ struct TickThread::Loop {
   std::atomic<int64_t> start_ns{0}, ticks{0}, misses{0}, skipped{0};
   std::atomic<std::thread::id> thread_id{};
   std::string scheduling = "not started";  // written before `started`
-  TickFailure failure{};                   // written before `failed`
 };
 
 void TickThread::Loop::run(std::promise<void> started) {
@@ -72,22 +69,20 @@ void TickThread::Loop::run(std::promise<void> started) {
   running = true;
   started.set_value();
   run_ticks(schedule);
-  if (launch.finish != nullptr) launch.finish(launch.ctx);
+  step->leave();
   running = false;
 }
 
 void TickThread::Loop::run_ticks(Schedule& schedule) {
   while (const auto woke = wait_until_ns(schedule.next_wake_ns(), options.spin_ns, stop)) {
     const auto [tick, skipped_before] = schedule.begin(*woke);
-    const int code = launch.launch(launch.ctx, tick);
+    const bool succeeded = step->run(tick);
     const int64_t done = now_ns();
-    const bool missed = schedule.end(done, code != 0);
+    const bool missed = schedule.end(done, !succeeded);
     const TickRecord record{tick, schedule.wake_ns(tick), *woke, done, skipped_before, missed};
     records.push(&record, sizeof record);
     publish(schedule);
-    if (code == 0) continue;
-    const char* text = launch.describe == nullptr ? "" : launch.describe(launch.ctx, code);
-    failure = {tick, code, text};
+    if (succeeded) continue;
     failed = true;
     return;
   }
@@ -99,14 +94,13 @@ void TickThread::Loop::publish(const Schedule& schedule) {
   ticks.store(schedule.ticks(), std::memory_order_release);
 }
 
-TickThread::TickThread(TickLaunch launch, std::shared_ptr<void> owner, const TickOptions& options) {
-  TML_CHECK(launch.launch != nullptr, "the tick launch holds no function");
+TickThread::TickThread(std::shared_ptr<TickStep> step, const TickOptions& options) {
   TML_CHECK(options.period_ns > 0, "period_ns=", options.period_ns);
   TML_CHECK(options.spin_ns >= 0, "spin_ns=", options.spin_ns);
   TML_CHECK(options.priority >= 0 && options.priority <= 99, "priority=", options.priority);
   TML_CHECK(options.max_records > 0 && options.max_records <= kMaxRecords,
             "max_records=", options.max_records);
-  loop_ = std::make_shared<Loop>(launch, std::move(owner), options);
+  loop_ = std::make_shared<Loop>(std::move(step), options);
 }
 
 TickThread::~TickThread() {
@@ -115,7 +109,7 @@ TickThread::~TickThread() {
   if (in_child()) {
     thread_.release();  // there is no thread to join or detach
   } else {
-    thread_->detach();  // this is it: it holds the loop, and ends after the launch it is in
+    thread_->detach();  // this is it: it holds the loop, and ends after the step it is in
   }
 }
 
@@ -161,10 +155,7 @@ int64_t TickThread::skipped() const { return loop_->skipped.load(std::memory_ord
 uint64_t TickThread::records_dropped() const { return loop_->records.dropped(); }
 bool TickThread::running() const { return loop_->running && !in_child(); }
 
-std::optional<TickFailure> TickThread::failure() const {
-  if (!loop_->failed) return std::nullopt;
-  return loop_->failure;
-}
+bool TickThread::failed() const { return loop_->failed; }
 
 std::string TickThread::scheduling() const {
   return loop_->start_ns == 0 ? "not started" : loop_->scheduling;

@@ -1,8 +1,8 @@
-// A thread that owns time: it launches tick n at start + (n + 1) * period, on an absolute clock.
+// A thread that owns time: it runs tick n at start + (n + 1) * period, on an absolute clock.
 //
 // It sleeps, then spins for at most `spin_ns`; Schedule decides what runs and what is missed. Every
 // tick that ran leaves a record in a bounded ring. On its path there is no lock that another thread
-// can hold, no allocation and no Python: only the launch may bring these.
+// can hold, no allocation and no Python: only the step may bring these.
 #pragma once
 
 #include <sys/types.h>
@@ -15,9 +15,15 @@
 #include <string>
 #include <thread>
 
-#include "launch.h"
-
 namespace tml {
+
+// What a tick thread calls in every tick.
+class TickStep {
+ public:
+  virtual ~TickStep() = default;
+  virtual bool run(int64_t tick) = 0;  // false: it failed, which ends the thread
+  virtual void leave() = 0;            // on the tick thread, after its last tick
+};
 
 struct TickOptions {
   int64_t period_ns;
@@ -30,22 +36,15 @@ struct TickOptions {
 struct TickRecord {
   int64_t tick;
   int64_t scheduled_ns;  // start + (tick + 1) * period
-  int64_t woke_ns;       // the launch began; >= scheduled_ns
+  int64_t woke_ns;       // the step began; >= scheduled_ns
   int64_t done_ns;       // it returned
   int64_t skipped;       // ticks directly before this one that never ran
   bool missed;           // done after scheduled_ns + period, or failed
 };
 
-struct TickFailure {
-  int64_t tick;
-  int code;          // what the launch returned, not 0
-  std::string text;  // what it means
-};
-
 class TickThread {
  public:
-  // `owner` keeps launch.ctx alive until the thread is over.
-  TickThread(TickLaunch launch, std::shared_ptr<void> owner, const TickOptions& options);
+  TickThread(std::shared_ptr<TickStep> step, const TickOptions& options);
   ~TickThread();  // stops
   TickThread(const TickThread&) = delete;
   TickThread& operator=(const TickThread&) = delete;
@@ -53,8 +52,8 @@ class TickThread {
   // Once in a lifetime. Returns when the thread is there and its start time is known.
   void start();
 
-  // From any thread, any number of times: no launch begins after it has returned. From within a
-  // launch it only asks, since a thread cannot wait for itself. In a forked child, where the thread
+  // From any thread, any number of times: no step begins after it has returned. From within a
+  // step it only asks, since a thread cannot wait for itself. In a forked child, where the thread
   // does not exist, it has nothing to do.
   void stop();
 
@@ -69,8 +68,8 @@ class TickThread {
   uint64_t records_dropped() const;
   bool running() const;
 
-  // Set once the thread has ended because a launch returned another code than 0.
-  std::optional<TickFailure> failure() const;
+  // Whether the thread has ended because its step failed.
+  bool failed() const;
 
   // How the thread is scheduled, in words; "not started" before start().
   std::string scheduling() const;

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from typing_extensions import Buffer, CapsuleType
+from typing_extensions import Buffer
 
 def now_ns() -> int: ...
 
@@ -101,7 +101,7 @@ class TickRecord(NamedTuple):
 
     tick: int
     scheduled_ns: int  # start + (tick + 1) * period, exactly
-    woke_ns: int  # >= scheduled_ns; a Python step begins once it also has the GIL
+    woke_ns: int  # >= scheduled_ns; the step begins once it also has the GIL
     done_ns: int
     missed: bool  # done after scheduled_ns + period, or failed
     skipped: int
@@ -109,19 +109,18 @@ class TickRecord(NamedTuple):
 class TickThread:
     """Calls `step(tick)` on a thread of its own, at the times of a Schedule that starts at start().
 
-    `step` is a callable, or a capsule (csrc/tick/launch.h) whose C function is called without the
-    GIL. The thread sleeps until `spin_ns` before the time, then spins. `priority` 1..99 asks for
+    The thread sleeps until `spin_ns` before the time, then spins. `priority` 1..99 asks for
     SCHED_FIFO, or else for a lower nice value; `scheduling` tells what was granted. At least
     `max_records` records wait for drain(); newer ones that find no room are dropped and counted in
     `records_dropped`, while the counters go on.
 
     A step that raises ends the thread: stop() raises its exception, and so does drain() once the
-    records are drained. A C function's code other than 0 is a RuntimeError in the same way.
+    records are drained.
     """
 
     def __init__(
         self,
-        step: Callable[[int], object] | CapsuleType,
+        step: Callable[[int], object],
         period_ns: int,
         *,
         spin_ns: int = 500_000,

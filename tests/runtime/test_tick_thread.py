@@ -3,18 +3,15 @@ every tick number is accounted for exactly once and every scheduled time is exac
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -288,7 +285,7 @@ def test_priority_is_reported_and_never_fatal() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"step": 3}, TypeError, "callable or a launch capsule, got int"),
+        ({"step": 3}, TypeError, "expected a callable, got int"),
         ({"period_ns": 0}, ValueError, "period_ns=0"),
         ({"period_ns": 1.5}, TypeError, "period_ns"),
         ({"spin_ns": -1}, ValueError, "spin_ns=-1"),
@@ -302,95 +299,6 @@ def test_bad_input(change: dict, error: type, words: str) -> None:
     arguments = {"step": lambda tick: None, "period_ns": MS} | change
     with pytest.raises(error, match=words):
         TickThread(**arguments)
-
-
-# The launch capsule of csrc/tick/launch.h, made by hand.
-
-LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
-DESCRIBE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
-FINISH = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-CAPSULE_NAME = b"tml.tick_launch"
-
-
-class TickLaunch(ctypes.Structure):
-    _fields_ = (
-        ("launch", LAUNCH),
-        ("describe", DESCRIBE),
-        ("finish", FINISH),
-        ("ctx", ctypes.c_void_p),
-    )
-
-
-def capsule_of(launch: TickLaunch, name: bytes = CAPSULE_NAME) -> object:
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = (ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, FINISH])
-    return new(ctypes.addressof(launch), name, FINISH())
-
-
-@pytest.fixture(scope="module")
-def counting_launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
-    """A C function that adds to the counter it is given; no Python in it."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile a C launch with")
-    folder: Path = tmp_path_factory.mktemp("launch")
-    source, library = folder / "count.cpp", folder / "count.so"
-    source.write_text(
-        'extern "C" int count(void* ctx, long tick) {\n'
-        "  __atomic_add_fetch(static_cast<long*>(ctx), 1, __ATOMIC_RELAXED);\n"
-        "  return tick < 0;\n"
-        "}\n"
-    )
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    yield ctypes.CDLL(str(library))
-
-
-def test_capsule_runs_without_the_gil(counting_launch: ctypes.CDLL) -> None:
-    counter = ctypes.c_int64(0)
-    launch = TickLaunch(
-        ctypes.cast(counting_launch.count, LAUNCH),
-        DESCRIBE(),
-        FINISH(),
-        ctypes.cast(ctypes.pointer(counter), ctypes.c_void_p),
-    )
-    thread = TickThread(capsule_of(launch), 2 * MS)
-    thread.start()
-    sleep_with_gil = ctypes.PyDLL(None).usleep
-    before = counter.value
-    sleep_with_gil(200_000)
-    assert counter.value > before
-    thread.stop()
-    assert counter.value == thread.ticks - thread.skipped
-    check_account(thread, thread.drain(), 2 * MS)
-
-
-def test_capsule_that_fails_is_described_and_finished_once() -> None:
-    finished: list[int] = []
-    text = ctypes.create_string_buffer(b"the seventh seal")
-    launch = TickLaunch(
-        LAUNCH(lambda ctx, tick: 7 if tick >= 2 else 0),
-        DESCRIBE(lambda ctx, code: ctypes.addressof(text)),
-        FINISH(lambda ctx: finished.append(threading.get_native_id())),
-        None,
-    )
-    thread = TickThread(capsule_of(launch), MS)
-    thread.start()
-    wait_for(lambda: not thread.running)
-    assert thread.drain()[-1].missed
-    for call in (thread.stop, thread.drain):
-        with pytest.raises(RuntimeError, match=r"tick \d+: launch returned 7: the seventh seal"):
-            call()
-    assert len(finished) == 1
-    assert finished[0] != threading.get_native_id()
-
-
-def test_capsule_of_another_name_is_refused() -> None:
-    launch = TickLaunch(LAUNCH(lambda ctx, tick: 0), DESCRIBE(), FINISH(), None)
-    empty = TickLaunch()
-    with pytest.raises(ValueError, match=r"capsule=other expected=tml\.tick_launch"):
-        TickThread(capsule_of(launch, b"other"), MS)
-    with pytest.raises(ValueError, match="holds no function"):
-        TickThread(capsule_of(empty), MS)
 
 
 def run_script(script: str) -> subprocess.CompletedProcess[str]:
