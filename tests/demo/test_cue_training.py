@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from tml_kernels._tensor_file import TensorFile, write_tensor_file
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo import train as command
 from tml_runtime.demo.cue import trainer as training
+from tml_runtime.demo.cue.batch import make_batch
 from tml_runtime.demo.cue.lessons import LESSONS, draw_tasks, lesson_at
 from tml_runtime.demo.cue.optimiser import Optimiser, orthogonal, schedule
 from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
 from tml_runtime.demo.cue.trainer import STATE, WEIGHTS, Trainer, TrainingError
-from tml_runtime.demo.cue.words import CONFIG
+from tml_runtime.demo.cue.words import CONFIG, ID, SILENT_LEVEL
 from tml_runtime.model import InteractionModel
 
 MEDIA = made_speech(), made_footage()
@@ -214,6 +216,27 @@ def test_weights_without_a_gradient_stay() -> None:
     Optimiser.new(weights).step(0, 10)
     assert (weights["layers.0.x"] == 1).all()
     assert (weights["y"] < 1).all() and weights["y"].grad is None
+
+
+def test_what_is_silent_is_learnt_where_a_word_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of the tick of "<yield>", and of the one after it: what the speech head sings there is
+    heard by the model itself."""
+    monkeypatch.setattr(training, "QUIET_ROWS", 0)
+    weights = training.new_weights(1)
+    episode = make_episode("speak", 50, 0, *MEDIA, lose=0.0)
+    batch = make_batch([episode], np.random.default_rng(0))
+    h_M_D = torch.randn(len(batch.target_M), CONFIG.width)
+    first = 4 * int(np.flatnonzero(episode.said_T == ID["<yield>"])[0])
+    assert (batch.mel_M_B[first : first + 8] == SILENT_LEVEL).all()
+
+    def loss(mel_M_B: torch.Tensor) -> float:
+        changed = replace(batch, mel_M_B=mel_M_B)
+        return float(training.speech_loss(weights, changed, h_M_D, np.random.default_rng(0)))
+
+    for row in range(first, first + 8):
+        mel_M_B = batch.mel_M_B.clone()
+        mel_M_B[row] += 1.0
+        assert loss(mel_M_B) != loss(batch.mel_M_B)
 
 
 def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:

@@ -135,14 +135,14 @@ def _attention(
     group = num_heads // num_kv
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     r = r.unflatten(2, (num_heads, config.d_rel)).transpose(1, 2)
-    attended = []
-    for begin in range(0, q.shape[2], BLOCK):
-        end = min(begin + BLOCK, q.shape[2])
+    attended, end = [], 0
+    for q_N_H_b_C, r_N_H_b_B in zip((q / width).split(BLOCK, 2), r.split(BLOCK, 2), strict=True):
+        begin, end = end, end + q_N_H_b_C.shape[2]
         first = 0 if heads.window is None else max(0, begin + 1 - heads.window)
-        bias = _by_distance(r[:, :, begin:end], w.rel_table_B_X, end - first)
+        bias = _by_distance(r_N_H_b_B, w.rel_table_B_X, end - first)
         bias = bias + _mask(begin, end, first, heads.window, dropped_N_T_T)
         keys, values = k[:, :, first:end].flatten(0, 1), v[:, :, first:end].flatten(0, 1)
-        queries = (q[:, :, begin:end] / width).flatten(0, 1)
+        queries = q_N_H_b_C.flatten(0, 1)
         scores = torch.baddbmm(bias.flatten(0, 1), queries, keys.transpose(1, 2))
         attended.append((scores.softmax(dim=-1) @ values).unflatten(0, (-1, num_heads)))
     attended_N_T_I = torch.cat(attended, dim=2).transpose(1, 2).flatten(2)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from .words import CONFIG, SILENT_LEVEL
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
 SPEECH_WEIGHT = 0.1  # of the speech head's loss beside that of tokens
 LATER_WEIGHT = 0.1  # of a tick's later steps, whose token is always silence
-QUIET_ROWS = 24  # of the speech head per batch, of steps that are silent
+QUIET_ROWS = 24  # of the speech head per batch, of steps long after a word
 NEWEST = 0.05  # what an episode's loss counts in the mean of its task
 UNKNOWN = 100_000  # steps, for the schedules of the first ones, by which a run's number is set
 BALANCE = 2e-3  # by which the bias of an expert moves in a step towards an even load
@@ -103,9 +104,10 @@ class Trainer:
             keep_ticks=keep,
         )
         loads: list[Tensor] = []
-        total, loss = batch_loss(self.weights, batch, episodes, rng, lesson, loads)
-        total.backward()
-        self.optimiser.step(self.step, num_steps)
+        with _flushed_denormals():
+            total, loss = batch_loss(self.weights, batch, episodes, rng, lesson, loads)
+            total.backward()
+            self.optimiser.step(self.step, num_steps)
         self._balance(loads)
         for task, value in loss.tasks.items():
             self.losses[task] += NEWEST * (value - self.losses[task])
@@ -172,6 +174,17 @@ class Trainer:
         sparse = [lw.mlp for lw in self.weights.layers if isinstance(lw.mlp, MoeWeights)]
         for mlp, load_E in zip(sparse, loads, strict=True):
             mlp.bias_E.add_((load_E.float().mean() - load_E).sign(), alpha=BALANCE)
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """This thread takes numbers below 2^-126 for zero. What softmax gives back to keys that are
+    hardly looked at is full of them, and products of them are a hundred times as slow."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def new_weights(seed: int) -> ModelWeights:
@@ -262,11 +275,14 @@ def batch_loss(
 
 
 def speech_loss(w: ModelWeights, batch: Batch, h_M_D: Tensor, rng: np.random.Generator) -> Tensor:
-    """Flow matching at the times that the head is asked at: all steps that sound, a few silent."""
-    is_heard_M = (batch.mel_M_B > SILENT_LEVEL).any(1)
-    quiet = np.flatnonzero(~is_heard_M.numpy())
-    some = rng.permutation(quiet)[:QUIET_ROWS]
-    rows = torch.cat([torch.where(is_heard_M)[0], torch.from_numpy(some)])
+    """Flow matching at the times that the head is asked at: all steps of ticks with a word and of
+    the ticks after them, a few others. Words such as "<yield>" are silent, and so is what follows
+    one: a head that sings on there is heard by the model itself."""
+    says_T = (batch.target_M.view(-1, CONFIG.layout.num_steps) != SILENCE).any(1)
+    near_M = (says_T | says_T.roll(1)).repeat_interleave(CONFIG.layout.num_steps)
+    far = np.flatnonzero(~near_M.numpy())
+    some = rng.permutation(far)[:QUIET_ROWS]
+    rows = torch.cat([torch.where(near_M)[0], torch.from_numpy(some)])
     mel_Q_B, num_steps = batch.mel_M_B[rows], CONFIG.flow.num_steps
     noise = rng.standard_normal(mel_Q_B.shape, dtype=np.float32)
     noise_Q_B = torch.from_numpy(noise)
