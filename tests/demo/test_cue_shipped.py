@@ -11,12 +11,13 @@ import pytest
 import torch
 from cue_media import made_footage, made_speech
 
+from tml_kernels.ops.dmel.reference import quantise_ref
 from tml_kernels.testing import assert_matches
 from tml_runtime import Runtime
 from tml_runtime.demo import media as media_files
 from tml_runtime.demo.cue import shipped
 from tml_runtime.demo.cue.batch import make_batch
-from tml_runtime.demo.cue.evaluate import live_through
+from tml_runtime.demo.cue.evaluate import live_through, tick_input
 from tml_runtime.demo.cue.recordings import HELD_OUT, MADE, SCENE, TRAINED_ON
 from tml_runtime.demo.cue.report import read_report, target_rows, weights_digest
 from tml_runtime.demo.cue.shipped import FOLDER, load_shipped, make_scene
@@ -98,6 +99,25 @@ def test_it_runs_in_the_runtime_as_in_ticks_and_is_heard(model: InteractionModel
     # Now and then the speech head makes a sound of its own: 14 dB below the softest word here.
     assert softest > 10 * max(power[tick] for tick in silent)
     assert not [out for out in outputs if isinstance(out, ActionOut)]
+
+
+@torch.inference_mode()
+def test_who_yields_is_silent_by_ear_too(model: InteractionModel) -> None:
+    """Not in words alone: from two ticks after an interruption's first on, nothing sounds."""
+    made = [make_episode("speak", 40, n, *MEDIA, lose=0.0) for n in range(4)]
+    state = model.new_state(len(made))
+    for slot in range(len(made)):
+        state.set_sampling(slot, temperature=0.0)
+    mel_T = [model.tick(state, tick_input(made, tick)).mel_S_K_B.clone() for tick in range(40)]
+    levels = quantise_ref(torch.stack(mel_T, dim=1), CONFIG.layout.dmel).float().mean((2, 3))
+    quiet, singing = [], []
+    for n, episode in enumerate(made):
+        for event in episode.events:
+            if event.kind == "interruption":
+                quiet.append(levels[n, event.tick + 2 : event.tick + 4].mean())
+                singing.append(levels[n, event.tick - 1])
+    assert len(quiet) > 3
+    assert max(quiet) < 0.05 * min(singing)
 
 
 def test_the_demo_with_it_says_the_same_every_time(
