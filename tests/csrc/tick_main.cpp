@@ -153,19 +153,15 @@ void fuzz_schedule() {
   expect_throws<tml::Error>([] { tml::Schedule(0, 0); }, "schedule: a period of 0 is refused");
 }
 
-struct Work {
-  std::atomic<int64_t> launches{0}, finishes{0};
-  int64_t fail_at = -1;  // the tick from which on launch fails
+struct Step : tml::TickStep {
+  std::atomic<int64_t> runs{0}, leaves{0};
+  int64_t fail_at = INT64_MAX;  // the tick from which on it fails
 
-  static int launch(void* ctx, int64_t tick) {
-    auto& work = *static_cast<Work*>(ctx);
-    ++work.launches;
-    return work.fail_at >= 0 && tick >= work.fail_at ? 5 : 0;
+  bool run(int64_t tick) override {
+    ++runs;
+    return tick < fail_at;
   }
-  static const char* describe(void*, int code) { return code == 5 ? "five" : "?"; }
-  static void finish(void* ctx) { ++static_cast<Work*>(ctx)->finishes; }
-
-  tml::TickLaunch tick_launch() { return {&launch, &describe, &finish, this}; }
+  void leave() override { ++leaves; }
 };
 
 tml::TickOptions every(int64_t period_ns) {
@@ -178,8 +174,8 @@ tml::TickOptions every(int64_t period_ns) {
 
 // Starts, drains while it runs, and stops from several threads at once.
 void run_thread() {
-  const auto work = std::make_shared<Work>();
-  tml::TickThread thread(work->tick_launch(), work, every(kMs));
+  const auto step = std::make_shared<Step>();
+  tml::TickThread thread(step, every(kMs));
   thread.start();
   int64_t next = 0, missed = 0, drained = 0;
   const auto drain = [&] {
@@ -194,50 +190,47 @@ void run_thread() {
   };
   while (thread.ticks() < 100) {
     drain();
-    expect(thread.running() && !thread.failure(), "thread: runs");
+    expect(thread.running() && !thread.failed(), "thread: runs");
     tml::sleep_until_ns(tml::now_ns() + kMs);
   }
   std::vector<std::thread> stoppers;
   for (int i = 0; i < 4; ++i) stoppers.emplace_back([&] { thread.stop(); });
   for (auto& stopper : stoppers) stopper.join();
   drain();
-  expect(!thread.running() && work->finishes == 1, "thread: finished once");
+  expect(!thread.running() && !thread.failed() && step->leaves == 1, "thread: left once");
   expect(next == thread.ticks() && missed == thread.misses(), "thread: records equal counters");
-  expect(drained == work->launches && thread.records_dropped() == 0, "thread: a record per launch");
+  expect(drained == step->runs && thread.records_dropped() == 0, "thread: a record per run");
   expect_throws<tml::StateError>([&] { thread.start(); }, "thread: restart is refused");
 }
 
 void fail_thread() {
-  const auto work = std::make_shared<Work>();
-  work->fail_at = 2;
-  tml::TickThread thread(work->tick_launch(), work, every(kMs));
+  const auto step = std::make_shared<Step>();
+  step->fail_at = 2;
+  tml::TickThread thread(step, every(kMs));
   thread.start();
   while (thread.running()) std::this_thread::yield();
-  const auto failure = thread.failure();
-  expect(failure && failure->tick >= 2 && failure->code == 5 && failure->text == "five",
-         "failure: told");
+  expect(thread.failed() && thread.misses() >= 1, "failure: told, and missed");
   thread.stop();
-  expect(work->finishes == 1, "failure: finished once");
+  expect(step->runs >= 1 && step->leaves == 1, "failure: left once");
 }
 
-// The launch destroys the object that its own thread belongs to.
-struct Suicide {
+// The step destroys the object that its own thread belongs to.
+struct Suicide : tml::TickStep {
   std::unique_ptr<tml::TickThread> thread;
   std::atomic<bool> started{false};
 
-  static int launch(void* ctx, int64_t) {
-    auto& self = *static_cast<Suicide*>(ctx);
-    while (!self.started) std::this_thread::yield();
-    self.thread.reset();
-    return 0;
+  bool run(int64_t) override {
+    while (!started) std::this_thread::yield();
+    thread.reset();
+    return true;
   }
+  void leave() override {}
 };
 
-void destroy_in_launch() {
+void destroy_in_step() {
   auto suicide = std::make_shared<Suicide>();
   const std::weak_ptr<Suicide> gone = suicide;
-  suicide->thread = std::make_unique<tml::TickThread>(
-      tml::TickLaunch{&Suicide::launch, nullptr, nullptr, suicide.get()}, suicide, every(kMs));
+  suicide->thread = std::make_unique<tml::TickThread>(suicide, every(kMs));
   suicide->thread->start();
   suicide->started = true;
   suicide.reset();
@@ -255,6 +248,6 @@ int main() {
   fuzz_schedule();
   run_thread();
   fail_thread();
-  for (int i = 0; i < 20; ++i) destroy_in_launch();
+  for (int i = 0; i < 20; ++i) destroy_in_step();
   std::puts("ok");
 }
