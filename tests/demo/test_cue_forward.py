@@ -123,7 +123,8 @@ def test_slips_change_what_is_fed_back_and_nothing_that_is_due() -> None:
 
 def test_every_weight_is_moved_by_some_episode(model: InteractionModel) -> None:
     from tml_runtime.demo.cue.lessons import Lesson
-    from tml_runtime.demo.cue.trainer import batch_loss, new_weights
+    from tml_runtime.demo.cue.loss import batch_loss
+    from tml_runtime.demo.cue.trainer import new_weights
 
     weights, made = new_weights(1), episodes("speak", "ask", "count_motion")
     for _, tensor in leaves(weights):

@@ -160,7 +160,7 @@ def test_the_command_measures_and_refuses_a_model_that_knows_the_recordings(
     trainer.save_weights(tmp_path)
     write_report(tmp_path, training_report(trainer, {"cue": 1.0}))
     asked = ["--out", str(tmp_path), "--evaluate", "--episodes", "1", "--long-episodes", "0"]
-    asked += ["--threads", "1"]
+    asked += ["--workers", "1"]
 
     monkeypatch.setattr(command, "held_out_media", lambda: (made_speech(0), made_footage(1)))
     assert command.main(asked) == 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import multiprocessing
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from cue_media import made_footage, made_speech
 from tml_kernels._tensor_file import TensorFile, write_tensor_file
 from tml_kernels.testing import assert_bitwise
 from tml_runtime.demo import train as command
-from tml_runtime.demo.cue import trainer as training
+from tml_runtime.demo.cue import loss as lost
+from tml_runtime.demo.cue import share
 from tml_runtime.demo.cue.batch import make_batch
-from tml_runtime.demo.cue.lessons import LESSONS, draw_tasks, lesson_at
-from tml_runtime.demo.cue.optimiser import Optimiser, orthogonal, schedule
+from tml_runtime.demo.cue.lessons import LESSONS, draw_episodes, draw_tasks, lesson_at
+from tml_runtime.demo.cue.loss import Loss, speech_loss
+from tml_runtime.demo.cue.optimiser import Optimiser, leaves, orthogonal, schedule
 from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
+from tml_runtime.demo.cue.share import WorkerEnded, Workers
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
-from tml_runtime.demo.cue.trainer import STATE, WEIGHTS, Trainer, TrainingError
+from tml_runtime.demo.cue.trainer import STATE, WEIGHTS, Trainer, TrainingError, new_weights
 from tml_runtime.demo.cue.words import CONFIG, ID, SILENT_LEVEL
 from tml_runtime.model import InteractionModel
 
@@ -31,14 +35,13 @@ MEDIA = made_speech(), made_footage()
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One short episode a step, of two tasks in turn; one lesson, since others weigh words anew."""
+    """A short episode a share, each of a task of its own; one lesson: others weigh words anew."""
 
-    def draw(seed: int, step: int, lesson: object, losses: object, *media: object) -> list:
-        task = ("speak", "every")[step % 2]
-        return [make_episode(task, 24, np.random.SeedSequence([seed, step]), *media)]  # type: ignore
+    def draw(key: Sequence[int], lesson: object, losses: object, *media: object) -> list:
+        return [make_episode(("speak", "every")[key[2]], 24, np.random.SeedSequence(key), *media)]  # type: ignore
 
-    monkeypatch.setattr(training, "draw_episodes", draw)
-    monkeypatch.setattr(training, "lesson_at", lambda done: LESSONS[0])
+    monkeypatch.setattr(share, "draw_episodes", draw)
+    monkeypatch.setattr(share, "lesson_at", lambda done: LESSONS[0])
     monkeypatch.setattr(command, "training_media", lambda: MEDIA)
 
 
@@ -47,31 +50,54 @@ def test_twenty_steps_lower_the_loss_and_a_run_that_goes_on_ends_bitwise_the_sam
 ) -> None:
     whole = Trainer(0, *MEDIA)
     whole.num_steps = 20
-    losses = [whole.run_step().total for _ in range(11)]
+    losses = run_steps(whole, 11)
     whole.save(tmp_path)
-    losses += [whole.run_step().total for _ in range(9)]
+    losses += run_steps(whole, 9)
     assert np.isfinite(losses).all()
     assert np.mean(losses[-4:]) < 0.6 * np.mean(losses[:4])
     gone_on = Trainer(0, *MEDIA)
     assert gone_on.resume(tmp_path)
     assert (gone_on.step, gone_on.num_steps) == (11, 20)
     assert gone_on.losses["speak"] != 1.0 == gone_on.losses["ask"]
-    while gone_on.step < gone_on.num_steps:
-        gone_on.run_step()
-    for name, tensor in whole.leaves.items():
-        assert_bitwise(gone_on.leaves[name].detach(), tensor.detach())
-    assert gone_on.losses == whole.losses
+    run_steps(gone_on, 9)
+    assert_same_run(gone_on, whole)
     assert losses[0] != losses[2]  # no episode comes twice
 
 
+def test_two_processes_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "draw_episodes", draw_episodes)  # what the other process has
+    monkeypatch.setattr(share, "lesson_at", lesson_at)
+    one, two = Trainer(0, *MEDIA), Trainer(0, *MEDIA)
+    assert run_steps(one, 2, num_workers=1) == run_steps(two, 2, num_workers=2)
+    assert_same_run(two, one)
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_is_gone_ends_the_run_with_a_word_on_it() -> None:
+    with Trainer(0, *MEDIA).workers(2) as workers, pytest.raises(WorkerEnded, match="goes on"):
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        Trainer(0, *MEDIA).run_step(workers)
+
+
+def run_steps(run: Trainer, num_steps: int, num_workers: int = 1) -> list[float]:
+    with run.workers(num_workers) as workers:
+        return [sum(loss.total for loss in run.run_step(workers)) for _ in range(num_steps)]
+
+
+def assert_same_run(run: Trainer, other: Trainer) -> None:
+    for name, tensor in other.leaves.items():
+        assert_bitwise(run.leaves[name].detach(), tensor.detach())
+    assert run.losses == other.losses
+
+
 def test_a_checkpoint_is_the_model_that_was_trained(tmp_path: Path) -> None:
-    trainer = Trainer(5, *MEDIA)
-    trainer.save_weights(tmp_path)
+    made = Trainer(5, *MEDIA)
+    made.save_weights(tmp_path)
     model = InteractionModel.load(tmp_path, config=CONFIG)
     assert model.report.random == ()
-    for (_, loaded), own in zip(
-        training.leaves(model.weights), trainer.leaves.values(), strict=True
-    ):
+    for (_, loaded), own in zip(leaves(model.weights), made.leaves.values(), strict=True):
         assert_bitwise(loaded, own.detach())
     assert (tmp_path / WEIGHTS).stat().st_size < 12e6
 
@@ -112,24 +138,24 @@ def test_a_state_that_says_nothing_sensible_of_itself_is_refused(
     about = edit(json.loads(file.metadata["about"]))
     tensors = [(name, file.tensor(name).clone()) for name in file.entries]
     write_tensor_file(tmp_path / STATE, tensors, None if about is None else {"about": about})
-    trainer = Trainer(0, *MEDIA)
+    run = Trainer(0, *MEDIA)
     with pytest.raises(TrainingError, match="delete it to begin anew"):
-        trainer.resume(tmp_path)
-    assert (trainer.step, trainer.num_steps) == (0, 0)
+        run.resume(tmp_path)
+    assert (run.step, run.num_steps) == (0, 0)
 
 
 def test_the_command_trains_goes_on_and_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = ["--out", str(tmp_path), "--threads", "1", "--seed", "3"]
+    out = ["--out", str(tmp_path), "--workers", "1", "--seed", "3"]
     run_step, steps = Trainer.run_step, []
 
-    def interrupted(trainer: Trainer) -> training.Loss:
-        steps.append(trainer.step)
+    def interrupted(run: Trainer, workers: Workers) -> list[Loss]:
+        steps.append(run.step)
         if len(steps) == 3:
-            trainer.save(tmp_path)
+            run.save(tmp_path)
             raise KeyboardInterrupt
-        return run_step(trainer)
+        return run_step(run, workers)
 
     monkeypatch.setattr(Trainer, "run_step", interrupted)
     assert command.main([*out, "--steps", "4"]) == 130
@@ -138,18 +164,18 @@ def test_the_command_trains_goes_on_and_reports(
     shown = capsys.readouterr()
     assert "goes on after step 2 of 4" in shown.out
     report = read_report(tmp_path)
-    assert (report["seed"], report["steps"], report["torch_threads"]) == (3, 4, 1)
+    assert (report["seed"], report["steps"]) == (3, 4)
     assert report["trained_on"] == {**MEDIA[0].hashes, **MEDIA[1].hashes}
     assert set(report["loss"]) <= set(TASKS)
     assert "made-0" in (tmp_path / TEXT).read_text()
-    assert command.main([*out[:2], "--threads", "1", "--seed", "4", "--steps", "4"]) == 1
+    assert command.main([*out[:4], "--seed", "4", "--steps", "4"]) == 1
     assert "error: " in capsys.readouterr().err
 
 
 def test_a_folder_that_is_trained_keeps_its_report_and_its_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = ["--out", str(tmp_path), "--threads", "1"]
+    out = ["--out", str(tmp_path), "--workers", "1"]
     assert command.main([*out, "--steps", "2"]) == 0
     report = read_report(tmp_path)
     assert report["loss"]
@@ -177,7 +203,7 @@ def test_a_run_that_was_stopped_before_its_report_is_not_taken_to_be_trained(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    out = ["--out", str(tmp_path), "--threads", "1", "--steps", "2"]
+    out = ["--out", str(tmp_path), "--workers", "1", "--steps", "2"]
     monkeypatch.setattr(command, "SAVE_EVERY_S", 0.0)
     with monkeypatch.context() as patched:
         patched.setattr(command, "write_report", interrupted)
@@ -221,8 +247,8 @@ def test_weights_without_a_gradient_stay() -> None:
 def test_what_is_silent_is_learnt_where_a_word_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the tick of "<yield>", and of the one after it: what the speech head sings there is
     heard by the model itself."""
-    monkeypatch.setattr(training, "QUIET_ROWS", 0)
-    weights = training.new_weights(1)
+    monkeypatch.setattr(lost, "QUIET_ROWS", 0)
+    weights = new_weights(1)
     episode = make_episode("speak", 50, 0, *MEDIA, lose=0.0)
     batch = make_batch([episode], np.random.default_rng(0))
     h_M_D = torch.randn(len(batch.target_M), CONFIG.width)
@@ -231,7 +257,7 @@ def test_what_is_silent_is_learnt_where_a_word_was_said(monkeypatch: pytest.Monk
 
     def loss(mel_M_B: torch.Tensor) -> float:
         changed = replace(batch, mel_M_B=mel_M_B)
-        return float(training.speech_loss(weights, changed, h_M_D, np.random.default_rng(0)))
+        return float(speech_loss(weights, changed, h_M_D, np.random.default_rng(0)))
 
     for row in range(first, first + 8):
         mel_M_B = batch.mel_M_B.clone()
@@ -250,8 +276,7 @@ def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
 def test_a_run_whose_length_is_not_known_yet_begins_as_a_long_one() -> None:
     known, unknown = Trainer(0, *MEDIA), Trainer(0, *MEDIA)
     known.num_steps = 1000
-    for _ in range(3):
-        assert known.run_step() == unknown.run_step()
+    assert run_steps(known, 3) == run_steps(unknown, 3)
 
 
 def test_lessons_go_on_from_one_to_the_next() -> None:

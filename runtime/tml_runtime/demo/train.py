@@ -17,6 +17,7 @@ import torch
 from .._optional import MissingExtraError, require
 from ..errors import TmlRuntimeError
 from .cue.evaluate import EVALUATION, check_held_out, evaluate
+from .cue.loss import Loss
 from .cue.recordings import held_out_media, training_media
 from .cue.report import (
     read_report,
@@ -25,7 +26,7 @@ from .cue.report import (
     weights_digest,
     write_report,
 )
-from .cue.trainer import Loss, Trainer, TrainingError
+from .cue.trainer import Trainer, TrainingError
 from .media import MediaError
 
 TIMED_STEPS = 20  # by which --minutes becomes a number of steps
@@ -39,11 +40,11 @@ training.safetensors, by which a run that was stopped goes on: give the same arg
 """
 _EXAMPLES = """\
 examples:
-  python -m tml_runtime.demo.train --out out/cue --threads 1 --steps 5000     an hour of one core
+  python -m tml_runtime.demo.train --out out/cue --steps 2500   half an hour or so of two cores
   python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
 
 --minutes sets the number of steps once, at the start, from the time of the first ones; --steps
-gives it. The same seed, steps and --threads give the same weights on the same machine.
+gives it. The same seed and steps give the same weights on the same machine.
 """
 
 
@@ -55,16 +56,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C (and can go on)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.minutes <= 0 or args.threads < 1 or (args.steps is not None and args.steps < 1):
-        parser.error("--minutes, --steps and --threads are positive")
+    if args.minutes <= 0 or args.workers < 1 or (args.steps is not None and args.steps < 1):
+        parser.error("--minutes, --steps and --workers are positive")
     if not 0 <= args.seed < EVALUATION or args.episodes < 1 or args.long_episodes < 0:
         parser.error("--seed and --long-episodes are not negative, --episodes is positive")
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     try:
         if args.evaluate:
-            measure(args.out, args.episodes, args.long_episodes, args.threads)
+            measure(args.out, args.episodes, args.long_episodes, args.workers)
         else:
-            train(args.out, seed=args.seed, minutes=args.minutes, num_steps=args.steps)
+            train(
+                args.out,
+                seed=args.seed,
+                minutes=args.minutes,
+                num_steps=args.steps,
+                workers=args.workers,
+            )
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved step", file=sys.stderr)
         return 130
@@ -74,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> None:
-    """Raises TrainingError, MediaError, MissingExtraError, OSError."""
+def train(out: Path, *, seed: int, minutes: float, num_steps: int | None, workers: int) -> None:
+    """Raises TrainingError, WorkerEnded, MediaError, MissingExtraError, OSError."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(seed, *training_media())
     resumed = trainer.resume(out)
@@ -93,16 +100,17 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None) -> Non
         print(f"goes on after step {trainer.step} of {trainer.num_steps}")
     begin = saved = time.monotonic()
     newest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NEWEST))
-    with _bar("training") as show:
+    with trainer.workers(workers) as processes, _bar("training") as show:
         while trainer.num_steps == 0 or trainer.step < trainer.num_steps:
-            loss = trainer.run_step()
-            for task, value in loss.tasks.items():
-                newest[task].append(value)
+            losses = trainer.run_step(processes)
+            for loss in losses:
+                for task, value in loss.tasks.items():
+                    newest[task].append(value)
             now = time.monotonic()
             if trainer.num_steps == 0 and trainer.step == TIMED_STEPS:
                 each_s = (now - begin) / TIMED_STEPS
                 trainer.num_steps = max(TIMED_STEPS, round(60 * minutes / each_s))
-            show(trainer.step, trainer.num_steps, _loss_text(loss))
+            show(trainer.step, trainer.num_steps, _loss_text(losses))
             if now - saved > SAVE_EVERY_S and trainer.step < trainer.num_steps:
                 trainer.save(out)
                 saved = now
@@ -149,10 +157,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="how many steps instead")
     add("--seed", type=int, default=0, help="of weights and episodes (default: %(default)s)")
     add(
-        "--threads",
+        "--workers",
         type=int,
         default=2,
-        help="torch's; processes, to measure (default: %(default)s)",
+        help="processes, of a core each: up to two train, any number measures (default: "
+        "%(default)s)",
     )
     add("--evaluate", action="store_true", help="train nothing: measure what is in DIR")
     add("--episodes", type=int, default=32, help="of each task (default: %(default)s)")
@@ -165,8 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _loss_text(loss: Loss) -> str:
-    return f"tokens {loss.tokens:.4f}, speech {loss.speech:.3f}"
+def _loss_text(losses: Sequence[Loss]) -> str:
+    tokens, speech = (np.mean([getattr(x, of) for x in losses]) for of in ("tokens", "speech"))
+    return f"tokens {tokens:.4f}, speech {speech:.3f}"
 
 
 @contextmanager

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .stage import MAX_DELAY
-from .tasks import TASKS
+from .speech import Footage, Speech
+from .stage import MAX_DELAY, Episode
+from .tasks import TASKS, make_episode
 
 LEAST = 0.1  # is added to each task's loss: what has been learnt comes up too
 
@@ -19,8 +20,8 @@ class Lesson:
 
     garble: least and most of the share of speech levels fed back that are off, and by how much;
     slips: the most of either share; for both see `make_batch`. varied: of the recordings, which
-    are few. paces, talks, delays: see `make_episode`. lengths: the shares of batches of five short
-    episodes, of three, of two, of a single long one and of one of a minute. counting: the share of
+    are few. paces, talks, delays: see `make_episode`. lengths: how likely a step has three short
+    episodes a share, two, one of 14 s, one of 30 s and one of a minute. counting: the share of
     episodes that count; None: as their losses are. word: what a word that is due weighs, with
     silence 1; choice: what it weighs beside that, which word it is, given that one is due.
     """
@@ -57,16 +58,16 @@ LESSONS = (
     # events lie close together, so that a tick has much to learn from, and waits are short: who has
     # learnt to look back a tick or two soon looks further
     FIRST,
-    replace(FIRST, begin=0.08, delays=4),
-    replace(FIRST, begin=0.14, delays=MAX_DELAY),
+    replace(FIRST, begin=0.1, delays=4),
+    replace(FIRST, begin=0.17, delays=MAX_DELAY),
     # what is said can be read now, so it is fed back as the speech head says it
-    Lesson(0.2, varied=False),
+    Lesson(0.25, varied=False),
     # other films look different, and other people sound different
-    Lesson(0.35),
+    Lesson(0.43),
     # long after a word it has to be remembered; few words are due then, so there is more of it, and
     # more time to take speech for a tone
     Lesson(
-        0.6,
+        0.74,
         paces=(0.2, 1.0, 2.5, 4.0, 7.0),
         talks=0.7,
         lengths=(0.1, 0.05, 0.35, 0.35, 0.15),
@@ -97,3 +98,44 @@ def draw_tasks(
         for those, share in ((counts, counting), (~counts, 1 - counting)):
             often[those] *= share / often[those].sum()
     return [str(name) for name in rng.choice(list(TASKS), count, p=often)]
+
+
+def draw_episodes(
+    key: Sequence[int],
+    lesson: Lesson,
+    losses: Mapping[str, float],
+    speech: Speech,
+    footage: Footage,
+) -> list[Episode]:
+    """Mixed tasks: three short episodes, two, or one that is longer, or as long as a minute. All
+    shares of a step have as many, so that none waits long for another. key: run, step, share."""
+    shape = np.random.default_rng([2, *key[:-1]]).choice(5, p=lesson.lengths)
+    rng = np.random.default_rng([3, *key])
+    if shape == 0:
+        lengths, sections = [int(rng.integers(26, 35))] * 3, 1
+    elif shape == 1:
+        lengths, sections = [int(rng.integers(40, 51))] * 2, 1
+    elif shape == 2:
+        lengths, sections = [int(rng.integers(64, 81))], int(rng.integers(1, 3))
+    elif shape == 3:
+        lengths, sections = [int(rng.integers(120, 181))], int(rng.integers(1, 4))
+    else:
+        lengths, sections = [int(rng.integers(240, 311))], 1
+    names = draw_tasks(losses, len(lengths), rng, lesson.counting)
+    paces = lesson.draw_paces(len(lengths), rng)
+    speech = replace(speech, varied=lesson.varied)
+    footage = replace(footage, varied=lesson.varied)
+    return [
+        make_episode(
+            names[n],
+            num_ticks,
+            np.random.SeedSequence([4, *key, n]),
+            speech,
+            footage,
+            sections=sections,
+            pace=paces[n],
+            talks=lesson.talks,
+            delays=lesson.delays,
+        )
+        for n, num_ticks in enumerate(lengths)
+    ]

@@ -20,7 +20,7 @@ GAIN_LR = 6.0  # times ADAM_LR
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ROUNDS = 4  # bring singular values near enough to one
 WARM_UP = 40  # steps
-DECAY = 0.4  # the last part of all steps, in which the rate falls to zero
+DECAY = 0.26  # the last part of all steps, in which the rate falls to zero
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -14,7 +14,7 @@ from .voices import made_voices
 FRAMES_PER_S = 10.0  # two a tick
 SCENE = ("sample.wav", "carphone_pristine.mp4")  # of `make demo`
 TRAINED_ON = (*SCENE, *(file.name for file in media.TRAINING))
-MADE, MADE_S = "made voices", 120.0
+MADE, MADE_S = ("made voices", "more made voices"), 240.0
 HELD_OUT = (*(file.name for file in media.HELD_OUT), "bikes.mp4")
 
 Say = Callable[[str], None]
@@ -29,7 +29,8 @@ def training_media(say: Say | None = None) -> tuple[Speech, Footage]:
     """Those and more, with voices that nobody has; the first fetch takes pip minutes. Raises
     MediaError."""
     speech, footage = _load(TRAINED_ON, say)
-    return Speech({**speech.recordings, MADE: made_voices(MADE_S)}), footage
+    made = {name: made_voices(MADE_S, seed) for seed, name in enumerate(MADE)}
+    return Speech({**speech.recordings, **made}), footage
 
 
 def held_out_media(say: Say | None = None) -> tuple[Speech, Footage]:

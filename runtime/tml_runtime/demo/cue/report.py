@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...errors import TmlRuntimeError
 from ...model.weights import named_tensors
 from .evaluate import LONG, LOST, SHORT
@@ -48,7 +46,6 @@ def training_report(trainer: Trainer, loss: Mapping[str, float]) -> dict[str, An
         "seed": trainer.seed,
         "steps": trainer.step,
         "cpu_seconds": round(trainer.cpu_seconds, 1),
-        "torch_threads": torch.get_num_threads(),
         "parameters": sum(named.view.numel() for named in weights),
         "loss": {task: round(value, 5) for task, value in sorted(loss.items())},
         "trained_on": {**trainer.speech.hashes, **trainer.footage.hashes},
@@ -97,8 +94,8 @@ def _lines(report: Mapping[str, Any]) -> list[str]:
         "# Training report of the cue model",
         "",
         f"{report['parameters']:,} parameters, {report['steps']} steps, seed {report['seed']}, "
-        f"{report['cpu_seconds']:.0f} CPU seconds on",
-        f"{report['torch_threads']} thread(s). Written by `python -m tml_runtime.demo.train`.",
+        f"{report['cpu_seconds']:.0f} CPU seconds.",
+        "Written by `python -m tml_runtime.demo.train`.",
         "",
         "| task | loss of first-step tokens for each word due, last steps |",
         "| --- | --- |",
