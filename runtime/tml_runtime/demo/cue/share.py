@@ -10,9 +10,11 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,7 +84,7 @@ class Workers:
     def __init__(self, num: int, weights: ModelWeights, speech: Speech, footage: Footage) -> None:
         self._weights, self._media = weights, (speech, footage)
         self._leaves = dict(leaves(weights))
-        self._others: list[tuple[Any, Any, dict[str, Tensor]]] = []
+        self._others: list[_Other] = []
         context = torch.multiprocessing.get_context("spawn")
         for _ in range(min(num, SHARES) - 1):
             for tensor in self._leaves.values():
@@ -96,27 +98,27 @@ class Workers:
             process = context.Process(target=_work, args=arguments, daemon=True)
             process.start()
             there.close()
-            self._others.append((process, here, gradients))
+            self._others.append(_Other(process, here, gradients))
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process, pipe, _ in self._others:
-            pipe.close()
-            process.join()
+        for other in self._others:
+            other.pipe.close()
+            other.process.join()
 
     def take(self, shares: list[Share]) -> list[Taken]:
         """All shares of one step; the gradients of the weights are its own from here on. Raises
         WorkerEnded."""
         own = len(shares) - len(self._others)
         try:
-            for share, (_, pipe, _) in zip(shares[own:], self._others, strict=True):
-                pipe.send(share)
+            for share, other in zip(shares[own:], self._others, strict=True):
+                other.pipe.send(share)
             taken = [take_share(self._weights, share, *self._media) for share in shares[:own]]
-            for _, pipe, gradients in self._others:
-                names, its = pipe.recv()
-                self._add(names, gradients)
+            for other in self._others:
+                names, its = other.pipe.recv()
+                self._add(names, other.gradients)
                 taken.append(its)
         except (EOFError, OSError) as error:
             raise WorkerEnded(
@@ -133,8 +135,16 @@ class Workers:
                 weight.grad += gradients[name]
 
 
+class _Other(NamedTuple):
+    """A process, and where it leaves its gradients."""
+
+    process: BaseProcess
+    pipe: Connection
+    gradients: dict[str, Tensor]
+
+
 def _work(
-    pipe: Any,
+    pipe: Connection,
     weights: ModelWeights,
     gradients: Mapping[str, Tensor],
     speech: Speech,
@@ -144,17 +154,16 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     own = dict(leaves(weights))
-    while True:
-        try:
-            share = pipe.recv()
-        except EOFError:
-            return
-        taken = take_share(weights, share, speech, footage)
-        names = [name for name, weight in own.items() if weight.grad is not None]
-        for name in names:
-            gradients[name].copy_(own[name].grad)
-            own[name].grad = None
-        pipe.send((names, taken))
+    with suppress(EOFError, OSError):
+        while True:
+            taken = take_share(weights, pipe.recv(), speech, footage)
+            names = []
+            for name, weight in own.items():
+                if weight.grad is not None:
+                    gradients[name].copy_(weight.grad)
+                    weight.grad = None
+                    names.append(name)
+            pipe.send((names, taken))
 
 
 @contextmanager
