@@ -1,5 +1,6 @@
 // tml_runtime._tick: the tick thread's parts for Python. Links no CUDA.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <deque>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "tick/clock.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
+#include "tick/tick_layout.h"
 #include "tick/tick_thread.h"
 
 namespace py = pybind11;
@@ -246,6 +248,64 @@ void bind_audio_windows(py::module_& m) {
       .def("take", &take_window, py::arg("pcm"), py::arg("have"));
 }
 
+// A caller's contiguous arrays, which live as long as the layout that fills them.
+class TickLayout {
+ public:
+  TickLayout(const std::vector<int32_t>& kinds_R, const py::kwargs& arrays)
+      : arrays_(arrays), layout_(kinds_of(kinds_R), borrow()) {}
+
+  void fill(const std::vector<int64_t>& slots, const py::buffer& counts,
+            const std::vector<int32_t>& ids) {
+    const py::buffer_info info = view<int64_t>(counts, "counts");
+    layout_.fill(slots, {static_cast<const int64_t*>(info.ptr), info.size}, ids);
+  }
+
+  void set_lengths() { layout_.set_lengths(); }
+
+ private:
+  static std::vector<tml::TokenKind> kinds_of(const std::vector<int32_t>& numbers) {
+    std::vector<tml::TokenKind> kinds;
+    for (const int32_t number : numbers) kinds.push_back(static_cast<tml::TokenKind>(number));
+    return kinds;
+  }
+
+  template <typename T>
+  static py::buffer_info view(const py::buffer& array, const char* name) {
+    py::buffer_info info = array.request();
+    TML_CHECK(info.item_type_is_equivalent_to<T>(), name, ": format=", info.format);
+    TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, name, " is not contiguous");
+    return info;
+  }
+
+  template <typename T>
+  tml::Numbers<T> borrow(const char* name) {
+    TML_CHECK(arrays_.contains(name), name, " is not given");
+    py::buffer_info& info = views_.emplace_back(view<T>(arrays_[name], name));
+    TML_CHECK(!info.readonly, name, " is read-only");
+    return {static_cast<T*>(info.ptr), info.size};
+  }
+
+  tml::TickArrays borrow() {
+    return {borrow<int32_t>("kind_T"),     borrow<int32_t>("index_T"),
+            borrow<int32_t>("slot_S"),     borrow<int32_t>("start_S1"),
+            borrow<int64_t>("at_S"),       borrow<int64_t>("last_S"),
+            borrow<int64_t>("length_O_S"), borrow<int64_t>("said_N"),
+            borrow<int64_t>("steps_N"),    borrow<int64_t>("tokens_S_A"),
+            borrow<int64_t>("column_S_A"), borrow<int64_t>("position_Z")};
+  }
+
+  py::dict arrays_;
+  std::deque<py::buffer_info> views_;
+  tml::TickLayout layout_;
+};
+
+void bind_tick_layout(py::module_& m) {
+  py::class_<TickLayout>(m, "TickLayout")
+      .def(py::init<const std::vector<int32_t>&, const py::kwargs&>(), py::arg("kinds"))
+      .def("fill", &TickLayout::fill, py::arg("slots"), py::arg("counts"), py::arg("ids"))
+      .def("set_lengths", &TickLayout::set_lengths);
+}
+
 void bind_schedule(py::module_& m) {
   py::class_<tml::Schedule>(m, "Schedule")
       .def(py::init<int64_t, int64_t>(), py::arg("start_ns"), py::arg("period_ns"))
@@ -303,10 +363,11 @@ void bind_tick_thread(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_tick, m) {
-  m.doc() = "The tick thread's parts: clock, rings, schedule, thread.";
+  m.doc() = "The tick thread's parts: clock, rings, layout, schedule, thread.";
   m.def("now_ns", &tml::now_ns, "CLOCK_MONOTONIC in nanoseconds.");
   bind_ring(m);
   bind_audio_windows(m);
+  bind_tick_layout(m);
   bind_schedule(m);
   bind_tick_thread(m);
 }

@@ -1,6 +1,6 @@
-"""The tick thread's parts: clock, rings, schedule, thread. All times are CLOCK_MONOTONIC ns."""
+"""The tick thread's parts: clock, rings, layout, schedule, thread. Times are CLOCK_MONOTONIC ns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from typing_extensions import Buffer
@@ -56,6 +56,41 @@ class AudioWindows:
 
         have: one byte a sample, 1 where somebody wrote it. The others are zeros.
         """
+
+class TickLayout:
+    """Writes where a tick's tokens lie to arrays that `tml_runtime.model.buffers` describes, int32
+    and int64 as there; csrc/tick/tick_layout.h has an example. For one thread.
+
+    kinds: the TokenKind of a row's runs in the first pass over the layers, the output step last.
+    ValueError for arrays whose sizes or types do not go together.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[int],
+        *,
+        kind_T: Buffer,
+        index_T: Buffer,
+        slot_S: Buffer,
+        start_S1: Buffer,
+        at_S: Buffer,
+        last_S: Buffer,
+        length_O_S: Buffer,
+        said_N: Buffer,
+        steps_N: Buffer,
+        tokens_S_A: Buffer,
+        column_S_A: Buffer,
+        position_Z: Buffer,
+    ) -> None: ...
+    def fill(self, slots: Sequence[int], counts: Buffer, ids: Sequence[int]) -> None:
+        """All arrays but `length_O_S`, of rows in these slots. counts: int64 [S, R], tokens of each
+        run, the last of which are all output steps. ids: of the text of all rows.
+
+        ValueError, with nothing changed, for more than there is room for.
+        """
+
+    def set_lengths(self) -> None:
+        """`length_O_S`, once `position_Z` has the positions of the tokens of the last `fill`."""
 
 class Schedule:
     """When ticks run and which are late, for any clock: the caller says what time it is.

@@ -14,6 +14,7 @@
 #include "tick/clock.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
+#include "tick/tick_layout.h"
 #include "tick/tick_thread.h"
 
 namespace {
@@ -153,6 +154,52 @@ void fuzz_schedule() {
   expect_throws<tml::Error>([] { tml::Schedule(0, 0); }, "schedule: a period of 0 is refused");
 }
 
+// Ticks that fit and ticks that do not, in arrays of exactly the size: the second change nothing.
+void fuzz_layout() {
+  using tml::TokenKind;
+  constexpr int64_t kTokens = 30, kRows = 4, kSlots = 6, kSteps = 3, kRuns = 4;
+  std::vector<int32_t> kind(kTokens), index(kTokens), slot(kRows), start(kRows + 1);
+  std::vector<int64_t> at(kRows), last(kRows), length(kSteps * kRows), said(kSlots), steps(kSlots);
+  std::vector<int64_t> tokens(kRows * (kRuns + kSteps - 1)), column(tokens.size());
+  std::vector<int64_t> position(kTokens + (kSteps - 1) * kRows);
+  const auto of = [](auto& v) {
+    using T = typename std::remove_reference_t<decltype(v)>::value_type;
+    return tml::Numbers<T>{v.data(), static_cast<int64_t>(v.size())};
+  };
+  tml::TickLayout layout(
+      {TokenKind::kText, TokenKind::kEmbedded, TokenKind::kLevels, TokenKind::kStep},
+      {of(kind), of(index), of(slot), of(start), of(at), of(last), of(length), of(said), of(steps),
+       of(tokens), of(column), of(position)});
+  std::minstd_rand rng(3);
+  for (int round = 0; round < 2000; ++round) {
+    std::vector<int64_t> slots(rng() % (kRows + 2)), counts;
+    for (auto& s : slots) s = static_cast<int64_t>(rng() % (kSlots + 1));
+    size_t text = 0;
+    int64_t total = 0;
+    for (size_t row = 0; row < slots.size(); ++row) {
+      for (int64_t run = 0; run < kRuns; ++run) {
+        counts.push_back(run + 1 < kRuns ? static_cast<int64_t>(rng() % 5) : kSteps);
+        total += run + 1 < kRuns ? counts.back() : 1;
+        if (run == 0) text += counts.back();
+      }
+    }
+    const bool fits = slots.size() <= kRows && total <= kTokens &&
+                      std::count(slots.begin(), slots.end(), kSlots) == 0;
+    const std::vector<int32_t> ids(text, 9), before = kind;
+    const tml::Numbers<const int64_t> given{counts.data(), static_cast<int64_t>(counts.size())};
+    if (!fits) {
+      expect_throws<tml::Error>([&] { layout.fill(slots, given, ids); }, "layout: no room");
+      expect(kind == before, "layout: nothing changed");
+      continue;
+    }
+    layout.fill(slots, given, ids);
+    layout.set_lengths();
+    expect(start.back() == total, "layout: all tokens");
+    expect(std::count(kind.begin(), kind.end(), 0) == kTokens - total,
+           "layout: the rest is nothing");
+  }
+}
+
 struct Step : tml::TickStep {
   std::atomic<int64_t> runs{0}, leaves{0};
   int64_t fail_at = INT64_MAX;  // the tick from which on it fails
@@ -246,6 +293,7 @@ int main() {
   push_in_parts();
   fuzz_audio_windows();
   fuzz_schedule();
+  fuzz_layout();
   run_thread();
   fail_thread();
   for (int i = 0; i < 20; ++i) destroy_in_step();

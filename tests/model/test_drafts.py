@@ -261,14 +261,13 @@ def test_ops_and_shapes_of_both_parts_follow_from_the_bucket_alone() -> None:
 
 def _stage(state: ModelState, tick: TickInput, bucket: Bucket) -> None:
     """As `run_tick` does, up to the device's half."""
-    from tml_runtime.model.passes import classes_of, fill_passes, first_pass
+    from tml_runtime.model.passes import classes_of, fill_passes
 
     count_S_R = tick.counts(CONFIG)
     slots = tick.slot_S.tolist()
     assert not state.reserve_all(slots, classes_of(CONFIG.layout.blocks), count_S_R)
-    staged = state.buffers.staged(bucket)
-    tick.fill(CONFIG, range(len(slots)), first_pass(count_S_R), staged)
-    fill_passes(state, slots, first_pass(count_S_R), staged)
+    tick.fill(state, range(len(slots)), count_S_R, bucket)
+    fill_passes(state, slots, bucket)
 
 
 @pytest.mark.parametrize("part", ["run_first", "run_rest"])

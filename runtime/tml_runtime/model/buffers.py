@@ -7,7 +7,7 @@ and device share the memory, and nothing is copied.
 # Dimension key: S session rows, T tokens of the first pass, O output steps, Z = T + (O - 1) * S
 # tokens of all passes, K layer groups, X = Z tokens of each group with positions of its own,
 # U changes of page lists, N slots, W samples of a tick, P patches, L frames in a group, Y patch
-# side, F mel frames of a tick, B mel bands.
+# side, F mel frames of a tick, B mel bands, A runs of a row: its input blocks, then its steps.
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from tml_kernels.kv_cache import CacheGroup
+from tml_kernels.ops.embed_tokens import TokenKind
 
+from .._tick import TickLayout
 from .config import ModelConfig
 
 if TYPE_CHECKING:
@@ -30,6 +32,12 @@ if TYPE_CHECKING:
 
 ALIGN = 256  # bytes: what the strictest kernel wants of a pointer
 KEPT_VIEWS = 128  # shapes whose views are kept; a runtime with graphs has fewer buckets
+KIND_OF = {
+    "text": TokenKind.TEXT,
+    "video": TokenKind.EMBEDDED,
+    "audio": TokenKind.LEVELS,
+    "step": TokenKind.STEP,
+}
 
 Array = TypeVar("Array", Tensor, np.ndarray)
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -89,10 +97,20 @@ class TickSaid(Generic[Array]):
     known_S: Array  # int32, steps known before any is taken by itself; no rows without drafts
 
 
+class Layout(NamedTuple):
+    """Who writes where tokens lie to what is staged, and what of that stays on the host."""
+
+    writer: TickLayout
+    tokens_S_A: np.ndarray  # int64
+    column_S_A: np.ndarray  # int64, where a run's first token is in the Z of row_K_Z
+    position_Z: np.ndarray  # int64, in its session
+
+
 @dataclass(frozen=True)
 class TickShape:
     """The sizes that no tick changes."""
 
+    kinds: tuple[TokenKind, ...]  # of a row's runs in the first pass
     num_slots: int
     num_groups: int
     num_tables: int  # groups with positions of their own
@@ -111,6 +129,7 @@ class TickShape:
     ) -> TickShape:
         layout, patch = config.layout, config.patch
         return cls(
+            kinds=tuple(KIND_OF[block] for block in (*layout.blocks, "step")),
             num_slots=slots,
             num_groups=len(specs),
             num_tables=sum(spec.window is None for spec in specs),
@@ -179,6 +198,10 @@ class TickBuffers:
         """For the host to fill before `send`; what it does not write is of an earlier tick."""
         return self._views(bucket)[0]
 
+    def layout(self, bucket: Bucket) -> Layout:
+        """For the host: fills most of `staged`."""
+        return self._views(bucket)[4]
+
     def stage_nothing(self, bucket: Bucket) -> None:
         """A tick whose rows are all idle: what runs on it leaves no trace in a state."""
         staged = self.staged(bucket)
@@ -214,19 +237,44 @@ class TickBuffers:
 
     def _make_views(
         self, bucket: Bucket
-    ) -> tuple[TickInputs[np.ndarray], TickInputs[Tensor], TickSaid[Tensor], TickSaid[np.ndarray]]:
+    ) -> tuple[
+        TickInputs[np.ndarray], TickInputs[Tensor], TickSaid[Tensor], TickSaid[np.ndarray], Layout
+    ]:
         if not self.shape.largest.holds(bucket):
             raise ValueError(f"{bucket} does not fit buffers made for {self.shape.largest}")
         shapes, said = self.shape.inputs(bucket), self.shape.said(bucket.rows)
         with torch.inference_mode(False):  # else they could not be used outside of it
-            staged = (view.numpy() for view in _views(self._staged, shapes))
+            staged = TickInputs(*(view.numpy() for view in _views(self._staged, shapes)))
             heard = (view.numpy() for view in _views(self._heard, said))
             return (
-                TickInputs(*staged),
+                staged,
                 TickInputs(*_views(self._sent, shapes)),
                 TickSaid(*_views(self._said, said)),
                 TickSaid(*heard),
+                self._make_layout(staged),
             )
+
+    def _make_layout(self, staged: TickInputs[np.ndarray]) -> Layout:
+        num_rows, num_columns = len(staged.slot_S), staged.row_K_Z.shape[1]
+        num_runs = len(self.shape.kinds) - 1 + self.shape.num_steps
+        tokens_S_A, column_S_A = np.zeros((2, num_rows, num_runs), np.int64)
+        position_Z = np.zeros(num_columns, np.int64)
+        writer = TickLayout(
+            self.shape.kinds,
+            kind_T=staged.kind_T,
+            index_T=staged.index_T,
+            slot_S=staged.slot_S,
+            start_S1=staged.start_S1,
+            at_S=staged.at_S,
+            last_S=staged.last_S,
+            length_O_S=staged.length_O_S,
+            said_N=staged.said_N,
+            steps_N=staged.steps_N,
+            tokens_S_A=tokens_S_A,
+            column_S_A=column_S_A,
+            position_Z=position_Z,
+        )
+        return Layout(writer, tokens_S_A, column_S_A, position_Z)
 
 
 def size_of(shapes: Shapes) -> int:

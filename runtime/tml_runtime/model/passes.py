@@ -18,7 +18,7 @@ from tml_kernels._page_plan import PagePlan
 from tml_kernels.kv_cache import PageClass
 from tml_kernels.ops.plan_pages import plan_pages
 
-from .buffers import TickInputs
+from .buffers import Bucket, TickInputs
 from .state import ModelState, Run
 
 CLASS_OF = {"text": PageClass.TEXT, "video": PageClass.VIDEO, "audio": PageClass.AUDIO}
@@ -86,41 +86,18 @@ def classes_of(blocks: Sequence[str]) -> tuple[PageClass, ...]:
     return (*(CLASS_OF[block] for block in blocks), PageClass.REPLY)
 
 
-def first_pass(count_S_R: np.ndarray) -> np.ndarray:
-    """Of what rows append in a tick, what the first pass does: of the output steps the first."""
-    count_S_R = count_S_R.copy()
-    count_S_R[:, -1] = 1
-    return count_S_R
-
-
-def fill_passes(
-    state: ModelState,
-    slots: Sequence[int],
-    first_S_R: np.ndarray,
-    staged: TickInputs[np.ndarray],
-) -> None:
-    """Append a tick's tokens, and write where all its passes' keys go to a buffer that has its rows
-    already; the changes of page lists too.
-
-    Row s is slot slots[s], with first[s] tokens of each of its runs in the first pass.
-    """
-    (num_steps, num_rows), num_tokens = staged.length_O_S.shape, len(staged.kind_T)
-    num_live, later = len(slots), num_steps - 1
-    all_S_R = np.concatenate([first_S_R, np.ones((num_live, later), np.int64)], axis=1)
-    column_S_R = np.cumsum(all_S_R, axis=1)
-    column_S_R -= all_S_R
-    column_S_R[:, : first_S_R.shape[1]] += staged.start_S1[:num_live, None]
-    step_O_S = num_tokens + np.arange(later * num_rows).reshape(later, num_rows)
-    column_S_R[:, first_S_R.shape[1] :] = step_O_S[:, :num_live].T
+def fill_passes(state: ModelState, slots: Sequence[int], bucket: Bucket) -> None:
+    """Append the tokens of a tick whose rows `TickInput.fill` has staged, and stage where all its
+    passes' keys go; the changes of page lists too."""
+    staged, layout = state.buffers.staged(bucket), state.buffers.layout(bucket)
+    num_rows, later = len(slots), len(staged.length_O_S) - 1
     classes = (*classes_of(state.config.layout.blocks), *[PageClass.REPLY] * later)
-    position_Z = np.zeros(staged.row_K_Z.shape[1], np.int64)
+    tokens_S_A, column_S_A = layout.tokens_S_A[:num_rows], layout.column_S_A[:num_rows]
     staged.row_K_Z[:] = -1
-    state.append_all(slots, classes, all_S_R, column_S_R, staged.row_K_Z, position_Z)
-    staged.length_O_S[:] = 0
-    end_S = position_Z[staged.last_S[:num_live]] + 1  # of the first pass
-    staged.length_O_S[:, :num_live] = end_S + np.arange(num_steps)[:, None]
+    state.append_all(slots, classes, tokens_S_A, column_S_A, staged.row_K_Z, layout.position_Z)
+    layout.writer.set_lengths()
     state.cache.stage(
-        staged.row_K_Z, position_Z, staged.delta_U_4, staged.placed_X, staged.position_X
+        staged.row_K_Z, layout.position_Z, staged.delta_U_4, staged.placed_X, staged.position_X
     )
 
 

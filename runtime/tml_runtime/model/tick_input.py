@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,21 +13,14 @@ import torch
 from torch import Tensor
 
 from tml_kernels._dims import Dims
-from tml_kernels.ops.embed_tokens import TokenKind
 
 from .backbone import check_slots
-from .buffers import TickInputs
+from .buffers import Bucket, TickInputs
 from .config import ModelConfig
 from .state import ModelState
 
 Frames = Tensor | np.ndarray
 HOST = torch.device("cpu")
-KIND_OF = {
-    "text": TokenKind.TEXT,
-    "video": TokenKind.EMBEDDED,
-    "audio": TokenKind.LEVELS,
-    "step": TokenKind.STEP,
-}
 
 
 @dataclass(frozen=True)
@@ -62,6 +54,8 @@ class TickInput:
             if frames is not None:
                 _check_frames(config, f"frames[{row}]", frames)
         for row, ids in enumerate(self.text):
+            if len(ids) == 0:
+                continue
             check_ids(config, f"text[{row}]", ids)
             if len(ids) > layout.max_text_tokens:
                 raise ValueError(
@@ -71,19 +65,19 @@ class TickInput:
     def counts(self, config: ModelConfig) -> np.ndarray:
         """int64 [S, R] tokens that each row appends, of the classes `passes.classes_of`."""
         layout, num_rows = config.layout, len(self.slot_S)
-        count_S_R = np.zeros((num_rows, len(layout.blocks) + 1), np.int64)
-        for column, block in enumerate(layout.blocks):
-            count_S = count_S_R[:, column]
-            if block == "text":
-                count_S[:] = self.missing_S.numpy()
-                if self.text:
-                    count_S += [len(ids) for ids in self.text]
-            elif block == "audio":
-                count_S[:] = layout.audio_tokens
-            elif any(frames is not None for frames in self.frames):
-                count_S[:] = [self.num_patches(config, row) for row in range(num_rows)]
-        count_S_R[:, -1] = layout.num_steps
-        return count_S_R
+        text = self.missing_S.tolist()
+        if self.text:
+            text = [missing + len(ids) for missing, ids in zip(text, self.text, strict=True)]
+        video = [0] * num_rows
+        if any(frames is not None for frames in self.frames):
+            video = [self.num_patches(config, row) for row in range(num_rows)]
+        count_of = {
+            "text": text,
+            "video": video,
+            "audio": [layout.audio_tokens] * num_rows,
+        }
+        count_R_S = [*(count_of[block] for block in layout.blocks), [layout.num_steps] * num_rows]
+        return np.ascontiguousarray(np.array(count_R_S, np.int64).T)
 
     def frames_beyond(self, less: TickInput) -> dict[int, int]:
         """By row, frames of this tick that one without the video of some rows lacks."""
@@ -101,31 +95,18 @@ class TickInput:
         return len(frames) * patch_rows * patch_columns
 
     def fill(
-        self,
-        config: ModelConfig,
-        rows: Sequence[int],
-        count_S_R: np.ndarray,
-        staged: TickInputs[np.ndarray],
+        self, state: ModelState, rows: Sequence[int], count_S_R: np.ndarray, bucket: Bucket
     ) -> None:
-        """Write those rows' tokens, sound and patches to the buffer, back to back. count: of the
-        first pass, `counts` with one step."""
-        slots = [int(slot) for slot in self.slot_S.numpy()[rows]]
-        num_patches = 0
+        """Stage those rows' tokens, sound and patches in the bucket, back to back. count: of each,
+        as `counts` has it."""
+        staged, num_patches = state.buffers.staged(bucket), 0
         for row in rows if any(frames is not None for frames in self.frames) else ():
-            num_patches += self._fill_patches(config, row, staged, num_patches)
-        kinds = np.tile(kinds_of(config.layout.blocks), len(rows))
-        kind_T = np.repeat(kinds, count_S_R.ravel())
-        total = len(kind_T)
-        staged.kind_T[:total], staged.kind_T[total:] = kind_T, TokenKind.NOTHING
-        index_T = staged.index_T[:total]
-        index_T[kind_T == TokenKind.STEP] = slots
-        index_T[kind_T == TokenKind.LEVELS] = np.arange(len(rows) * config.layout.audio_tokens)
-        index_T[kind_T == TokenKind.EMBEDDED] = np.arange(num_patches)
-        index_T[kind_T == TokenKind.TEXT] = self._all_ids(config, rows)
-        staged.index_T[total:] = 0
+            num_patches += self._fill_patches(state.config, row, staged, num_patches)
+        slots = self.slot_S.numpy()[rows].tolist()
+        layout = state.buffers.layout(bucket)
+        layout.writer.fill(slots, count_S_R, self._all_ids(state.config, rows))
         pcm_S_W = staged.pcm_S_W[: len(rows)]
         np.take(self.pcm_S_W.numpy(), rows, axis=0, out=pcm_S_W, mode="clip")  # "raise" copies
-        _fill_rows(slots, count_S_R.sum(1), staged)
 
     def _all_ids(self, config: ModelConfig, rows: Sequence[int]) -> list[int]:
         """Text of those rows, one behind another."""
@@ -164,27 +145,6 @@ class TickInput:
         to = staged.patch_P_L_Y_Y_3[part].reshape(groups, rows, columns, length, side, side, 3)
         to[:] = cut.transpose(0, 2, 4, 1, 3, 5, 6)
         return num_patches
-
-
-@functools.cache
-def kinds_of(blocks: Sequence[str]) -> np.ndarray:
-    """int32 [R], of the tokens of a row's runs."""
-    return np.array([KIND_OF[block] for block in (*blocks, "step")], np.int32)
-
-
-def _fill_rows(slots: list[int], count_S: np.ndarray, staged: TickInputs[np.ndarray]) -> None:
-    """Rows of these slots, with so many tokens each in the first pass; those behind are idle."""
-    num_rows, num_slots = len(slots), len(staged.said_N)
-    end_S = np.cumsum(count_S)
-    staged.slot_S[:num_rows], staged.slot_S[num_rows:] = slots, -1
-    staged.at_S[:num_rows], staged.at_S[num_rows:] = slots, 0
-    staged.start_S1[0] = 0
-    staged.start_S1[1 : num_rows + 1], staged.start_S1[num_rows + 1 :] = end_S, end_S[-1]
-    staged.last_S[:num_rows], staged.last_S[num_rows:] = end_S - 1, 0
-    staged.said_N[:] = np.arange(num_slots)
-    staged.said_N[slots] = np.arange(num_slots, num_slots + num_rows)
-    staged.steps_N[:] = 0
-    staged.steps_N[slots] = len(staged.length_O_S)
 
 
 def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
