@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from typing_extensions import Buffer
 
 def now_ns() -> int: ...
@@ -69,20 +70,20 @@ class TickLayout:
         self,
         kinds: Sequence[int],
         *,
-        kind_T: Buffer,
-        index_T: Buffer,
-        slot_S: Buffer,
-        start_S1: Buffer,
-        at_S: Buffer,
-        last_S: Buffer,
-        length_O_S: Buffer,
-        said_N: Buffer,
-        steps_N: Buffer,
-        tokens_S_A: Buffer,
-        column_S_A: Buffer,
-        position_Z: Buffer,
+        kind_T: np.ndarray,
+        index_T: np.ndarray,
+        slot_S: np.ndarray,
+        start_S1: np.ndarray,
+        at_S: np.ndarray,
+        last_S: np.ndarray,
+        length_O_S: np.ndarray,
+        said_N: np.ndarray,
+        steps_N: np.ndarray,
+        tokens_S_A: np.ndarray,
+        column_S_A: np.ndarray,
+        position_Z: np.ndarray,
     ) -> None: ...
-    def fill(self, slots: Sequence[int], counts: Buffer, ids: Sequence[int]) -> None:
+    def fill(self, slots: Sequence[int], counts: np.ndarray, ids: Sequence[int]) -> None:
         """All arrays but `length_O_S`, of rows in these slots. counts: int64 [S, R], tokens of each
         run, the last of which are all output steps. ids: of the text of all rows.
 
