@@ -8,36 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "bind_array.h"
 #include "kv/page_table.h"
 
 namespace tml::bind {
 
-namespace py = pybind11;
-
-// A caller's contiguous int64 array.
-class Int64Array {
- public:
-  Int64Array(const py::buffer& array, const char* name, bool writable)
-      : info_(array.request(writable)) {
-    TML_CHECK(info_.item_type_is_equivalent_to<int64_t>(), name, ": expected int64, got ",
-              info_.format);
-    TML_CHECK(PyBuffer_IsContiguous(info_.view(), 'C') != 0, name, " is not contiguous");
-  }
-
-  // An array of these axes, [groups, T] or the like.
-  Int64Array(const py::buffer& array, const char* name, bool writable, int num_axes,
-             const char* axes)
-      : Int64Array(array, name, writable) {
-    TML_CHECK(info_.ndim == num_axes, name, ": expected ", axes, ", got ndim=", info_.ndim);
-  }
-
-  int64_t size() const { return info_.size; }
-  int64_t size(int axis) const { return info_.shape[axis]; }
-  int64_t* data() const { return static_cast<int64_t*>(info_.ptr); }
-
- private:
-  py::buffer_info info_;
-};
+using Int64Array = Array<int64_t>;
 
 inline Session session_of(const py::handle& handle) {
   TML_CHECK(PyTuple_Check(handle.ptr()) && PyTuple_GET_SIZE(handle.ptr()) == 2,

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_array.h"
 #include "tick/audio_windows.h"
 #include "tick/clock.h"
 #include "tick/ring.h"
@@ -256,8 +257,8 @@ class TickLayout {
 
   void fill(const std::vector<int64_t>& slots, const py::buffer& counts,
             const std::vector<int32_t>& ids) {
-    const py::buffer_info info = view<int64_t>(counts, "counts");
-    layout_.fill(slots, {static_cast<const int64_t*>(info.ptr), info.size}, ids);
+    const tml::bind::Array<int64_t> count_S_R(counts, "counts", false);
+    layout_.fill(slots, {count_S_R.data(), count_S_R.size()}, ids);
   }
 
   void set_lengths() { layout_.set_lengths(); }
@@ -270,19 +271,10 @@ class TickLayout {
   }
 
   template <typename T>
-  static py::buffer_info view(const py::buffer& array, const char* name) {
-    py::buffer_info info = array.request();
-    TML_CHECK(info.item_type_is_equivalent_to<T>(), name, ": format=", info.format);
-    TML_CHECK(PyBuffer_IsContiguous(info.view(), 'C') != 0, name, " is not contiguous");
-    return info;
-  }
-
-  template <typename T>
   tml::Numbers<T> borrow(const char* name) {
     TML_CHECK(arrays_.contains(name), name, " is not given");
-    py::buffer_info& info = views_.emplace_back(view<T>(arrays_[name], name));
-    TML_CHECK(!info.readonly, name, " is read-only");
-    return {static_cast<T*>(info.ptr), info.size};
+    const tml::bind::Array<T> array(arrays_[name], name, true);
+    return {array.data(), array.size()};
   }
 
   tml::TickArrays borrow() {
@@ -294,8 +286,7 @@ class TickLayout {
             borrow<int64_t>("column_S_A"), borrow<int64_t>("position_Z")};
   }
 
-  py::dict arrays_;
-  std::deque<py::buffer_info> views_;
+  py::dict arrays_;  // keeps them alive
   tml::TickLayout layout_;
 };
 

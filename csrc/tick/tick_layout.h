@@ -92,7 +92,8 @@ class TickLayout {
     idle(a_.at_S, 0);
     idle(a_.last_S, 0);
     idle(a_.start_S1, static_cast<int32_t>(next_token_));
-    std::fill(a_.kind_T.begin() + next_token_, a_.kind_T.end(), int32_t{0});
+    std::fill(a_.kind_T.begin() + next_token_, a_.kind_T.end(),
+              static_cast<int32_t>(TokenKind::kNothing));
     std::fill(a_.index_T.begin() + next_token_, a_.index_T.end(), int32_t{0});
     num_rows_ = num_rows;
   }

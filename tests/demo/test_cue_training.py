@@ -74,11 +74,12 @@ def test_two_processes_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_process_that_is_gone_ends_the_run_with_a_word_on_it() -> None:
-    with Trainer(0, *MEDIA).workers(2) as workers, pytest.raises(WorkerEnded, match="goes on"):
+    run = Trainer(0, *MEDIA)
+    with run.workers(2) as workers, pytest.raises(WorkerEnded, match="goes on"):
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
-        Trainer(0, *MEDIA).run_step(workers)
+        run.run_step(workers)
 
 
 def run_steps(run: Trainer, num_steps: int, num_workers: int = 1) -> list[float]:

@@ -103,7 +103,7 @@ def test_tokens_lie_where_their_runs_do(num_rows: int) -> None:
         ([0], [[0, 2**62, 3, 3]], [], f"count={2**62}"),
         ([0], [[2, 0, 3, 3]], [5], "text=2 ids=1"),
         ([0], [[0, 0, 3, 3]], [5], "text=0 ids=1"),
-        ([0], np.zeros((1, 4), np.int32), [], "counts: format=i"),
+        ([0], np.zeros((1, 4), np.int32), [], "counts: expected int64, got i"),
         ([0], np.zeros((1, 8), np.int64)[:, ::2], [], "counts is not contiguous"),
     ],
 )
