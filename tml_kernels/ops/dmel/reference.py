@@ -18,6 +18,8 @@ from torch.nn.functional import embedding_bag
 from .constants import plain_constants
 from .spec import MEL_FLOOR, POWER_FLOOR, DmelSpec
 
+FRAMES = 16  # at a time: their bands fit a core's cache
+
 
 def log_mel_ref(signal_S_W: Tensor, spec: DmelSpec) -> Tensor:
     """float64 [S, F, B]: log10 of the mel energies of every whole frame of a signal.
@@ -26,15 +28,14 @@ def log_mel_ref(signal_S_W: Tensor, spec: DmelSpec) -> Tensor:
     A frame has the same bits wherever it stands: the transform works row by row, and the sum over a
     band is one over the last axis.
     """
-    constants = plain_constants(spec, signal_S_W.device)
-    frame_S_F_X = signal_S_W.double().unfold(-1, spec.fft, spec.hop) * constants.window
-    spectrum = torch.fft.rfft(frame_S_F_X)
-    magnitude = (spectrum.real.square() + spectrum.imag.square()).clamp_min(POWER_FLOOR).sqrt()
-
-    width = constants.weight_B_J.shape[1]
-    bins_B_J = constants.first_B[:, None] + torch.arange(width, device=signal_S_W.device)
-    mel_S_F_B = (magnitude[..., bins_B_J] * constants.weight_B_J).sum(-1)
-    return mel_S_F_B.clamp_min(MEL_FLOOR).log10()
+    window, first_B, weight_B_J, _ = plain_constants(spec, signal_S_W.device)
+    mels = []
+    for frame_S_F_X in signal_S_W.double().unfold(-1, spec.fft, spec.hop).split(FRAMES, dim=-2):
+        spectrum = torch.fft.rfft(frame_S_F_X * window)
+        magnitude = (spectrum.real.square() + spectrum.imag.square()).clamp_min(POWER_FLOOR).sqrt()
+        band_S_F_B_J = magnitude.unfold(-1, weight_B_J.shape[1], 1).index_select(-2, first_B)
+        mels.append(band_S_F_B_J.mul_(weight_B_J).sum(-1))
+    return torch.cat(mels, dim=-2).clamp_min(MEL_FLOOR).log10()
 
 
 def quantise_ref(log_mel: Tensor, spec: DmelSpec) -> Tensor:

@@ -12,6 +12,8 @@ embedded tokens and the ops' plain paths write in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,7 @@ from tml_kernels.ops.patch_embed.reference import PatchWeights, divide_frames
 from ...model import ModelConfig
 from ...model.config import HeadSpec
 from ...model.weights import AttentionWeights, DenseWeights, ModelWeights, MoeWeights, plain
+from . import steps
 
 BLOCK = 128  # queries whose scores are in a cache together; later keys are not even looked at
 
@@ -42,18 +45,22 @@ def hidden_states(
     """
     assert config.tau_floor is None or x_N_T_D.shape[1] < config.tau_floor
     x = x_N_T_D
+    masks: dict[int | None, list[Tensor]] = {}
     for layer, lw in enumerate(w.layers):
         heads = config.heads(layer)
-        h = rms_norm(x, lw.attn_norm_D, config.norm_eps)
-        h = _attention(config, heads, lw.attention, h, dropped_N_T_T)
-        x = x + _short_conv(h, lw.attn_conv_D_4)
-        h = rms_norm(x, lw.mlp_norm_D, config.norm_eps)
+        if heads.window not in masks:
+            blocks = _blocks(x.shape[1], heads.window)
+            masks[heads.window] = [_mask(*block, heads.window, dropped_N_T_T) for block in blocks]
+        x, h = steps.RmsNorm.apply(x, lw.attn_norm_D, config.norm_eps)
+        h = _attention(config, heads, lw.attention, h, masks[heads.window])
+        x = x + steps.ShortConv.apply(h, lw.attn_conv_D_4)
+        x, h = steps.RmsNorm.apply(x, lw.mlp_norm_D, config.norm_eps)
         if isinstance(lw.mlp, DenseWeights):
             w13, w2 = plain("w13", lw.mlp.w13_J_D), plain("w2", lw.mlp.w2_D_F)
-            h = _swiglu(h, w13, w2) * lw.mlp.scale_1
+            h = _swiglu(h, *w13.unflatten(0, (-1, 2)).unbind(1), w2) * lw.mlp.scale_1
         else:
             h = _experts(config, lw.mlp, h.flatten(0, 1), loads).view_as(h)
-        x = x + _short_conv(h, lw.mlp_conv_D_4)
+        x = x + steps.ShortConv.apply(h, lw.mlp_conv_D_4)
     return rms_norm(x, w.norm_D, config.norm_eps)
 
 
@@ -115,7 +122,7 @@ def velocity(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    return steps.RmsNorm.apply(x, weight, eps)[1]
 
 
 def _attention(
@@ -123,30 +130,42 @@ def _attention(
     heads: HeadSpec,
     w: AttentionWeights,
     x_N_T_D: Tensor,
-    dropped_N_T_T: Tensor | None,
+    masks: Sequence[Tensor],
 ) -> Tensor:
+    """masks: of each block of queries."""
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
     sizes = [num_heads * width, num_kv * width, num_kv * width, num_heads * config.d_rel]
     q, k, v, r = F.linear(x_N_T_D, plain("qkvr", w.qkvr_J_D)).split(sizes, dim=2)
     q = rms_norm(q.unflatten(2, (num_heads, width)), w.q_norm_C, config.norm_eps).transpose(1, 2)
-    k = _short_conv(k, w.k_conv_W_4).unflatten(2, (num_kv, width))
+    k = steps.ShortConv.apply(k, w.k_conv_W_4).unflatten(2, (num_kv, width))
     k = rms_norm(k, w.k_norm_C, config.norm_eps).transpose(1, 2)
-    v = _short_conv(v, w.v_conv_W_4).unflatten(2, (num_kv, width)).transpose(1, 2)
-    group = num_heads // num_kv
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    v = steps.ShortConv.apply(v, w.v_conv_W_4).unflatten(2, (num_kv, width)).transpose(1, 2)
     r = r.unflatten(2, (num_heads, config.d_rel)).transpose(1, 2)
-    attended, end = [], 0
-    for q_N_H_b_C, r_N_H_b_B in zip((q / width).split(BLOCK, 2), r.split(BLOCK, 2), strict=True):
-        begin, end = end, end + q_N_H_b_C.shape[2]
-        first = 0 if heads.window is None else max(0, begin + 1 - heads.window)
-        bias = _by_distance(r_N_H_b_B, w.rel_table_B_X, end - first)
-        bias = bias + _mask(begin, end, first, heads.window, dropped_N_T_T)
-        keys, values = k[:, :, first:end].flatten(0, 1), v[:, :, first:end].flatten(0, 1)
-        queries = q_N_H_b_C.flatten(0, 1)
+    blocks = _blocks(x_N_T_D.shape[1], heads.window)
+    spans = [(first, end) for _, end, first in blocks]
+    k, v = (
+        steps.Spans.apply(x[:, :, None].expand(-1, -1, num_heads // num_kv, -1, -1), spans)
+        for x in (k, v)
+    )
+    of_blocks = zip((q / width).split(BLOCK, 2), k, v, r.split(BLOCK, 2), masks, strict=True)
+    attended = []
+    for q_N_H_b_C, k_N_H_S_C, v_N_H_S_C, r_N_H_b_B, mask in of_blocks:
+        bias = _by_distance(r_N_H_b_B, w.rel_table_B_X, k_N_H_S_C.shape[2]) + mask
+        queries, keys = q_N_H_b_C.flatten(0, 1), k_N_H_S_C.flatten(0, 1)
         scores = torch.baddbmm(bias.flatten(0, 1), queries, keys.transpose(1, 2))
-        attended.append((scores.softmax(dim=-1) @ values).unflatten(0, (-1, num_heads)))
+        y = scores.softmax(dim=-1) @ v_N_H_S_C.flatten(0, 1)
+        attended.append(y.unflatten(0, (-1, num_heads)))
     attended_N_T_I = torch.cat(attended, dim=2).transpose(1, 2).flatten(2)
     return F.linear(attended_N_T_I, plain("out", w.out_D_I))
+
+
+def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
+    """(first query, end of queries and keys, first key) of each block."""
+    begins = range(0, num_tokens, BLOCK)
+    return [
+        (begin, min(begin + BLOCK, num_tokens), max(0, begin + 1 - (window or num_tokens)))
+        for begin in begins
+    ]
 
 
 def _mask(
@@ -165,16 +184,10 @@ def _mask(
 
 def _by_distance(r_N_H_b_B: Tensor, rel_table_B_X: Tensor, num_keys: int) -> Tensor:
     """[N, H, b, S] biases of the last b of S tokens to all S: the table's of their distance, zero
-    beyond its extent. Entries with a key behind its query are of no use.
-
-    Rows of one more value than they are read as move by one a row.
-    """
-    num_queries, extent = r_N_H_b_B.shape[2], min(num_keys, rel_table_B_X.shape[1])
+    beyond its extent. Entries with a key behind its query are of no use."""
+    extent = min(num_keys, rel_table_B_X.shape[1])
     bias = r_N_H_b_B @ rel_table_B_X[:, :extent].flip(1)  # distances extent - 1 .. 0
-    padded = F.pad(bias, (num_keys - extent, num_queries))
-    width = num_keys + num_queries - 1
-    shifted = padded.flatten(2)[..., num_queries - 1 : num_queries - 1 + num_queries * width]
-    return shifted.unflatten(2, (num_queries, width))[..., :num_keys]
+    return steps.ShiftRows.apply(bias, num_keys)
 
 
 def _experts(
@@ -192,33 +205,25 @@ def _experts(
     weight = F.logsigmoid(both).softmax(dim=1) * spec.route_scale * w.scale_1
     if loads is not None:
         loads.append(chosen_M_K.flatten().bincount(minlength=spec.num_experts))
-    w13_E_J_D, w2_E_D_F = plain("w13", experts.w13), plain("w2", experts.w2)
     order = chosen_M_K.flatten().sort(stable=True).indices  # assignments by expert
     token, weight_A_1 = order // spec.top_k, weight[:, : spec.top_k].flatten()[order, None]
     counts = chosen_M_K.flatten().bincount(minlength=spec.num_experts).tolist()
-    y_A_D = torch.cat(
-        [
-            _swiglu(x, w13_E_J_D[expert], w2_E_D_F[expert])
-            for expert, x in enumerate(x_M_D[token].split(counts))
-        ]
-    )
+    w2_E_D_F = plain("w2", experts.w2).unbind()
+    gates_and_ups = _gates_and_ups(plain("w13", experts.w13))
+    of_experts = zip(x_M_D[token].split(counts), *gates_and_ups, w2_E_D_F, strict=True)
+    y_A_D = torch.cat([_swiglu(*of_expert) for of_expert in of_experts])
     out_M_D = torch.zeros_like(x_M_D).index_add(0, token, y_A_D * weight_A_1)
-    w13_Z_J_D, w2_Z_D_F = plain("w13", shared.w13), plain("w2", shared.w2)
-    for z in range(spec.num_shared):
-        y_M_D = _swiglu(x_M_D, w13_Z_J_D[z], w2_Z_D_F[z])
-        out_M_D = out_M_D + y_M_D * weight[:, spec.top_k + z, None]
+    gates_and_ups, w2_Z_D_F = _gates_and_ups(plain("w13", shared.w13)), plain("w2", shared.w2)
+    for z, of_shared in enumerate(zip(*gates_and_ups, w2_Z_D_F.unbind(), strict=True)):
+        out_M_D = out_M_D + _swiglu(x_M_D, *of_shared) * weight[:, spec.top_k + z, None]
     return out_M_D
 
 
-def _swiglu(x: Tensor, w13_J_D: Tensor, w2_D_F: Tensor) -> Tensor:
-    gate, up = F.linear(x, w13_J_D[0::2]), F.linear(x, w13_J_D[1::2])
-    return F.linear(F.silu(gate) * up, w2_D_F)
+def _gates_and_ups(w13_E_J_D: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """[F, D] of each expert, whose rows take turns."""
+    gate_E_F_D, up_E_F_D = w13_E_J_D.unflatten(1, (-1, 2)).unbind(2)
+    return gate_E_F_D.unbind(), up_E_F_D.unbind()
 
 
-def _short_conv(x_N_T_W: Tensor, weight_W_4: Tensor) -> Tensor:
-    """x + a depthwise causal convolution of four taps, the last of them the current token's."""
-    num_taps, num_tokens = weight_W_4.shape[1], x_N_T_W.shape[1]
-    padded = F.pad(x_N_T_W, (0, 0, num_taps - 1, 0))
-    return x_N_T_W + sum(
-        padded[:, tap : tap + num_tokens] * weight_W_4[:, tap] for tap in range(num_taps)
-    )
+def _swiglu(x_M_D: Tensor, gate_F_D: Tensor, up_F_D: Tensor, w2_D_F: Tensor) -> Tensor:
+    return F.linear(F.silu(F.linear(x_M_D, gate_F_D)) * F.linear(x_M_D, up_F_D), w2_D_F)

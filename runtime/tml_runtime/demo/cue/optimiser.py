@@ -6,7 +6,7 @@ Source of Muon: K. Jordan, "Muon: an optimizer for hidden layers in neural netwo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -59,10 +59,12 @@ class Optimiser:
         return cls(weights, state)
 
     @torch.no_grad()
-    def step(self, step: int, num_steps: int) -> None:
-        """step counts from 0. Takes the gradients of all weights that have one, and clears them."""
+    def step(self, step: int, num_steps: int, names: Iterable[str] | None = None) -> None:
+        """step counts from 0. Takes the gradients of all weights, or of those named, that have one,
+        and clears them."""
         rate = schedule(step, num_steps)
-        for name, tensor in self.weights.items():
+        for name in self.weights if names is None else names:
+            tensor = self.weights[name]
             if tensor.grad is None:
                 continue
             mean, square = self.state[f"{name}.mean"], self.state.get(f"{name}.square")
@@ -78,6 +80,22 @@ class Optimiser:
                 lr = ADAM_LR * (GAIN_LR if name.endswith(GAINS) else 1.0)
                 tensor.addcdiv_(mean, square.sqrt().add_(EPS), value=-lr * rate * bias)
             tensor.grad = None
+
+
+def halves(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All weights in two parts that take about as long to move."""
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    works = [0, 0]
+    for work, name in sorted(((_work(*item), item[0]) for item in weights.items()), reverse=True):
+        less = works.index(min(works))
+        parts[less][name] = weights[name]
+        works[less] += work
+    return parts
+
+
+def _work(name: str, tensor: Tensor) -> int:
+    """Of a step, in numbers that are multiplied."""
+    return tensor.numel() * (min(tensor.shape[-2:]) if is_matrix(name, tensor) else 8)
 
 
 def schedule(step: int, num_steps: int) -> float:

@@ -1,6 +1,7 @@
-"""A step's gradients, in shares that are averaged: one process takes them in turn, or each has one.
+"""A step in two shares, whose gradients are averaged: one process takes both, or each of two takes
+one and then moves half of the weights.
 
-Both give the same bits: a share is one thread's work, and shares are added in their order.
+Both give the same bits: a share is one thread's work, and so is the move of a weight.
 """
 
 # Dimension key: E experts.
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -26,10 +27,10 @@ from ...model.weights import ModelWeights
 from .batch import make_batch
 from .lessons import draw_episodes, lesson_at
 from .loss import Loss, batch_loss
-from .optimiser import leaves
+from .optimiser import Optimiser, halves, leaves
 from .speech import Footage, Speech
 
-SHARES = 2  # of a step, each of which draws its own episodes
+SHARES = 2  # of a step: each draws its own episodes
 
 
 class WorkerEnded(TmlRuntimeError):
@@ -75,95 +76,130 @@ def take_share(weights: ModelWeights, share: Share, speech: Speech, footage: Foo
 
 
 class Workers:
-    """Processes that take all shares but the first; a context manager. For one thread.
+    """This process, and maybe another one; a context manager. For one thread.
 
-    The weights move to memory that all of them share, where the optimiser changes them while the
-    others wait. With num = 1 there is no other process.
+    With another one, the weights and the optimiser's state lie in memory that both have.
     """
 
-    def __init__(self, num: int, weights: ModelWeights, speech: Speech, footage: Footage) -> None:
-        self._weights, self._media = weights, (speech, footage)
-        self._leaves = dict(leaves(weights))
-        self._others: list[_Other] = []
-        context = torch.multiprocessing.get_context("spawn")
-        for _ in range(min(num, SHARES) - 1):
-            for tensor in self._leaves.values():
-                tensor.share_memory_()
-            gradients = {
+    def __init__(
+        self,
+        num: int,
+        weights: ModelWeights,
+        optimiser: Optimiser,
+        speech: Speech,
+        footage: Footage,
+    ) -> None:
+        self._weights, self._optimiser, self._media = weights, optimiser, (speech, footage)
+        self._other: _Other | None = None
+        if num == 1:
+            return
+        for tensor in (*optimiser.weights.values(), *optimiser.state.values()):
+            tensor.share_memory_()
+        own, its = (
+            {
                 name: torch.zeros_like(x, requires_grad=False).share_memory_()
-                for name, x in self._leaves.items()
+                for name, x in half.items()
             }
-            here, there = context.Pipe()
-            arguments = (there, weights, gradients, speech, footage)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            there.close()
-            self._others.append(_Other(process, here, gradients))
+            for half in halves(optimiser.weights)
+        )
+        context = torch.multiprocessing.get_context("spawn")
+        here, there = context.Pipe()
+        arguments = (there, weights, optimiser.state, its, own, speech, footage)
+        process = context.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        there.close()
+        self._other = _Other(process, here, own, its)
 
     def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for other in self._others:
-            other.pipe.close()
-            other.process.join()
+        if self._other is not None:
+            self._other.pipe.close()
+            self._other.process.join()
 
-    def take(self, shares: list[Share]) -> list[Taken]:
-        """All shares of one step; the gradients of the weights are its own from here on. Raises
-        WorkerEnded."""
-        own = len(shares) - len(self._others)
+    def run_step(self, shares: Sequence[Share], num_steps: int) -> tuple[list[Taken], float]:
+        """Takes both shares of a step and moves all weights by them; what was taken, and the CPU
+        seconds of the move. Raises WorkerEnded."""
+        if self._other is None:
+            taken = [take_share(self._weights, share, *self._media) for share in shares]
+            return taken, _move(self._optimiser, shares[0].step, num_steps)
+        mine, its = shares
+        _, pipe, to_move, for_other = self._other
         try:
-            for share, other in zip(shares[own:], self._others, strict=True):
-                other.pipe.send(share)
-            taken = [take_share(self._weights, share, *self._media) for share in shares[:own]]
-            for other in self._others:
-                names, its = other.pipe.recv()
-                self._add(names, other.gradients)
-                taken.append(its)
+            pipe.send(its)
+            taken = take_share(self._weights, mine, *self._media)
+            its_taken, names = pipe.recv()
+            pipe.send((num_steps, _give(self._optimiser, for_other)))
+            seconds = _move(self._optimiser, mine.step, num_steps, to_move, names)
+            return [taken, its_taken], seconds + pipe.recv()
         except (EOFError, OSError) as error:
             raise WorkerEnded(
                 "a process of the training ended: the same command goes on from the last saved step"
             ) from error
-        return taken
-
-    def _add(self, names: list[str], gradients: Mapping[str, Tensor]) -> None:
-        for name in names:
-            weight = self._leaves[name]
-            if weight.grad is None:
-                weight.grad = gradients[name].clone()
-            else:
-                weight.grad += gradients[name]
 
 
 class _Other(NamedTuple):
-    """A process, and where it leaves its gradients."""
+    """A process, and memory for gradients: those that it found for the weights that are moved here,
+    and those found here for the weights that it moves."""
 
     process: BaseProcess
     pipe: Connection
-    gradients: dict[str, Tensor]
+    to_move: dict[str, Tensor]
+    for_other: dict[str, Tensor]
 
 
 def _work(
     pipe: Connection,
     weights: ModelWeights,
-    gradients: Mapping[str, Tensor],
+    state: dict[str, Tensor],
+    to_move: dict[str, Tensor],
+    for_other: dict[str, Tensor],
     speech: Speech,
     footage: Footage,
 ) -> None:
-    """Takes shares until the other end is closed; Ctrl-C is for that end."""
+    """Takes shares and moves weights until the other end is closed; Ctrl-C is for that end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    own = dict(leaves(weights))
+    optimiser = Optimiser(dict(leaves(weights)), state)
     with suppress(EOFError, OSError):
         while True:
-            taken = take_share(weights, pipe.recv(), speech, footage)
-            names = []
-            for name, weight in own.items():
-                if weight.grad is not None:
-                    gradients[name].copy_(weight.grad)
-                    weight.grad = None
-                    names.append(name)
-            pipe.send((names, taken))
+            share = pipe.recv()
+            taken = take_share(weights, share, speech, footage)
+            pipe.send((taken, _give(optimiser, for_other)))
+            num_steps, names = pipe.recv()
+            pipe.send(_move(optimiser, share.step, num_steps, to_move, names))
+
+
+def _give(optimiser: Optimiser, gradients: Mapping[str, Tensor]) -> list[str]:
+    """Leaves there what this process has found for those weights; the names of those for which
+    there is something."""
+    weights = {name: optimiser.weights[name] for name in gradients}
+    names = [name for name, weight in weights.items() if weight.grad is not None]
+    for name in names:
+        gradients[name].copy_(weights[name].grad)
+        weights[name].grad = None
+    return names
+
+
+def _move(
+    optimiser: Optimiser,
+    step: int,
+    num_steps: int,
+    gradients: Mapping[str, Tensor] | None = None,
+    names: Sequence[str] = (),
+) -> float:
+    """All weights, or those of `gradients`, of which those of `names` are added; CPU seconds."""
+    begin = time.process_time()
+    for name in names:
+        weight = optimiser.weights[name]
+        if weight.grad is None:
+            weight.grad = gradients[name].clone()
+        else:
+            weight.grad += gradients[name]
+    with flushed_denormals():
+        optimiser.step(step, num_steps, gradients)
+    return time.process_time() - begin
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,6 +23,12 @@ class Speech:
 
     recordings: Mapping[str, np.ndarray]
     varied: bool = False  # far higher and lower, backwards, through other microphones, two at once
+    loudness: Mapping[str, float] = field(default_factory=dict)  # root mean squares, when made once
+
+    def __post_init__(self) -> None:
+        if not self.loudness:
+            loudness = {name: _loudness(pcm) for name, pcm in self.recordings.items()}
+            object.__setattr__(self, "loudness", loudness)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -48,7 +54,8 @@ class Speech:
         return drawn
 
     def _voice(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        pcm = self.recordings[sorted(self.recordings)[rng.integers(len(self.recordings))]]
+        name = sorted(self.recordings)[rng.integers(len(self.recordings))]
+        pcm = self.recordings[name]
         pace = rng.uniform(0.85, 1.18)
         if self.varied and rng.random() < 0.6:
             pace = (0.6 * 2.5 ** rng.random()) * rng.choice((1.0, 1.0, -1.0))
@@ -60,7 +67,7 @@ class Speech:
         drawn[1:] = drawn[1:] - tilt * drawn[:-1]
         if self.varied and rng.random() < 0.6:
             drawn = _equalised(drawn, rng)
-        loud = np.sqrt(np.mean(np.square(pcm, dtype=np.float64))) * (1 - min(tilt, 0.5))
+        loud = self.loudness[name] * (1 - min(tilt, 0.5))
         return (drawn / max(loud, 1e-6)).astype(np.float32)
 
 
@@ -187,6 +194,10 @@ def _equalised(pcm: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     gain_db = np.interp(np.log2(hz + 1), np.log2(knots_hz), rng.normal(0, 6, len(knots_hz)))
     filtered = np.fft.irfft(np.fft.rfft(pcm, size) * 10 ** (gain_db / 20), size)[: len(pcm)]
     return filtered * np.sqrt(np.mean(pcm**2) / max(np.mean(filtered**2), 1e-12))
+
+
+def _loudness(pcm: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(pcm, dtype=np.float64))))
 
 
 def _softest(pcm: np.ndarray) -> float:

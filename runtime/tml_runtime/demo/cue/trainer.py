@@ -9,7 +9,6 @@ machine, with any number of processes.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from ...model.load import random_weights, save_weights
 from ...model.weights import ModelWeights, MoeWeights
 from .loss import Loss
 from .optimiser import Optimiser, leaves
-from .share import SHARES, Share, Workers, flushed_denormals
+from .share import SHARES, Share, Workers
 from .speech import Footage, Speech
 from .tasks import TASKS
 from .words import CONFIG, SILENT_LEVEL
@@ -69,22 +68,20 @@ class Trainer:
 
     def workers(self, num: int) -> Workers:
         """For `run_step`, a context manager."""
-        return Workers(num, self.weights, self.speech, self.footage)
+        return Workers(num, self.weights, self.optimiser, self.speech, self.footage)
 
     def run_step(self, workers: Workers) -> list[Loss]:
         """One step towards `num_steps`, 0 while nobody knows it; the loss of each share."""
         num_steps = self.num_steps or UNKNOWN
         done, losses = self.step / num_steps, dict(self.losses)
-        taken = workers.take([Share(self.seed, self.step, n, done, losses) for n in range(SHARES)])
-        begin = time.process_time()
-        with flushed_denormals():
-            self.optimiser.step(self.step, num_steps)
+        shares = [Share(self.seed, self.step, n, done, losses) for n in range(SHARES)]
+        taken, cpu_seconds = workers.run_step(shares, num_steps)
         self._balance([share.loads for share in taken])
         for share in taken:
             for task, value in share.loss.tasks.items():
                 self.losses[task] += NEWEST * (value - self.losses[task])
         self.step += 1
-        self.cpu_seconds += time.process_time() - begin + sum(x.cpu_seconds for x in taken)
+        self.cpu_seconds += cpu_seconds + sum(share.cpu_seconds for share in taken)
         return [share.loss for share in taken]
 
     def save(self, folder: Path) -> None:
