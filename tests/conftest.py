@@ -12,7 +12,10 @@ if not HAS_GPU:  # must be set before any kernel module is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest  # noqa: E402
+import quick_interpreter  # noqa: E402
 
+if not HAS_GPU:
+    quick_interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: threads would only wait
     torch.set_num_threads(1)
 

@@ -22,11 +22,11 @@ from tml_runtime.demo.cue import share
 from tml_runtime.demo.cue.batch import make_batch
 from tml_runtime.demo.cue.lessons import LESSONS, draw_episodes, draw_tasks, lesson_at
 from tml_runtime.demo.cue.loss import Loss, speech_loss
-from tml_runtime.demo.cue.optimiser import Optimiser, leaves, orthogonal, schedule
+from tml_runtime.demo.cue.optimiser import Optimiser, halves, leaves, orthogonal, schedule
 from tml_runtime.demo.cue.report import REPORT, TEXT, ReportError, read_report
 from tml_runtime.demo.cue.share import WorkerEnded, Workers
 from tml_runtime.demo.cue.tasks import TASKS, make_episode
-from tml_runtime.demo.cue.trainer import STATE, WEIGHTS, Trainer, TrainingError, new_weights
+from tml_runtime.demo.cue.trainer import STATE, STEPS, WEIGHTS, Trainer, TrainingError, new_weights
 from tml_runtime.demo.cue.words import CONFIG, ID, SILENT_LEVEL
 from tml_runtime.model import InteractionModel
 
@@ -62,6 +62,14 @@ def test_twenty_steps_lower_the_loss_and_a_run_that_goes_on_ends_bitwise_the_sam
     run_steps(gone_on, 9)
     assert_same_run(gone_on, whole)
     assert losses[0] != losses[2]  # no episode comes twice
+
+
+def test_halves_take_about_as_long_to_move() -> None:
+    weights = dict(leaves(new_weights(0)))
+    one, other = halves(weights)
+    assert {**one, **other}.keys() == weights.keys() and not one.keys() & other.keys()
+    sizes = [sum(weight.numel() for weight in half.values()) for half in (one, other)]
+    assert 0.8 < sizes[0] / sizes[1] < 1.25
 
 
 def test_two_processes_give_the_bits_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +150,7 @@ def test_a_state_that_says_nothing_sensible_of_itself_is_refused(
     run = Trainer(0, *MEDIA)
     with pytest.raises(TrainingError, match="delete it to begin anew"):
         run.resume(tmp_path)
-    assert (run.step, run.num_steps) == (0, 0)
+    assert (run.step, run.num_steps) == (0, STEPS)
 
 
 def test_the_command_trains_goes_on_and_reports(
@@ -214,7 +222,7 @@ def test_a_run_that_was_stopped_before_its_report_is_not_taken_to_be_trained(
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--minutes", "0"], ["--steps", "0"], ["--seed", "-1"], ["--episodes", "0"]]
+    "wrong", [["--workers", "0"], ["--steps", "0"], ["--seed", "-1"], ["--episodes", "0"]]
 )
 def test_wrong_arguments(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
@@ -272,12 +280,6 @@ def test_the_rate_goes_up_stays_and_falls_to_zero() -> None:
     assert rates == sorted(rates[:100]) + rates[100:600] + sorted(rates[600:], reverse=True)
     assert rates[-1] == 0.0
     assert json.dumps(rates)
-
-
-def test_a_run_whose_length_is_not_known_yet_begins_as_a_long_one() -> None:
-    known, unknown = Trainer(0, *MEDIA), Trainer(0, *MEDIA)
-    known.num_steps = 1000
-    assert run_steps(known, 3) == run_steps(unknown, 3)
 
 
 def test_lessons_go_on_from_one_to_the_next() -> None:

@@ -26,10 +26,9 @@ from .cue.report import (
     weights_digest,
     write_report,
 )
-from .cue.trainer import Trainer, TrainingError
+from .cue.trainer import STEPS, Trainer, TrainingError
 from .media import MediaError
 
-TIMED_STEPS = 20  # by which --minutes becomes a number of steps
 SAVE_EVERY_S = 60.0
 NEWEST = 100  # losses of a task that the report is the mean of
 
@@ -40,11 +39,10 @@ training.safetensors, by which a run that was stopped goes on: give the same arg
 """
 _EXAMPLES = """\
 examples:
-  python -m tml_runtime.demo.train --out out/cue --steps 2500   half an hour or so of two cores
+  python -m tml_runtime.demo.train --out out/cue              half an hour of two cores
   python -m tml_runtime.demo.train --out out/cue --evaluate   then its figures, on other recordings
 
---minutes sets the number of steps once, at the start, from the time of the first ones; --steps
-gives it. The same seed and steps give the same weights on the same machine.
+The same seed and steps give the same weights on the same machine.
 """
 
 
@@ -56,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 ended by Ctrl-C (and can go on)."""
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.minutes <= 0 or args.workers < 1 or (args.steps is not None and args.steps < 1):
-        parser.error("--minutes, --steps and --workers are positive")
+    if args.workers < 1 or (args.steps is not None and args.steps < 1):
+        parser.error("--steps and --workers are positive")
     if not 0 <= args.seed < EVALUATION or args.episodes < 1 or args.long_episodes < 0:
         parser.error("--seed and --long-episodes are not negative, --episodes is positive")
     torch.set_num_threads(1)
@@ -65,13 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.evaluate:
             measure(args.out, args.episodes, args.long_episodes, args.workers)
         else:
-            train(
-                args.out,
-                seed=args.seed,
-                minutes=args.minutes,
-                num_steps=args.steps,
-                workers=args.workers,
-            )
+            train(args.out, seed=args.seed, num_steps=args.steps, workers=args.workers)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved step", file=sys.stderr)
         return 130
@@ -81,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(out: Path, *, seed: int, minutes: float, num_steps: int | None, workers: int) -> None:
-    """Raises TrainingError, WorkerEnded, MediaError, MissingExtraError, OSError."""
+def train(out: Path, *, seed: int, num_steps: int | None, workers: int) -> None:
+    """num_steps: None for as many as the run in that folder has, or a new one. Raises
+    TrainingError, WorkerEnded, MediaError, MissingExtraError, OSError."""
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(seed, *training_media())
     resumed = trainer.resume(out)
@@ -93,23 +86,20 @@ def train(out: Path, *, seed: int, minutes: float, num_steps: int | None, worker
                 "for: give more, or another folder"
             )
         trainer.num_steps = num_steps
-    if 0 < trainer.num_steps <= trainer.step:
+    if trainer.num_steps <= trainer.step:
         print(f"{out} is trained already, for {trainer.step} steps; more --steps train it further")
         return
     if resumed:
         print(f"goes on after step {trainer.step} of {trainer.num_steps}")
-    begin = saved = time.monotonic()
+    saved = time.monotonic()
     newest: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=NEWEST))
     with trainer.workers(workers) as processes, _bar("training") as show:
-        while trainer.num_steps == 0 or trainer.step < trainer.num_steps:
+        while trainer.step < trainer.num_steps:
             losses = trainer.run_step(processes)
             for loss in losses:
                 for task, value in loss.tasks.items():
                     newest[task].append(value)
             now = time.monotonic()
-            if trainer.num_steps == 0 and trainer.step == TIMED_STEPS:
-                each_s = (now - begin) / TIMED_STEPS
-                trainer.num_steps = max(TIMED_STEPS, round(60 * minutes / each_s))
             show(trainer.step, trainer.num_steps, _loss_text(losses))
             if now - saved > SAVE_EVERY_S and trainer.step < trainer.num_steps:
                 trainer.save(out)
@@ -153,8 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where the files go")
-    add("--minutes", type=float, default=30.0, help="how long to train (default: %(default)g)")
-    add("--steps", type=int, help="how many steps instead")
+    add("--steps", type=int, help=f"how long to train (default: {STEPS}, or what the run has)")
     add("--seed", type=int, default=0, help="of weights and episodes (default: %(default)s)")
     add(
         "--workers",
@@ -190,7 +179,7 @@ def _bar(what: str) -> Iterator[Bar]:
         task = bar.add_task(what, total=None)
 
         def show(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total or None, description=f"{what}: {text}")
+            bar.update(task, completed=done, total=total, description=f"{what}: {text}")
 
         yield show
 
@@ -205,7 +194,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._shown > self.EVERY_S or done == total:
             self._shown = now
-            print(f"{self._what}: {done} of {total or '?'}: {text}", file=sys.stderr, flush=True)
+            print(f"{self._what}: {done} of {total}: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

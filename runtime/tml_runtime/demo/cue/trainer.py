@@ -31,7 +31,7 @@ from .words import CONFIG, SILENT_LEVEL
 
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
 NEWEST = 0.05  # what an episode's loss counts in the mean of its task
-UNKNOWN = 100_000  # steps, for the schedules of the first ones, by which a run's number is set
+STEPS = 4000  # of a run: half an hour of two cores
 BALANCE = 2e-3  # by which the bias of an expert moves in a step towards an even load
 
 
@@ -57,7 +57,7 @@ class Trainer:
 
     def __init__(self, seed: int, speech: Speech, footage: Footage) -> None:
         self.seed, self.speech, self.footage = seed, speech, footage
-        self.step, self.num_steps = 0, 0
+        self.step, self.num_steps = 0, STEPS
         self.cpu_seconds = 0.0  # of all steps so far, of all processes
         self.losses = dict.fromkeys(TASKS, 1.0)  # running means, as of `Loss.tasks`
         self.weights = new_weights(seed)
@@ -71,11 +71,10 @@ class Trainer:
         return Workers(num, self.weights, self.optimiser, self.speech, self.footage)
 
     def run_step(self, workers: Workers) -> list[Loss]:
-        """One step towards `num_steps`, 0 while nobody knows it; the loss of each share."""
-        num_steps = self.num_steps or UNKNOWN
-        done, losses = self.step / num_steps, dict(self.losses)
+        """One step towards `num_steps`; the loss of each share."""
+        done, losses = self.step / self.num_steps, dict(self.losses)
         shares = [Share(self.seed, self.step, n, done, losses) for n in range(SHARES)]
-        taken, cpu_seconds = workers.run_step(shares, num_steps)
+        taken, cpu_seconds = workers.run_step(shares, self.num_steps)
         self._balance([share.loads for share in taken])
         for share in taken:
             for task, value in share.loss.tasks.items():
