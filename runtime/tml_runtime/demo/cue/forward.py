@@ -56,8 +56,8 @@ def hidden_states(
         x = x + steps.ShortConv.apply(h, lw.attn_conv_D_4)
         x, h = steps.RmsNorm.apply(x, lw.mlp_norm_D, config.norm_eps)
         if isinstance(lw.mlp, DenseWeights):
-            w13, w2 = plain("w13", lw.mlp.w13_J_D), plain("w2", lw.mlp.w2_D_F)
-            h = _swiglu(h, *w13.unflatten(0, (-1, 2)).unbind(1), w2) * lw.mlp.scale_1
+            gate, up = plain("w13", lw.mlp.w13_J_D).unflatten(0, (-1, 2)).unbind(1)
+            h = _swiglu(h, gate, up, plain("w2", lw.mlp.w2_D_F)) * lw.mlp.scale_1
         else:
             h = _experts(config, lw.mlp, h.flatten(0, 1), loads).view_as(h)
         x = x + steps.ShortConv.apply(h, lw.mlp_conv_D_4)

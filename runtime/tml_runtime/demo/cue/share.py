@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -123,7 +123,7 @@ class Workers:
         seconds of the move. Raises WorkerEnded."""
         if self._other is None:
             taken = [take_share(self._weights, share, *self._media) for share in shares]
-            return taken, _move(self._optimiser, shares[0].step, num_steps)
+            return taken, _move(self._optimiser, shares[0].step, num_steps, None, {})
         mine, its = shares
         _, pipe, to_move, for_other = self._other
         try:
@@ -131,7 +131,8 @@ class Workers:
             taken = take_share(self._weights, mine, *self._media)
             its_taken, names = pipe.recv()
             pipe.send((num_steps, _give(self._optimiser, for_other)))
-            seconds = _move(self._optimiser, mine.step, num_steps, to_move, names)
+            found = {name: to_move[name] for name in names}
+            seconds = _move(self._optimiser, mine.step, num_steps, to_move, found)
             return [taken, its_taken], seconds + pipe.recv()
         except (EOFError, OSError) as error:
             raise WorkerEnded(
@@ -168,17 +169,20 @@ def _work(
             taken = take_share(weights, share, speech, footage)
             pipe.send((taken, _give(optimiser, for_other)))
             num_steps, names = pipe.recv()
-            pipe.send(_move(optimiser, share.step, num_steps, to_move, names))
+            found = {name: to_move[name] for name in names}
+            pipe.send(_move(optimiser, share.step, num_steps, to_move, found))
 
 
 def _give(optimiser: Optimiser, gradients: Mapping[str, Tensor]) -> list[str]:
     """Leaves there what this process has found for those weights; the names of those for which
     there is something."""
-    weights = {name: optimiser.weights[name] for name in gradients}
-    names = [name for name, weight in weights.items() if weight.grad is not None]
-    for name in names:
-        gradients[name].copy_(weights[name].grad)
-        weights[name].grad = None
+    names = []
+    for name, gradient in gradients.items():
+        weight = optimiser.weights[name]
+        if weight.grad is not None:
+            gradient.copy_(weight.grad)
+            weight.grad = None
+            names.append(name)
     return names
 
 
@@ -186,19 +190,20 @@ def _move(
     optimiser: Optimiser,
     step: int,
     num_steps: int,
-    gradients: Mapping[str, Tensor] | None = None,
-    names: Sequence[str] = (),
+    names: Iterable[str] | None,
+    found: Mapping[str, Tensor],
 ) -> float:
-    """All weights, or those of `gradients`, of which those of `names` are added; CPU seconds."""
+    """All weights, or those of these names. found: gradients that come to those that are there.
+    CPU seconds."""
     begin = time.process_time()
-    for name in names:
+    for name, gradient in found.items():
         weight = optimiser.weights[name]
         if weight.grad is None:
-            weight.grad = gradients[name].clone()
+            weight.grad = gradient.clone()
         else:
-            weight.grad += gradients[name]
+            weight.grad += gradient
     with flushed_denormals():
-        optimiser.step(step, num_steps, gradients)
+        optimiser.step(step, num_steps, names)
     return time.process_time() - begin
 
 
