@@ -8,7 +8,6 @@
 #include <random>
 #include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "tick/audio_windows.h"

@@ -13,6 +13,7 @@ embedded tokens and the ops' plain paths write in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,13 @@ from . import steps
 BLOCK = 128  # queries whose scores are in a cache together; later keys are not even looked at
 
 
+class Block(NamedTuple):
+    """Of queries. keys: the first that it looks at, and their end; mask: see `_mask`."""
+
+    keys: tuple[int, int]
+    mask: Tensor
+
+
 def hidden_states(
     config: ModelConfig,
     w: ModelWeights,
@@ -45,14 +53,13 @@ def hidden_states(
     """
     assert config.tau_floor is None or x_N_T_D.shape[1] < config.tau_floor
     x = x_N_T_D
-    masks: dict[int | None, list[Tensor]] = {}
+    blocks: dict[int | None, list[Block]] = {}
     for layer, lw in enumerate(w.layers):
         heads = config.heads(layer)
-        if heads.window not in masks:
-            blocks = _blocks(x.shape[1], heads.window)
-            masks[heads.window] = [_mask(*block, heads.window, dropped_N_T_T) for block in blocks]
+        if heads.window not in blocks:
+            blocks[heads.window] = _blocks(x.shape[1], heads.window, dropped_N_T_T)
         x, h = steps.RmsNorm.apply(x, lw.attn_norm_D, config.norm_eps)
-        h = _attention(config, heads, lw.attention, h, masks[heads.window])
+        h = _attention(config, heads, lw.attention, h, blocks[heads.window])
         x = x + steps.ShortConv.apply(h, lw.attn_conv_D_4)
         x, h = steps.RmsNorm.apply(x, lw.mlp_norm_D, config.norm_eps)
         if isinstance(lw.mlp, DenseWeights):
@@ -130,9 +137,8 @@ def _attention(
     heads: HeadSpec,
     w: AttentionWeights,
     x_N_T_D: Tensor,
-    masks: Sequence[Tensor],
+    blocks: Sequence[Block],
 ) -> Tensor:
-    """masks: of each block of queries."""
     num_heads, num_kv, width = heads.num_heads, heads.num_kv_heads, heads.head_width
     sizes = [num_heads * width, num_kv * width, num_kv * width, num_heads * config.d_rel]
     q, k, v, r = F.linear(x_N_T_D, plain("qkvr", w.qkvr_J_D)).split(sizes, dim=2)
@@ -141,16 +147,15 @@ def _attention(
     k = rms_norm(k, w.k_norm_C, config.norm_eps).transpose(1, 2)
     v = steps.ShortConv.apply(v, w.v_conv_W_4).unflatten(2, (num_kv, width)).transpose(1, 2)
     r = r.unflatten(2, (num_heads, config.d_rel)).transpose(1, 2)
-    blocks = _blocks(x_N_T_D.shape[1], heads.window)
-    spans = [(first, end) for _, end, first in blocks]
+    spans = [block.keys for block in blocks]
     k, v = (
         steps.Spans.apply(x[:, :, None].expand(-1, -1, num_heads // num_kv, -1, -1), spans)
         for x in (k, v)
     )
-    of_blocks = zip((q / width).split(BLOCK, 2), k, v, r.split(BLOCK, 2), masks, strict=True)
+    of_blocks = zip((q / width).split(BLOCK, 2), k, v, r.split(BLOCK, 2), blocks, strict=True)
     attended = []
-    for q_N_H_b_C, k_N_H_S_C, v_N_H_S_C, r_N_H_b_B, mask in of_blocks:
-        bias = _by_distance(r_N_H_b_B, w.rel_table_B_X, k_N_H_S_C.shape[2]) + mask
+    for q_N_H_b_C, k_N_H_S_C, v_N_H_S_C, r_N_H_b_B, block in of_blocks:
+        bias = _by_distance(r_N_H_b_B, w.rel_table_B_X, k_N_H_S_C.shape[2]) + block.mask
         queries, keys = q_N_H_b_C.flatten(0, 1), k_N_H_S_C.flatten(0, 1)
         scores = torch.baddbmm(bias.flatten(0, 1), queries, keys.transpose(1, 2))
         y = scores.softmax(dim=-1) @ v_N_H_S_C.flatten(0, 1)
@@ -159,13 +164,13 @@ def _attention(
     return F.linear(attended_N_T_I, plain("out", w.out_D_I))
 
 
-def _blocks(num_tokens: int, window: int | None) -> list[tuple[int, int, int]]:
-    """(first query, end of queries and keys, first key) of each block."""
-    begins = range(0, num_tokens, BLOCK)
-    return [
-        (begin, min(begin + BLOCK, num_tokens), max(0, begin + 1 - (window or num_tokens)))
-        for begin in begins
-    ]
+def _blocks(num_tokens: int, window: int | None, dropped_N_T_T: Tensor | None) -> list[Block]:
+    blocks = []
+    for begin in range(0, num_tokens, BLOCK):
+        end = min(begin + BLOCK, num_tokens)
+        first = 0 if window is None else max(0, begin + 1 - window)
+        blocks.append(Block((first, end), _mask(begin, end, first, window, dropped_N_T_T)))
+    return blocks
 
 
 def _mask(
