@@ -105,3 +105,5 @@ BENCH = [
     for guidance in (1.0, 1.5)
     for s in (1, 8, 32)
 ]
+# 10 M parameters beside those of the condition, in eight steps: small enough for L2
+BENCH.append(Case(32, 4096, 512, 3, 80, num_steps=8, dtype=torch.bfloat16))
