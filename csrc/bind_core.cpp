@@ -259,11 +259,14 @@ void bind_transactions(PyPageTable& table) {
             self.commit_all(sessions_of(sessions));
           },
           py::arg("sessions"))
+      .def("place", &tml::bind::place, py::arg("rows"), py::arg("positions"),
+           py::arg("placed_rows"), py::arg("placed_positions"))
       .def("take_deltas", &tml::bind::take_deltas, py::arg("out"))
       .def("send_again", &tml::PageTable::send_again)
       .def("__repr__", [](const tml::PageTable&) { return "PageTable"; })  // in pybind11's errors
       .def("first_key", &tml::PageTable::first_key, py::arg("group"))
       .def_property_readonly("num_keys", &tml::PageTable::num_keys)
+      .def_property_readonly("num_placed", &tml::PageTable::num_placed)
       .def_property_readonly("num_deltas", &tml::PageTable::num_deltas);
 }
 

@@ -31,8 +31,8 @@ inline std::vector<Session> sessions_of(const py::sequence& handles) {
 }
 
 // `rows` is [groups, T].
-inline Int64Array rows_of(const PageTable& table, const py::buffer& rows) {
-  Int64Array array(rows, "rows", true, 2, "[groups, T]");
+inline Int64Array rows_of(const PageTable& table, const py::buffer& rows, bool writable = true) {
+  Int64Array array(rows, "rows", writable, 2, "[groups, T]");
   TML_CHECK(array.size(0) == table.num_groups(), "rows: groups=", array.size(0), ", not ",
             table.num_groups());
   return array;
@@ -81,12 +81,31 @@ inline void append_all(PageTable& table, const py::sequence& sessions,
                    row_K_T.size(1), position_T.data());
 }
 
+inline void place(const PageTable& table, const py::buffer& rows, const py::buffer& positions,
+                  const py::buffer& placed_rows, const py::buffer& placed_positions) {
+  const Int64Array row_K_T = rows_of(table, rows, false),
+                   position_T(positions, "positions", false, 1, "[T]");
+  const Int64Array row_X(placed_rows, "placed_rows", true, 1, "[X]"),
+      position_X(placed_positions, "placed_positions", true, 1, "[X]");
+  const int64_t num_tokens = row_K_T.size(1), num_placed = num_tokens * table.num_placed();
+  TML_CHECK(position_T.size(0) == num_tokens, "positions: T=", position_T.size(0),
+            " rows: T=", num_tokens);
+  TML_CHECK(row_X.size(0) == num_placed && position_X.size(0) == num_placed,
+            "placed_rows: X=", row_X.size(0), " placed_positions: X=", position_X.size(0),
+            ", not ", num_placed);
+  table.place(row_K_T.data(), position_T.data(), num_tokens, row_X.data(), position_X.data());
+}
+
+// The changes, and then rows that are none, to the end of `out`.
 inline int64_t take_deltas(PageTable& table, const py::buffer& out) {
   const Int64Array delta_U_4(out, "out", true);
-  const int64_t num_deltas = table.num_deltas();
-  TML_CHECK(delta_U_4.size() >= num_deltas * PageTable::kDeltaWords, "out: size=", delta_U_4.size(),
+  const int64_t num_deltas = table.num_deltas(), size = delta_U_4.size();
+  TML_CHECK(size >= num_deltas * PageTable::kDeltaWords, "out: size=", size,
             " num_deltas=", num_deltas);
   table.take_deltas(delta_U_4.data());
+  for (int64_t i = num_deltas * PageTable::kDeltaWords; i < size; ++i) {
+    delta_U_4.data()[i] = i % PageTable::kDeltaWords == 0 ? -1 : 0;
+  }
   return num_deltas;
 }
 

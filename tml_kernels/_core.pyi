@@ -287,14 +287,27 @@ class PageTable:
     def tick(self, n: int) -> None:
         """Begins tick n, greater than the last; pages whose fence has passed are free."""
 
+    def place(
+        self, rows: Buffer, positions: Buffer, placed_rows: Buffer, placed_positions: Buffer
+    ) -> None:
+        """Where the positions of a tick's tokens go, in one flat buffer of the rows of all groups
+        without a window: row (-1 where a token has none) and position, T for each such group.
+
+        All int64: rows [groups, T], positions [T], the other two [num_placed * T].
+        """
+
+    @property
+    def num_placed(self) -> int:
+        """Groups without a window."""
+
     def take_deltas(self, out: Buffer) -> int:
         """Writes what changed in the device tables since the last call; returns how many entries.
 
         out: int64, contiguous, of at least 4 * num_deltas: rows of (key, page, base, rows), each
-        key once. The tables of all groups are flat buffers of num_keys entries: key is
-        first_key(group) + slot * columns + index. Of the page its first `rows` rows hold tokens;
-        with a window `rows` is always page_rows, and causality hides the rest. An entry that is
-        not used is (key, -1, 0, 0).
+        key once, and (-1, 0, 0, 0) in all rows behind them. The tables of all groups are flat
+        buffers of num_keys entries: key is first_key(group) + slot * columns + index. Of the page
+        its first `rows` rows hold tokens; with a window `rows` is always page_rows, and causality
+        hides the rest. An entry that is not used is (key, -1, 0, 0).
         """
 
     def send_again(self) -> None:

@@ -18,6 +18,26 @@ int64_t PageTable::first_key(int64_t group) const {
   return first_key_[group];
 }
 
+int64_t PageTable::num_placed() const {
+  return std::count_if(specs_.begin(), specs_.end(), [](const auto& s) { return s.window == 0; });
+}
+
+void PageTable::place(const int64_t* rows, const int64_t* positions, int64_t num_tokens,
+                      int64_t* placed_rows, int64_t* placed_positions) const {
+  int64_t first_row = 0;
+  for (const GroupSpec& spec : specs_) {
+    if (spec.window == 0) {
+      for (int64_t t = 0; t < num_tokens; ++t) {
+        placed_rows[t] = rows[t] < 0 ? -1 : first_row + rows[t];
+      }
+      placed_rows += num_tokens;
+      placed_positions = std::copy_n(positions, num_tokens, placed_positions);
+      first_row += spec.pages * spec.page_rows;
+    }
+    rows += num_tokens;
+  }
+}
+
 void PageTable::take_deltas(int64_t* out) {
   for (const auto& [g, slot, index] : dirty_) {
     const PageList& list = sessions_[slot].groups[g].list;

@@ -153,6 +153,13 @@ class PageTable {
   int64_t num_keys() const { return is_dirty_.size(); }
   int64_t first_key(int64_t group) const;
 
+  // The positions of rows too lie end to end, of the groups without a window, which are
+  // num_placed(). Of T tokens whose rows are [groups, T]: where each goes in that buffer, -1 for
+  // rows of -1, and its position, T for each such group.
+  int64_t num_placed() const;
+  void place(const int64_t* rows, const int64_t* positions, int64_t num_tokens,
+             int64_t* placed_rows, int64_t* placed_positions) const;
+
   // What changed in the device tables since the last time, every key once. `rows` is the page's
   // `used`, and with a window page_rows, where causality bounds it; unused entries are (-1, 0, 0).
   int64_t num_deltas() const { return dirty_.size(); }

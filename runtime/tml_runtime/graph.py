@@ -127,11 +127,11 @@ class TickGraphs:
         ones those behind the row that was the last to."""
         if self._smallest(needed) is not None:
             return tick
-        live = [row for row, slot in enumerate(tick.slot_S.tolist()) if slot >= 0]
-        patches = {row: tick.num_patches(self._model.config, row) for row in live}
-        turn = {row: (row - self._last_shed - 1) % len(tick.slot_S) for row in live}
+        rows = range(len(tick.slot_S))
+        patches = [tick.num_patches(self._model.config, row) for row in rows]
+        turn = [(row - self._last_shed - 1) % len(rows) for row in rows]
         frames = list(tick.frames)
-        for row in sorted(live, key=lambda row: (-patches[row], turn[row])):
+        for row in sorted(rows, key=lambda row: (-patches[row], turn[row])):
             if patches[row] == 0 or self._smallest(needed) is not None:
                 break
             frames[row], self._last_shed = None, row

@@ -371,7 +371,7 @@ def test_a_day_on_the_host() -> None:
     """24 simulated hours of 200 ms: pages, lists and work a tick are those of the first hour."""
     cache, session = opened(slot_tensors={})
     per_hour, hours, rows = 5 * 3600, [], np.full((2, 7), -1)
-    table, work = cache._table, 0
+    table, work, deltas = cache._table, 0, np.empty((cache.num_keys, 4), np.int64)
     for _ in range(24):
         most = 0
         for _ in range(per_hour):
@@ -380,7 +380,7 @@ def test_a_day_on_the_host() -> None:
                 cache.append(session, page_class, tokens, rows, column)
             cache.commit(session)
             cache.tick()
-            table.take_deltas(cache._deltas.data)
+            table.take_deltas(deltas.data)
             work, before = table.work, work
             most = max(most, work - before)
         table.check_invariants()

@@ -307,6 +307,38 @@ def test_bad_rows_buffer(rows: memoryview, column: int, words: str) -> None:
     assert table.append(session, TEXT, 2, rows_buffer(2, 2)) == 0
 
 
+def test_positions_go_to_the_rows_of_all_groups_without_a_window() -> None:
+    groups = [
+        LayerGroup(pages=5, columns=4, page_rows=8),
+        LayerGroup(pages=6, columns=4, page_rows=8, window=16),
+        LayerGroup(pages=7, columns=4, page_rows=8),
+    ]
+    table = PageTable(groups, max_sessions=1, lag=0)
+    assert table.num_placed == 2
+    rows = memoryview(array("q", [9, -1, 3, 1, 2, 4, 0, 55, -1])).cast("b").cast("q", (3, 3))
+    out, positions = array("q", [77] * 6), array("q", [77] * 6)
+    table.place(rows.toreadonly(), array("q", [100, 101, 2**40]), out, positions)
+    assert out.tolist() == [9, -1, 3, 40, 95, -1]
+    assert positions.tolist() == [100, 101, 2**40] * 2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1, 2, 4, 4), "groups=1, not 2"),
+        ((2, 3, 4, 4), "positions: T=3 rows: T=4"),
+        ((2, 4, 3, 4), "placed_rows: X=3 placed_positions: X=4, not 4"),
+        ((2, 4, 4, 8), "placed_rows: X=4 placed_positions: X=8, not 4"),
+    ],
+)
+def test_bad_sizes_of_what_is_placed(sizes: tuple[int, ...], words: str) -> None:
+    groups, *others = sizes
+    positions, placed_rows, placed_positions = (array("q", [77] * n) for n in others)
+    with pytest.raises(ValueError, match=words):
+        small_table().place(rows_buffer(groups, 4), positions, placed_rows, placed_positions)
+    assert {*placed_rows, *placed_positions} == {77}
+
+
 def test_deltas_of_a_page_that_grows_and_shrinks() -> None:
     groups = [
         LayerGroup(pages=9, columns=5, page_rows=8),
@@ -317,8 +349,11 @@ def test_deltas_of_a_page_that_grows_and_shrinks() -> None:
     deltas = array("q", bytes(8 * 4 * 16))
 
     def changes() -> list[tuple[int, ...]]:
+        deltas[:] = array("q", [77] * len(deltas))
         count = table.take_deltas(deltas)
-        return [tuple(deltas[4 * i : 4 * i + 4]) for i in range(count)]
+        rows = [tuple(deltas[4 * i : 4 * i + 4]) for i in range(16)]
+        assert rows[count:] == [(-1, 0, 0, 0)] * (16 - count)
+        return rows[:count]
 
     table.open(BUDGETS)
     session = table.open(BUDGETS)

@@ -266,7 +266,7 @@ def _stage(state: ModelState, tick: TickInput, bucket: Bucket) -> None:
     count_S_R = tick.counts(CONFIG)
     slots = tick.slot_S.tolist()
     assert not state.reserve_all(slots, classes_of(CONFIG.layout.blocks), count_S_R)
-    tick.fill(state, range(len(slots)), count_S_R, bucket)
+    tick.fill(state, count_S_R, bucket)
     fill_passes(state, slots, bucket)
 
 

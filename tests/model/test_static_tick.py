@@ -320,24 +320,28 @@ def test_shapes_that_were_not_captured_are_an_error_that_changes_nothing() -> No
     assert model.tick(state, alone).bucket == Bucket(1, 99, 9)
 
 
-def test_video_goes_first_where_there_is_no_bucket_for_all() -> None:
-    """From the rows with most of it, text and sound of all rows stay."""
+@pytest.mark.parametrize("idle", [0, 2])
+def test_video_goes_first_where_there_is_no_bucket_for_all(idle: int) -> None:
+    """From the rows with most of it, text and sound of all rows stay; idle rows before them are
+    rows too."""
     model = InteractionModel.random(CONFIG)
     side, samples = CONFIG.patch.patch, CONFIG.layout.samples_per_tick
     frames = [np.zeros((pairs, 2, side, side, 3), np.uint8) for pairs in (1, 3, 2)]
+    frames = [*[None] * idle, *frames]
     tick = TickInput(
-        torch.arange(3, dtype=torch.int32),
-        torch.zeros(3, samples),
-        torch.zeros(3, dtype=torch.bool),
+        torch.tensor([*[-1] * idle, 0, 1, 2], dtype=torch.int32),
+        torch.zeros(idle + 3, samples),
+        torch.zeros(idle + 3, dtype=torch.bool),
         frames,
-        [(1, 2), (), ()],
+        [*[()] * idle, (1, 2), (), ()],
     )
     state = model.new_state(SLOTS)
     TickGraphs(model, state, buckets=[Bucket(4, 21, 4)], mode="eager")
     out = model.tick(state, tick)
-    assert out.shed == {1: 6}
+    assert out.shed == {idle + 1: 6}
     assert [state.length(slot) for slot in range(3)] == [4 + 4 + 2 + 1, 4 + 4, 4 + 4 + 2]
-    less = model.tick(model.new_state(SLOTS), replace(tick, frames=[frames[0], None, frames[2]]))
+    kept = [None if row == idle + 1 else x for row, x in enumerate(frames)]
+    less = model.tick(model.new_state(SLOTS), replace(tick, frames=kept))
     assert_same(out, less)
 
 

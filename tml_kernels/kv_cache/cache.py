@@ -104,9 +104,9 @@ class RollingKVCache:
         self._sessions: dict[int, Session] = {}  # by slot
         self._suspended: dict[Session, Contents] = {}
         self._retired: deque[tuple[torch.cuda.Event, Contents]] = deque()
-        self._last_commit = [0] * max_sessions
+        self._last_commit = [0] * max_sessions  # by slot, the tick
+        self._newest_commit = 0
         self.num_keys = self._table.num_keys  # entries of page lists: the most a tick can change
-        self._deltas = np.empty((self.num_keys, 4), np.int64)
         self._lag, self._tick = lag, 0
         self._full_tick = 0  # the last one of all sessions
 
@@ -179,8 +179,10 @@ class RollingKVCache:
     ) -> int:
         """`reserve` for one session after the other, int64 tokens [S, R] of R classes: how many
         have begun a transaction. The next one would have to be made room for, or is refused."""
-        first = next((s for s, x in enumerate(sessions) if self._has_committed(x)), None)
-        return self._table.reserve_all(sessions[:first], classes, tokens_S_R[:first].data)
+        if self._newest_commit > self._tick:
+            first = next((s for s, x in enumerate(sessions) if self._has_committed(x)), None)
+            sessions, tokens_S_R = sessions[:first], tokens_S_R[:first]
+        return self._table.reserve_all(sessions, classes, tokens_S_R.data)
 
     def append_all(
         self, sessions: Sequence[Session], classes: Sequence[PageClass],
@@ -205,10 +207,10 @@ class RollingKVCache:
         ):
             if x.dtype != np.int64 or x.shape != shape:
                 raise ValueError(f"{name}: expected int64 {shape}, got {x.dtype} {x.shape}")
-        row_Z, position_Z = np.empty((2, self._pools.num_placed * num_tokens), np.int64)
-        self._pools.place(rows, positions, row_Z, position_Z)
-        num_deltas = self._table.take_deltas(self._deltas.data)
-        parts = (self._deltas[:num_deltas], rows, positions, row_Z, position_Z)
+        row_Z, position_Z = np.empty((2, self._table.num_placed * num_tokens), np.int64)
+        delta_U_4 = np.empty((self._table.num_deltas, 4), np.int64)
+        self.stage(rows, positions, delta_U_4, row_Z, position_Z)
+        parts = (delta_U_4, rows, positions, row_Z, position_Z)
         try:
             staged = to_device(np.concatenate([part.ravel() for part in parts]), self.device)
             delta, row, position_T, row_Z, position_Z = staged.split([part.size for part in parts])
@@ -225,9 +227,8 @@ class RollingKVCache:
         """The host's half of `apply`: what `write` takes, into int64 arrays of sizes that no tick
         changes. delta: `num_keys` rows, padded; row and position: T of each group that has no
         window. Where `write` does not follow, `send_again` must."""
-        self._pools.place(rows, positions, row_Z, position_Z)
-        num_deltas = self._table.take_deltas(delta_U_4.data)
-        delta_U_4[num_deltas:] = (-1, 0, 0, 0)
+        self._table.place(rows.data, positions.data, row_Z.data, position_Z.data)
+        self._table.take_deltas(delta_U_4.data)
 
     def send_again(self) -> None:
         """What the device was to be told may not have reached it: all of its tables are written
@@ -246,8 +247,9 @@ class RollingKVCache:
     def commit_all(self, sessions: Sequence[Session]) -> None:
         """`commit` for each of them, given once."""
         self._table.commit_all(sessions)
+        self._newest_commit = self._tick + 1
         for session in sessions:
-            self._last_commit[session.slot] = self._tick + 1
+            self._last_commit[session.slot] = self._newest_commit
 
     def roll_back(self, session: Session) -> None:
         """Forget the transaction: pages, positions and the slot's state are those before it."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,7 +83,6 @@ class GroupPages:
     base_N_M: Tensor
     rows_N_M: Tensor
     row_position_P_R: Tensor | None
-    first_row: int  # where its row positions begin in those of all groups
 
     def contents(self) -> dict[str, Tensor]:
         """All that a page holds, by name, each as [layers, pages, elements]."""
@@ -136,27 +134,10 @@ class Pools:
                     self.base_Q[lists].view(table),
                     self.rows_Q[lists].view(table),
                     self.row_position_W[rows].view(-1, spec.page_rows) if has_positions else None,
-                    row,
                 )
             )
             key = lists.stop
             row = rows.stop if has_positions else row
-        placed = [g for g, spec in enumerate(groups) if spec.window is None]
-        self.num_placed = len(placed)  # groups whose rows have positions of their own
-        self._placed = [(g, self.groups[g].first_row) for g in placed]
-
-    def place(
-        self, row_K_T: np.ndarray, position_T: np.ndarray,
-        row_Z: np.ndarray, position_Z: np.ndarray,
-    ) -> None:  # fmt: skip
-        """Each token in the rows of all those groups, -1 where it has none, and its position: into
-        int64 arrays of T for each such group."""
-        for n, (g, first_row) in enumerate(self._placed):
-            part = slice(n * len(position_T), (n + 1) * len(position_T))
-            row_T = row_K_T[g]
-            np.add(row_T, first_row, out=row_Z[part])
-            row_Z[part][row_T < 0] = -1
-            position_Z[part] = position_T
 
     def write(self, delta_U_4: Tensor, row_Z: Tensor, position_Z: Tensor) -> None:
         """Changes of page lists, and positions of rows: one launch."""

@@ -325,9 +325,9 @@ def check_slots(config: ModelConfig, state: ModelState, slots: list[int]) -> Non
         raise ValueError(
             f"state: made for {state.config.name!r}, not {config.name!r} as it is here"
         )
-    for slot in slots:
-        if not -1 <= slot < state.num_slots:
-            raise ValueError(f"slot_S: {slot} is not -1 or in 0..{state.num_slots - 1}")
+    if slots and not (min(slots) >= -1 and max(slots) < state.num_slots):
+        wrong = next(slot for slot in slots if not -1 <= slot < state.num_slots)
+        raise ValueError(f"slot_S: {wrong} is not -1 or in 0..{state.num_slots - 1}")
     live = [slot for slot in slots if slot >= 0]
     if len(set(live)) < len(live):
         twice = next(slot for slot in live if live.count(slot) > 1)

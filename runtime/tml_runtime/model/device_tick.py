@@ -87,7 +87,8 @@ class Runner(Protocol):
     """How the device's half of one state's ticks is run, and in which shapes."""
 
     def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
-        """What of a checked tick of these shapes there are shapes for: all of it, or less video."""
+        """What of a checked tick of these shapes, whose rows are all live, there are shapes for:
+        all of it, or less video."""
         ...
 
     def choose(self, needed: Bucket) -> Bucket:

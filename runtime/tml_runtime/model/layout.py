@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from tml_kernels.ops.dmel import DMEL_20HZ, DmelSpec
@@ -84,6 +85,13 @@ class TurnLayout:
     def audio_tokens(self) -> int:
         """Audio tokens a tick takes in: one per dMel frame."""
         return self.samples_per_tick // self.dmel.hop
+
+    @functools.cached_property
+    def quiet_tokens(self) -> tuple[int, ...]:
+        """Tokens that a session which only listens appends in a tick: of each input block, and of
+        the output steps."""
+        heard = {"text": 0, "video": 0, "audio": self.audio_tokens}
+        return (*(heard[block] for block in self.blocks), self.num_steps)
 
     @property
     def mel_frames(self) -> int:

@@ -33,40 +33,47 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
     begin_ns = now_ns()
     config = state.config
     tick.check(config, state)
-    slots = tick.slot_S.tolist()
-    rows = [row for row, slot in enumerate(slots) if slot >= 0]
+    num_rows = len(tick.slot_S)
+    rows = [row for row, slot in enumerate(tick.slot_S.tolist()) if slot >= 0]
     if not rows:
-        return _quiet(config, len(slots), {})
-    count_S_R = tick.counts(config)
-    heard = runner.begin(tick, shapes_of(config, count_S_R[rows]))
-    if heard is not tick:
+        return _quiet(config, num_rows, {})
+    asked = tick.of_rows(rows)
+    count_S_R = asked.counts(config)
+    needed = shapes_of(config, count_S_R)
+    heard = runner.begin(asked, needed)
+    if heard is not asked:
         count_S_R = heard.counts(config)
-    refused = _reserve(state, slots, rows, count_S_R)
-    rows = [row for row in rows if row not in refused]
-    if not rows:
-        return _quiet(config, len(slots), refused)
-    live_slots, count_S_R = [slots[row] for row in rows], count_S_R[rows]
+        needed = shapes_of(config, count_S_R)
+    shed = {rows[at]: count for at, count in asked.frames_beyond(heard).items()}
+    slots, classes = heard.slot_S.tolist(), classes_of(config.layout.blocks)
+    refused = state.reserve_all(slots, classes, count_S_R)
+    if refused:
+        left = [at for at in range(len(rows)) if at not in refused]
+        refused = {rows[at]: error for at, error in refused.items()}
+        if not left:
+            return _quiet(config, num_rows, refused)
+        heard, count_S_R = heard.of_rows(left), count_S_R[left]
+        rows, slots = [rows[at] for at in left], [slots[at] for at in left]
+        needed = shapes_of(config, count_S_R)
     try:
-        bucket = runner.choose(shapes_of(config, count_S_R))
-        heard.fill(state, rows, count_S_R, bucket)
-        fill_passes(state, live_slots, bucket)
+        bucket = runner.choose(needed)
+        heard.fill(state, count_S_R, bucket)
+        fill_passes(state, slots, bucket)
         stage_ns = now_ns() - begin_ns
         ran = runner.run(bucket)
     except BaseException:
         state.cache.send_again()
-        state.roll_back(live_slots)
+        state.roll_back(slots)
         raise
-    state.commit(live_slots)
-    output = _quiet(config, len(slots), refused)
+    state.commit(slots)
+    output = _quiet(config, num_rows, refused)
     output.stage_ns.update(stage=stage_ns, **ran.stage_ns)
-    for page_class, count in zip(
-        classes_of(config.layout.blocks), count_S_R.sum(0).tolist(), strict=True
-    ):
+    for page_class, count in zip(classes, count_S_R.sum(0).tolist(), strict=True):
         output.tokens[page_class.value] += count
-    output.kv_pages[:] = state.kv_pages(live_slots)
+    output.kv_pages[:] = state.kv_pages(slots)
     output.kv_dropped[:] = state.take_dropped()
     said = state.buffers.heard(bucket)
-    live = slice(None) if len(rows) == len(slots) else rows  # a slice takes no time
+    live = slice(None) if len(rows) == num_rows else rows  # a slice takes no time
     output.token_S_K.numpy()[live] = said.token_S_O[: len(rows)]
     output.mel_S_K_B.numpy()[live] = said.mel_S_F_B[: len(rows)]
     output.fault_S.numpy()[live] = said.fault_S[: len(rows)]
@@ -79,7 +86,7 @@ def run_tick(state: ModelState, tick: TickInput, runner: Runner) -> TickOutput:
         output,
         bucket=bucket,
         gpu_ns=ran.gpu_ns,
-        shed={} if heard is tick else tick.frames_beyond(heard),
+        shed=shed,
         passes=passes,
         drafts=drafts,
         drafts_kept=kept,
@@ -97,25 +104,16 @@ def shapes_of(config: ModelConfig, count_S_R: np.ndarray) -> Bucket:
 def embed_rows(frontend: Frontend, state: ModelState, tick: TickInput) -> tuple[Tensor, Tensor]:
     """(x_T_D, start_S1) of a tick whose rows are all live: what its first pass over the layers
     takes. Advances the audio tails and nothing else. Waits for the device."""
-    config, rows = state.config, list(range(len(tick.slot_S)))
+    config = state.config
     count_S_R = tick.counts(config)
     bucket = shapes_of(config, count_S_R)
-    tick.fill(state, rows, count_S_R, bucket)
+    tick.fill(state, count_S_R, bucket)
     state.buffers.send(bucket)
     inputs = state.buffers.inputs(bucket)
     x_T_D = frontend.embed_tick(state, inputs)
     start_S1 = inputs.start_S1.clone()
     wait(state.device)  # before the buffers are another tick's
     return x_T_D, start_S1
-
-
-def _reserve(
-    state: ModelState, slots: list[int], rows: list[int], count_S_R: np.ndarray
-) -> dict[int, CacheError]:
-    """Room for what the rows append; those for which there is none, and why."""
-    classes = classes_of(state.config.layout.blocks)
-    refused = state.reserve_all([slots[row] for row in rows], classes, count_S_R[rows])
-    return {rows[at]: error for at, error in refused.items()}
 
 
 def _quiet(config: ModelConfig, num_rows: int, refused: dict[int, CacheError]) -> TickOutput:

@@ -64,23 +64,35 @@ class TickInput:
 
     def counts(self, config: ModelConfig) -> np.ndarray:
         """int64 [S, R] tokens that each row appends, of the classes `passes.classes_of`."""
-        layout, num_rows = config.layout, len(self.slot_S)
-        text = self.missing_S.tolist()
-        if self.text:
-            text = [missing + len(ids) for missing, ids in zip(text, self.text, strict=True)]
-        video = [0] * num_rows
-        if any(frames is not None for frames in self.frames):
-            video = [self.num_patches(config, row) for row in range(num_rows)]
-        count_of = {
-            "text": text,
-            "video": video,
-            "audio": [layout.audio_tokens] * num_rows,
-        }
-        count_R_S = [*(count_of[block] for block in layout.blocks), [layout.num_steps] * num_rows]
-        return np.ascontiguousarray(np.array(count_R_S, np.int64).T)
+        blocks = config.layout.blocks
+        count_S_R = np.empty((len(self.slot_S), len(blocks) + 1), np.int64)
+        count_S_R[:] = config.layout.quiet_tokens
+        text, video = blocks.index("text"), blocks.index("video")
+        count_S_R[:, text] += self.missing_S.numpy()
+        for row, ids in enumerate(self.text):
+            if len(ids) > 0:
+                count_S_R[row, text] += len(ids)
+        for row, frames in enumerate(self.frames):
+            if frames is not None:
+                count_S_R[row, video] = self.num_patches(config, row)
+        return count_S_R
+
+    def of_rows(self, rows: Sequence[int]) -> TickInput:
+        """With these rows alone, in ascending order; itself where they are all."""
+        if len(rows) == len(self.slot_S):
+            return self
+        return TickInput(
+            self.slot_S[rows],
+            self.pcm_S_W[rows],
+            self.missing_S[rows],
+            [self.frames[row] for row in rows] if self.frames else (),
+            [self.text[row] for row in rows] if self.text else (),
+        )
 
     def frames_beyond(self, less: TickInput) -> dict[int, int]:
         """By row, frames of this tick that one without the video of some rows lacks."""
+        if less is self:
+            return {}
         return {
             row: frames.shape[0] * frames.shape[1]
             for row, (frames, kept) in enumerate(zip(self.frames, less.frames, strict=True))
@@ -94,26 +106,22 @@ class TickInput:
         patch_rows, patch_columns = config.patch.grid(frames.shape[2], frames.shape[3])
         return len(frames) * patch_rows * patch_columns
 
-    def fill(
-        self, state: ModelState, rows: Sequence[int], count_S_R: np.ndarray, bucket: Bucket
-    ) -> None:
-        """Stage those rows' tokens, sound and patches in the bucket, back to back. count: of each,
-        as `counts` has it."""
+    def fill(self, state: ModelState, count_S_R: np.ndarray, bucket: Bucket) -> None:
+        """Stage the rows' tokens, sound and patches in the bucket, back to back; none is idle.
+        count: of each, as `counts` has it."""
         staged, num_patches = state.buffers.staged(bucket), 0
-        for row in rows if any(frames is not None for frames in self.frames) else ():
-            num_patches += self._fill_patches(state.config, row, staged, num_patches)
-        slots = self.slot_S.numpy()[rows].tolist()
+        for row, frames in enumerate(self.frames):
+            if frames is not None:
+                num_patches += self._fill_patches(state.config, row, staged, num_patches)
         layout = state.buffers.layout(bucket)
-        layout.writer.fill(slots, count_S_R, self._all_ids(state.config, rows))
-        pcm_S_W = staged.pcm_S_W[: len(rows)]
-        np.take(self.pcm_S_W.numpy(), rows, axis=0, out=pcm_S_W, mode="clip")  # "raise" copies
+        layout.writer.fill(self.slot_S.tolist(), count_S_R, self._all_ids(state.config))
+        staged.pcm_S_W[: len(self.slot_S)] = self.pcm_S_W.numpy()
 
-    def _all_ids(self, config: ModelConfig, rows: Sequence[int]) -> list[int]:
-        """Text of those rows, one behind another."""
+    def _all_ids(self, config: ModelConfig) -> list[int]:
+        """Text of all rows, one behind another."""
         ids: list[int] = []
-        missing = self.missing_S.tolist()
-        for row in rows:
-            if missing[row]:
+        for row, missing in enumerate(self.missing_S.tolist()):
+            if missing:
                 ids.append(config.vocab.missing)
             if self.text:
                 ids += self.text[row]
