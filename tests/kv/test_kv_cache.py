@@ -476,6 +476,25 @@ def test_a_second_transaction_in_a_tick_is_refused() -> None:
     cache.reserve(session, RUNS)
 
 
+def test_a_tick_of_others_is_no_snapshot_of_who_has_committed() -> None:
+    cache = make_cache()
+    first, second = (cache.open(BUDGETS) for _ in range(2))
+    for session in (first, second):
+        append(cache, session, RUNS)
+        cache.commit(session)
+    cache.tick([first])
+    with pytest.raises(RuntimeError, match="slot=1 has committed in this tick"):
+        cache.reserve(second, RUNS)
+    runs = [page_class for page_class, _ in RUNS]
+    tokens = np.array([[n for _, n in RUNS]] * 2)
+    assert cache.reserve_all([first, second], runs, tokens) == 1
+    cache.roll_back(first)
+    cache.tick([second])
+    cache.reserve(second, RUNS)
+    cache.roll_back(second)
+    assert cache.length(second) == sum(n for _, n in RUNS)
+
+
 def test_all_slots_taken() -> None:
     cache, _ = opened()
     sessions = [cache.open(BUDGETS) for _ in range(2)]

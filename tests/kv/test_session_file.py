@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from safetensors import safe_open
 from small_cache import BUDGETS, GROUPS, keys, make_cache, tick
 
-from tml_kernels._core import SessionImage
+from tml_kernels._core import PageRef, SessionImage
 from tml_kernels._tensor_file import TensorFile, TensorFileError
 from tml_kernels.kv_cache import (
+    CLASSES,
     CacheGroup,
     OutOfPages,
     OutOfSessions,
@@ -56,6 +58,73 @@ def test_a_session_comes_back_in_another_cache(tmp_path: Path) -> None:
         tick(each, handle, RUNS)
     assert other.positions(twin, 0) == cache.positions(session, 0)
     assert other.load(path, priority=5) and other.session_stats(Session(2, 1)).priority == 5
+
+
+def test_it_is_cut_to_the_budgets_of_where_it_goes_on(tmp_path: Path) -> None:
+    """The newest pages of every class are left, and what is read of them is what was written."""
+    path = tmp_path / "session"
+    cache, session = saved(path)
+    few = dict.fromkeys(CLASSES, 1) | {PageClass.AUDIO: 3}
+    other = cache_of((other_group(columns=11), GROUPS[1]))
+    twin = other.load(path, budgets=few)
+    other.check_invariants()
+    was, now = (each.session_stats(handle) for each, handle in ((cache, session), (other, twin)))
+    assert now.length == was.length and now.pages[1] == was.pages[1]
+    assert now.pages[0] == [min(n, few[c]) for c, n in zip(CLASSES, was.pages[0], strict=True)]
+    assert sum(now.pages[0]) < sum(was.pages[0])
+    for g in range(2):
+        left, all_of_it = keys(other, twin, g), keys(cache, session, g)
+        assert left and all_of_it == {**all_of_it, **left}
+    newest = {ref.page_class: ref.base for ref in sorted(cache.pages(session, 0), key=_base)}
+    assert {ref.base for ref in other.pages(twin, 0)} >= set(newest.values())
+    for _ in range(100):
+        tick(other, twin, RUNS)
+    other.check_invariants()
+    assert all(
+        n <= few[c] for c, n in zip(CLASSES, other.session_stats(twin).pages[0], strict=True)
+    )
+
+
+def _base(ref: PageRef) -> int:
+    return ref.base
+
+
+@pytest.mark.parametrize(("there", "here"), [(24, 8), (8, 0), (8, 24)])
+def test_its_windows_reach_back_as_they_do_where_it_goes_on(
+    there: int, here: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "session"
+    caches = [cache_of((GROUPS[0], replace(GROUPS[1], history=n))) for n in (there, here)]
+    session = caches[0].open(BUDGETS)
+    for _ in range(12):
+        tick(caches[0], session, RUNS)
+    caches[0].save(session, path)
+    twin = caches[1].load(path)
+    caches[1].check_invariants()
+    if here > there:
+        assert keys(caches[1], twin, 1) == keys(caches[0], session, 1)
+    for each, handle in zip(caches, (session, twin), strict=True):
+        for _ in range(40):
+            tick(each, handle, RUNS)
+    alone = cache_of((GROUPS[0], replace(GROUPS[1], history=here)))
+    other = alone.open(BUDGETS)
+    for _ in range(52):
+        tick(alone, other, RUNS)
+    assert keys(caches[1], twin, 1) == keys(alone, other, 1)
+
+
+def test_more_anchors_than_are_kept_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "session"
+    cache = make_cache()
+    session = cache.open(BUDGETS | {PageClass.ANCHOR: 3})
+    tick(cache, session, [(PageClass.ANCHOR, 9)])
+    cache.save(session, path)
+    with pytest.raises(SessionFileError, match="has 3 anchor pages, more than the 1 kept here"):
+        cache.load(path, budgets=BUDGETS)
+    with pytest.raises(ValueError, match="budgets: expected one of each class, got 1"):
+        cache.load(path, budgets={PageClass.TEXT: 1})
+    assert cache.stats().sessions == 1
+    cache.check_invariants()
 
 
 def test_it_is_a_safetensors_file(tmp_path: Path) -> None:

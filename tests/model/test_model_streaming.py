@@ -140,6 +140,23 @@ def test_a_saved_session_goes_on_elsewhere_bitwise(tmp_path: Path) -> None:
     assert_bitwise(append(model, other, {0: x_T_D[100:]})[0], expected)
 
 
+def test_a_saved_session_goes_on_within_the_budget_of_where_it_is(tmp_path: Path) -> None:
+    """One that was saved with more would soon have more pages than there are columns for it."""
+    model = InteractionModel.random(CONFIG)
+    state, small = (
+        model.new_state(1, max_append=64),
+        model.new_state(1, budget=SMALL, max_append=64),
+    )
+    for page_class in (PageClass.TEXT, PageClass.AUDIO, PageClass.REPLY) * 2:
+        model.append(state, torch.randn(200, CONFIG.width), int32(0, 200), int32(0), page_class)
+    state.cache.save(state.session(0), tmp_path / "session.tml")
+    small.load(0, tmp_path / "session.tml")
+    assert lengths(small) == [1200]
+    for page_class in (PageClass.TEXT, PageClass.AUDIO, PageClass.REPLY) * 4:
+        model.append(small, torch.randn(130, CONFIG.width), int32(0, 130), int32(0), page_class)
+    small.cache.check_invariants()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [

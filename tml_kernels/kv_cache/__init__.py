@@ -16,6 +16,7 @@ except ImportError as error:
         "compiler (g++ or clang++) and run 'pip install .' again"
     ) from error
 
+from .cache import CLASSES as CLASSES
 from .cache import CacheStats as CacheStats
 from .cache import RollingKVCache as RollingKVCache
 from .cache import Rows as Rows
@@ -24,5 +25,3 @@ from .pools import GroupPages as GroupPages
 from .session_file import SessionFileError as SessionFileError
 from .slot_state import NoSnapshot as NoSnapshot
 from .slot_state import SlotTensor as SlotTensor
-
-CLASSES = (PageClass.ANCHOR, PageClass.TEXT, PageClass.AUDIO, PageClass.VIDEO, PageClass.REPLY)

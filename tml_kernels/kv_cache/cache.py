@@ -33,6 +33,8 @@ from .session_file import read_session_file
 from .slot_state import NUM_SNAPSHOTS, SlotState, SlotTensor
 from .transfer import Contents, copy_pages, gather, scatter, to_device
 
+CLASSES = (PageClass.ANCHOR, PageClass.TEXT, PageClass.AUDIO, PageClass.VIDEO, PageClass.REPLY)
+
 
 class CacheStats(NamedTuple):
     groups: list[GroupStats]
@@ -105,7 +107,7 @@ class RollingKVCache:
         self._suspended: dict[Session, Contents] = {}
         self._retired: deque[tuple[torch.cuda.Event, Contents]] = deque()
         self._last_commit = [0] * max_sessions  # by slot, the tick
-        self._newest_commit = 0
+        self._committed: set[int] = set()  # slots of which no tick has taken a snapshot since
         self.num_keys = self._table.num_keys  # entries of page lists: the most a tick can change
         self._lag, self._tick = lag, 0
         self._full_tick = 0  # the last one of all sessions
@@ -134,6 +136,7 @@ class RollingKVCache:
             raise
         self._sessions[child.slot] = child
         self._last_commit[child.slot] = self._tick
+        self._committed.discard(child.slot)  # it remembers what it begins as
         return child
 
     def close(self, session: Session) -> None:
@@ -179,7 +182,7 @@ class RollingKVCache:
     ) -> int:
         """`reserve` for one session after the other, int64 tokens [S, R] of R classes: how many
         have begun a transaction. The next one would have to be made room for, or is refused."""
-        if self._newest_commit > self._tick:
+        if self._committed:
             first = next((s for s, x in enumerate(sessions) if self._has_committed(x)), None)
             sessions, tokens_S_R = sessions[:first], tokens_S_R[:first]
         return self._table.reserve_all(sessions, classes, tokens_S_R.data)
@@ -247,9 +250,9 @@ class RollingKVCache:
     def commit_all(self, sessions: Sequence[Session]) -> None:
         """`commit` for each of them, given once."""
         self._table.commit_all(sessions)
-        self._newest_commit = self._tick + 1
         for session in sessions:
-            self._last_commit[session.slot] = self._newest_commit
+            self._last_commit[session.slot] = self._tick + 1
+            self._committed.add(session.slot)
 
     def roll_back(self, session: Session) -> None:
         """Forget the transaction: pages, positions and the slot's state are those before it."""
@@ -268,9 +271,11 @@ class RollingKVCache:
         if ended is None:
             self._full_tick = self._tick
             self._state.snapshot(self._table.lengths())
+            self._committed.clear()
         else:
             for slot, length in ended:
                 self._state.remember(slot, length, ago)
+                self._committed.discard(slot)
         while self._retired and self._retired[0][0].query():
             self._retired.popleft()
         return self._tick
@@ -350,20 +355,34 @@ class RollingKVCache:
             torch.cuda.synchronize(self.device)  # the copies to the host may not have run yet
         write_session(self, Path(path), session.slot, image, contents)
 
-    def load(self, path: str | Path, *, priority: int | None = None) -> Session:
-        """A new session from a file. Raises SessionFileError for a file that was altered or is of
-        a cache of another shape, OutOfSessions, OutOfPages."""
+    def load(
+        self,
+        path: str | Path,
+        *,
+        budgets: Mapping[PageClass, int] | None = None,
+        priority: int | None = None,
+    ) -> Session:
+        """A new session from a file; by default with the budgets and priority that it was saved
+        with, else with as many of its newest pages as `budgets` keep.
+
+        Raises SessionFileError for a file that was altered, is of a cache of another shape or has
+        more anchors than are kept, OutOfSessions, OutOfPages.
+        """
+        if budgets is not None and set(budgets) != set(CLASSES):
+            raise ValueError(f"budgets: expected one of each class, got {len(budgets)}")
+        by_class = None if budgets is None else [budgets[page_class] for page_class in CLASSES]
         file, description = read_session_file(Path(path))
-        contents, state = read_contents(self, file, description)
-        session = restore_image(self._table, Path(path), description, priority)
+        saved = read_contents(self, file, description, by_class)
+        image = saved.image if priority is None else saved.image._replace(priority=priority)
+        session = restore_image(self._table, Path(path), image)
         self._opened(session)
         try:
-            self._suspended[session] = contents
+            self._suspended[session] = saved.contents
             self.resume(session)
-            groups = range(len(self.groups))
-            check_positions(Path(path), contents, [self.positions(session, g) for g in groups])
+            places = [self.positions(session, g) for g in range(len(self.groups))]
+            check_positions(Path(path), saved.contents, places)
             for name, row in self.slot_rows(session.slot).items():
-                row.copy_(state[name])
+                row.copy_(saved.state[name])
             self._state.remember(session.slot, self.length(session))
         except BaseException:
             self.close(session)
@@ -422,10 +441,8 @@ class RollingKVCache:
     # Inside
 
     def _has_committed(self, session: Session) -> bool:
-        """In this tick, where that is one too many; a slot that never was has not."""
-        if not self._state.tensors or not 0 <= session.slot < self.max_sessions:
-            return False
-        return self._last_commit[session.slot] > self._tick
+        """In this tick, where that is one too many."""
+        return bool(self._state.tensors) and session.slot in self._committed
 
     def _refs(self, session: Session) -> list[PageRef]:
         return [ref for g in range(len(self.groups)) for ref in self._table.pages(session, g)]
@@ -441,6 +458,7 @@ class RollingKVCache:
         self._sessions[session.slot] = session
         self._state.reset(session.slot)
         self._last_commit[session.slot] = self._tick
+        self._committed.discard(session.slot)
         return session
 
     def _make_room(self, session: Session, error: OutOfPages, *, roll: bool) -> bool:

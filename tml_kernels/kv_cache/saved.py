@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._core import PageTable, Session, SessionImage
+from .._core import PageClass, PageImage, PageTable, Session, SessionImage
 from .._tensor_file import TensorFile
 from .session_file import SessionFileError, write_session_file
 from .transfer import Contents
@@ -38,18 +39,31 @@ def describe(cache: RollingKVCache, image: SessionImage) -> dict[str, Any]:
     }
 
 
+class Saved(NamedTuple):
+    """What a file holds. Nothing of `image` is believed before `restore_image`."""
+
+    image: SessionImage
+    contents: Contents  # of the image's pages
+    state: dict[str, Tensor]  # rows of slot tensors
+
+
 def read_contents(
-    cache: RollingKVCache, file: TensorFile, description: dict[str, Any]
-) -> tuple[Contents, dict[str, Tensor]]:
-    """(contents of pages, rows of slot tensors), copied out of the file. SessionFileError names
-    what does not fit."""
+    cache: RollingKVCache,
+    file: TensorFile,
+    description: dict[str, Any],
+    budgets: Sequence[int] | None,
+) -> Saved:
+    """Copied out of the file, and cut to what a session of this cache holds: windows reach as far
+    back as they do here, and with budgets, pages by class, classes give up their oldest ones.
+    SessionFileError names what does not fit."""
     expected = {"page_dtype": str(cache.page_dtype), "groups": _shapes(cache)}
     for name, value in expected.items():
         if description.get(name) != value:
             raise SessionFileError(
                 file.path, "", f"{name} is {description.get(name)}, here it is {value}"
             )
-    num_pages = _pages_per_group(cache, file, description)
+    image, pages = _image_of(cache, file, description)
+    num_pages = [len(of_group) for of_group in pages]
     contents = [
         {
             name: _take(file, f"{g}.{name}", (x.shape[0], num_pages[g], x.shape[2]), x.dtype)
@@ -61,22 +75,21 @@ def read_contents(
         name: _take(file, f"state.{name}", tuple(row.shape), row.dtype)
         for name, row in cache.slot_rows(0).items()
     }
+    image, kept = _cut(cache, file, image, pages, budgets)
+    for part, left, count in zip(contents, kept, num_pages, strict=True):
+        if len(left) < count:
+            part.update({name: x[:, left] for name, x in part.items()})
     if cache.device.type == "cuda":
         contents = [{name: x.pin_memory() for name, x in part.items()} for part in contents]
-    return contents, state
+    return Saved(image, contents, state)
 
 
-def restore_image(
-    table: PageTable, path: Path, description: dict[str, Any], priority: int | None
-) -> Session:
+def restore_image(table: PageTable, path: Path, image: SessionImage) -> Session:
     """A suspended session with the saved pages. SessionFileError for books that contradict
     themselves, OutOfSessions."""
     try:
-        image = list(description["image"])
-        if priority is not None:
-            image[SessionImage._fields.index("priority")] = priority
-        return table.restore(SessionImage(*image))
-    except (KeyError, TypeError, ValueError) as error:
+        return table.restore(image)
+    except (TypeError, ValueError) as error:
         raise SessionFileError(path, "", f"its pages contradict themselves: {error}") from None
 
 
@@ -97,16 +110,65 @@ def _shapes(cache: RollingKVCache) -> list[dict[str, Any]]:
     return [{name: x for name, x in spec.items() if name not in SIZED} for spec in specs]
 
 
-def _pages_per_group(
+def _image_of(
     cache: RollingKVCache, file: TensorFile, description: dict[str, Any]
-) -> list[int]:
-    counts = [0] * len(cache.groups)
+) -> tuple[SessionImage, list[list[int]]]:
+    """And, of each group, the indices of its pages."""
+    pages: list[list[int]] = [[] for _ in cache.groups]
     try:
-        for page in SessionImage(*description["image"]).pages:
-            counts[page[0]] += 1
+        image = SessionImage(*description["image"])
+        for n, page in enumerate(image.pages):
+            pages[page[0]].append(n)
     except (IndexError, KeyError, TypeError):
         raise SessionFileError(file.path, "", "its list of pages cannot be read") from None
-    return counts
+    return image, pages
+
+
+def _cut(
+    cache: RollingKVCache,
+    file: TensorFile,
+    image: SessionImage,
+    pages: list[list[int]],
+    budgets: Sequence[int] | None,
+) -> tuple[SessionImage, list[list[int]]]:
+    """Without the pages that `PageTable.commit` would drop here; of each group, which of its pages
+    are left."""
+    gone: set[int] = set()
+    try:
+        rolled_to = list(image.rolled_to)
+        for g, (group, of_group) in enumerate(zip(cache.groups, pages, strict=True)):
+            oldest_first = sorted((PageImage(*image.pages[n])[1:4], n) for n in of_group)
+            if group.spec.window is not None:
+                needed_from = image.length - group.spec.history - group.spec.window + 1
+                for (base, used, _), n in oldest_first[:-1]:
+                    if base + used <= needed_from:
+                        rolled_to[g] = base + used
+                        gone.add(n)
+            elif budgets is not None:
+                gone |= _over(file, [(cls, n) for (_, _, cls), n in oldest_first], budgets)
+        image = image._replace(
+            rolled_to=rolled_to,
+            pages=[page for n, page in enumerate(image.pages) if n not in gone],
+            budgets=image.budgets if budgets is None else list(budgets),
+        )
+    except (IndexError, TypeError):
+        raise SessionFileError(file.path, "", "its list of pages cannot be read") from None
+    return image, [[i for i, n in enumerate(of) if n not in gone] for of in pages]
+
+
+def _over(
+    file: TensorFile, oldest_first: list[tuple[int, int]], budgets: Sequence[int]
+) -> set[int]:
+    """Of pages, each a class and an index, the indices of those that budgets have no room for."""
+    gone: set[int] = set()
+    for page_class, budget in enumerate(budgets):
+        own = [n for cls, n in oldest_first if cls == page_class]
+        if page_class == PageClass.ANCHOR.value and len(own) > budget:
+            raise SessionFileError(
+                file.path, "", f"it has {len(own)} anchor pages, more than the {budget} kept here"
+            )
+        gone |= set(own[: max(0, len(own) - budget)])
+    return gone
 
 
 def _take(file: TensorFile, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -127,7 +127,7 @@ class Handoff:
         event = None
         if self._state.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(self._state.device))
         return Snapshot(self._state, self._state.session(spare), event)
 
     def _encode(self, text: str) -> list[int]:
