@@ -392,6 +392,8 @@ class Runtime:
                     raise FloatingPointError("the model's numbers were not finite")
                 if isinstance(pcm, Exception):
                     raise pcm
+                if not np.isfinite(pcm).all():
+                    raise FloatingPointError("the vocoder's samples were not finite")
                 seat.remember(token_S_K[row], mel[row], self._state.length(seat.slot))
                 seat.stats.shed_frames += out.shed.get(row, 0)
                 num_lost += not seat.publish(tick, token_S_K[row], pcm)

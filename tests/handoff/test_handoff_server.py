@@ -307,7 +307,10 @@ def test_and_not_for_ever_nor_after_it() -> None:
 
 
 def test_what_the_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "not for this server")
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID", "ADMIN_KEY"):
+        monkeypatch.setenv(f"OPENAI_{name}", "not for this server")
+    secrets = "X-Secret: not for this server\nAuthorization: not for this server"
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", secrets)
     with ChatServer(streams_well) as server:
         heard(
             server,
@@ -326,6 +329,7 @@ def test_what_the_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         "messages": [{"role": "system", "content": "Think."}, {"role": "user", "content": "So?"}],
     }
     assert call.request.headers["Authorization"] == "Bearer none"
+    assert "not for this server" not in str(call.request.headers)
 
 
 def test_messages_alternate() -> None:

@@ -162,8 +162,15 @@ def test_speech_that_is_not_finite_is_a_fault(value: float) -> None:
     assert model.heard[2][0].slot == 0
 
 
-@pytest.mark.parametrize("pcm", [None, np.zeros(N + 1, np.float32)])
-def test_a_broken_vocoder_ends_only_its_session(pcm: np.ndarray | None) -> None:
+@pytest.mark.parametrize(
+    ("pcm", "words"),
+    [
+        (None, "no such voice"),
+        (np.zeros(N + 1, np.float32), "ended"),
+        (np.r_[np.zeros(N - 1, np.float32), np.float32("nan")], "samples were not finite"),
+    ],
+)
+def test_a_broken_vocoder_ends_only_its_session(pcm: np.ndarray | None, words: str) -> None:
     class Broken(FakeVocoder):
         def push(self, mel_K_B):
             if pcm is None:
@@ -175,7 +182,7 @@ def test_a_broken_vocoder_ends_only_its_session(pcm: np.ndarray | None) -> None:
     with runtime:
         broken, other = runtime.open_session(), runtime.open_session()
         runtime.run_ticks(2)
-        with pytest.raises(errors.SessionFault, match="no such voice" if pcm is None else "ended"):
+        with pytest.raises(errors.SessionFault, match=words):
             broken.poll()
         assert len(speech(other)) == 2 * N
         assert runtime.report()["faults"] == 1

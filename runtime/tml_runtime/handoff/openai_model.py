@@ -18,17 +18,29 @@ INSTRUCTIONS = (
 )
 ASK = "Do what the conversation above needs that takes thought."
 
+# Headers that a request has. Of "x-stainless-..." too: which client it is, and its retries.
+SENT = {
+    "accept",
+    "accept-encoding",
+    "authorization",
+    "connection",
+    "content-length",
+    "content-type",
+    "host",
+    "user-agent",
+}
+
 
 class OpenAIModel:
     """A client of any server with `/chat/completions` (OpenAI, vLLM, SGLang, llama.cpp, ...).
 
-    base_url: such as "http://localhost:8000/v1". api_key: None sends a placeholder, never one from
-    the environment. instructions: the system message, with the session's prompt after it. ask: the
-    last message when the model itself delegates. max_tokens: asked of the server, None to leave
-    that to it. extra: more fields of the request, such as temperature. connect_timeout: seconds;
-    idle_timeout: between two pieces, the first too. max_retries: of a request that the server has
-    not begun to answer (no connection, 408, 409, 429, 5xx), with its Retry-After as long as that
-    fits. max_bytes: of a response, whatever is in it.
+    base_url: such as "http://localhost:8000/v1". api_key: None sends a placeholder; of the
+    environment neither a key nor a header is sent. instructions: the system message, with the
+    session's prompt after it. ask: the last message when the model itself delegates. max_tokens:
+    asked of the server, None to leave that to it. extra: more fields of the request, such as
+    temperature. connect_timeout: seconds; idle_timeout: between two pieces, the first too.
+    max_retries: of a request that the server has not begun to answer (no connection, 408, 409, 429,
+    5xx), with its Retry-After as long as that fits. max_bytes: of a response, whatever is in it.
 
     Needs the package `openai` (`pip install "tml-kernels[handoff]"`), else ImportError.
     """
@@ -107,9 +119,18 @@ class OpenAIModel:
             max_retries=self._max_retries,
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultAsyncHttpxClient(
-                timeout=timeout, event_hooks={"response": [self._guard]}
+                timeout=timeout,
+                event_hooks={"request": [self._address], "response": [self._guard]},
             ),
         )
+
+    async def _address(self, request: Any) -> None:
+        """Leave out what the client adds of the environment, which is for another server: an
+        organisation, a project, headers of any name."""
+        for name in list(request.headers):
+            if name not in SENT and not name.startswith("x-stainless-"):
+                del request.headers[name]
+        request.headers["authorization"] = f"Bearer {self._api_key}"
 
     async def _guard(self, response: Any) -> None:
         """Refuse what is no stream of events, and bound what is read of any response: the client

@@ -108,7 +108,7 @@ class Ranks:
                 if dist.get_rank() in some:
                     members, mine = some, made
         except RuntimeError as error:
-            raise _lost("joining the other ranks", start_timeout_s, error) from error
+            raise _lost(f"joining the other ranks ({error})", start_timeout_s) from error
         return cls(members, **mine, timeout_s=timeout_s, device=device)
 
     def gather(self, x_W: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             self.lost = True
-            raise _lost(what, self.timeout_s, error) from error
+            raise _lost(what, self.timeout_s) from error
 
     def _send(self, block: np.ndarray) -> None:
         what = "sending a tick to the other ranks" if self.rank == 0 else "waiting for rank 0"
@@ -222,7 +222,6 @@ def _checked_tensor(tensor: int | None, world: int) -> int:
     return tensor
 
 
-def _lost(what: str, timeout_s: float, error: Exception) -> RankLost:
-    return RankLost(
-        f"{what}: another rank has ended, failed or not answered for {timeout_s:g} s: {error}"
-    )
+def _lost(what: str, timeout_s: float) -> RankLost:
+    """torch's own words, which may name hosts, are in its `__cause__` alone."""
+    return RankLost(f"{what}: another rank has ended, failed or not answered for {timeout_s:g} s")

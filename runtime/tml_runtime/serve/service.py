@@ -312,14 +312,15 @@ class Service:
             return
         self.failure = error
         refusal = self._failed(error)
-        logger.error("%s", refusal)
+        logger.error("%s (%r)", refusal, error.__cause__)
         for connection in list(self.connections):
             connection.end(refusal)
         self.over.set()
 
     @staticmethod
     def _failed(error: NotRunning) -> Refusal:
-        cause = "" if error.__cause__ is None else f": {error.__cause__!r:.200}"
+        """What clients are told: what kind of error it was, and none of its words."""
+        cause = "" if error.__cause__ is None else f": {type(error.__cause__).__name__}"
         return Refusal(ErrorCode.LOOP_FAILED, CloseCode.LOOP_FAILED, f"{error}{cause}")
 
     # Reports
