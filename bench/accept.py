@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ class Report:
         print(f"{section.name}: {' '.join(section.command)}", flush=True)
         env = child_env() | section.env
         done = run(section.command, limit_s=min(section.limit_s, left), env=env)
+        done = replace(done, cut=done.timed_out and left < section.limit_s)
         try:
             checks = section.read(done)
         except Exception as error:  # a result in an unforeseen form must not end the run

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def unpacked(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"weight_F_D": weight}
 
 
+def unpacked_case(case: cases.Case) -> cases.Case:
+    """Of those inputs."""
+    return replace(case, precision=None)
+
+
 def torch_linear(
     x_T_D: Tensor,
     weight_F_D: Tensor,
@@ -75,5 +81,8 @@ OP = OpBench(
     model=cases.MODEL,
     bench=cases.BENCH,
     check=check,
-    variants={"ours": Variant(ours, allocate), "torch": Variant(torch_linear, unpacked)},
+    variants={
+        "ours": Variant(ours, allocate),
+        "torch": Variant(torch_linear, unpacked, cost=lambda case: unpacked_case(case).cost()),
+    },
 )

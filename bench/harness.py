@@ -43,13 +43,15 @@ class Variant:
 
     prepare: makes the keywords of `run` from a case's inputs once, untimed: a peer's weight layout
     or dtype. check=False: the result has another layout or draws other numbers; not compared.
-    limit: relative L2 difference from ours that is still the same function.
+    limit: relative L2 difference from ours that is still the same function. cost: what it moves,
+    where that is not what the case says: a peer's weights have more bits.
     """
 
     run: Callable[..., Any]
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict
     check: bool = True
     limit: float = SAME_FUNCTION
+    cost: Callable[[Any], Cost] | None = None
 
 
 CaseT = TypeVar("CaseT", bound=Case)
@@ -183,6 +185,7 @@ class CaseResult:
     launches: int | None = None
     noise: float | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    moved: dict[str, int] = field(default_factory=dict)  # bytes, of variants for which it is others
 
     def fraction(self, variant: str) -> float | None:
         """Floor over the cold time: 1 is the measured ceiling. None if it was not timed."""
@@ -195,13 +198,13 @@ class CaseResult:
             name: {
                 "cold_us": asdict(time),
                 "graph_us": asdict(self.graph_us[name]) if name in self.graph_us else None,
-                "bytes_per_s": self.bytes / time.median * 1e6,
+                "bytes_per_s": self.moved.get(name, self.bytes) / time.median * 1e6,
                 "flops_per_s": self.flops / time.median * 1e6,
                 "fraction": self.fraction(name),
             }
             for name, time in self.cold_us.items()
         }
-        del result["cold_us"], result["graph_us"]
+        del result["cold_us"], result["graph_us"], result["moved"]
         return result
 
 
@@ -231,6 +234,7 @@ def time_case(
     variants = runnable_here(op_variants, inputs, result)
     if "ours" not in variants:
         return result
+    result.moved = {name: v.cost(case).bytes for name, v in variants.items() if v.cost is not None}
     # Side by side: a variant in between may wait for the GPU, and only the later one would pay.
     ours = variants["ours"]
     variants = {"ours": ours, AGAIN: ours, **variants}

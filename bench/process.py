@@ -21,13 +21,15 @@ _lock = threading.Lock()  # of _running
 
 @dataclass(frozen=True)
 class Finished:
-    """rc: exit status; negative for a signal. output: stdout and stderr together, in order."""
+    """rc: exit status; negative for a signal. output: stdout and stderr together, in order. cut:
+    what it ran out of is the time of all, not its own."""
 
     command: tuple[str, ...]
     rc: int
     seconds: float
     timed_out: bool
     output: str
+    cut: bool = False
 
     def why(self) -> str:
         """How it ended, for a report: "exit status 1", "killed by SIGSEGV", ..."""

@@ -99,6 +99,8 @@ def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         device = torch.device(args.device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"--device {args.device} is not cpu or cuda")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: there is no GPU that torch can use here")
         if args.checkpoint is None and args.random_weights is None:
             raise ValueError(f"{args.out} alone: give CHECKPOINT too, or --random-weights SEED")
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch's, of a device

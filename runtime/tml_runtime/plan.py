@@ -161,10 +161,12 @@ def _smaller_budgets(base: Plan) -> Iterator[Plan]:
     rates = tokens_per_tick(base.config, base.frame)
 
     def at(percent: int) -> Plan:
+        held = {name: getattr(base.budget, name) for name in rates}
         tokens = {
-            name: min(held, max(rate, held * percent // 100 // rate * rate))
+            name: min(held[name], max(rate, held[name] * percent // 100 // rate * rate))
+            if rate
+            else 1  # of what does not come, as little as there can be
             for name, rate in rates.items()
-            if rate and (held := getattr(base.budget, name))
         }
         return replace(base, budget=replace(base.budget, **tokens))
 

@@ -86,6 +86,11 @@ def _free_bytes(device: str) -> int | None:
     """Memory that can be taken now; None where the system does not say."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
+    try:  # files that were read take memory too, and give it back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvail"))
+    except (OSError, ValueError, StopIteration):
+        pass
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

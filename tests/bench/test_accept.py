@@ -122,6 +122,14 @@ def test_op_report_is_read(tmp_path: Path) -> None:
     assert checks.from_op("op linear", CRASHED, report)[-1].result == "failed"
 
 
+def test_an_op_that_is_never_timed_in_all_of_its_time_hangs(tmp_path: Path) -> None:
+    report = tmp_path / "op.json"
+    write_json(report, op_result(results=[]))
+    assert checks.from_op("op linear", LATE, report)[-1].result == "failed"
+    cut = dataclasses.replace(LATE, cut=True)  # there was not as much time as it may take
+    assert checks.from_op("op linear", cut, report)[-1].result == "skipped"
+
+
 def test_red_gate_and_failing_ours_are_failures(tmp_path: Path) -> None:
     report = tmp_path / "op.json"
     gate = {"device": "cuda", "checked": 3, "failures": {"T1-D8": "relative L2 error 1"}}

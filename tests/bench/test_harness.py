@@ -106,6 +106,14 @@ def test_times_rates_and_fraction() -> None:
     assert "ours" in show_case(result.to_json())
 
 
+def test_the_rate_of_a_variant_that_moves_more_is_of_what_it_moves() -> None:
+    timer = FakeTimer(ours=8.0, other=8.0, ours_again=8.0)
+    wide = Variant(add, cost=lambda case: replace(case.cost(), bytes=3 * case.cost().bytes))
+    rows = timed({"other": wide, "ours": Variant(add)}, timer).to_json()["variants"]
+    assert rows["other"]["bytes_per_s"] == pytest.approx(3 * rows["ours"]["bytes_per_s"])
+    assert rows["other"]["fraction"] == rows["ours"]["fraction"]  # of what has to be moved
+
+
 def test_floor_is_the_larger_of_bytes_and_flops() -> None:
     assert CEILINGS.floor_us(4_500_000, 0) == pytest.approx(1.0)
     assert CEILINGS.floor_us(4_500_000, 16 * 10**8) == pytest.approx(2.0)

@@ -331,6 +331,22 @@ def test_a_folder_of_another_conversion_is_refused(
     assert files_of(whole) == before
 
 
+def test_a_folder_in_which_nothing_was_made_is_free_for_another_conversion(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("tml_runtime.model.convert.write_tensor_file", refuse)
+        with pytest.raises(MemoryError):
+            convert_checkpoint(checkpoint, out, CONFIG, **PACKED)
+    assert list(files_of(out)) == ["manifest.json"]
+    other = {**PACKED, **CHANGES["experts"][0]}
+    assert convert_checkpoint(checkpoint, out, CONFIG, **other).packing.experts == other["experts"]
+
+
 def test_a_moved_checkpoint_is_the_same_and_a_changed_one_is_not(
     checkpoint: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -309,6 +309,7 @@ DRAWN = ["out", "--random-weights", "0"]
         ),
         ([*DRAWN, "--preset", "tiny", "--device", "tpu"], 2, ""),
         ([*DRAWN, "--preset", "tiny", "--device", "meta"], 2, "--device meta is not cpu"),
+        ([*DRAWN, "--preset", "tiny", "--device", "cuda"], 2, "--device cuda: there is no GPU"),
         (["out", "--preset", "tiny"], 2, "out alone: give CHECKPOINT too, or --random-weights"),
         (["nowhere", "out", "--preset", "tiny"], 1, "nowhere: cannot be read"),
         (

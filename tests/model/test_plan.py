@@ -324,6 +324,17 @@ def test_a_smaller_budget_keeps_a_tick_of_everything() -> None:
     assert (smaller.budget.text, smaller.budget.anchor) == (budget.text, budget.anchor)
 
 
+def test_a_smaller_budget_keeps_nothing_of_what_does_not_come() -> None:
+    """So that it is the one that its seconds stand for, and what is free is used."""
+    base = wanted(sessions=200, gpu_bytes=192 * 10**9, rest=None, frame=None, page_dtype=FP8)
+    budgets = [other.budget for other in nearest(base) if other.budget != base.budget]
+    assert budgets
+    for budget in budgets:
+        seconds = {name: getattr(budget, name) / 20 for name in ("audio", "reply")}
+        assert budget == budget_for(INKLING, {**seconds, "video": 10.0}, None)
+        assert not replace(base, budget=replace(budget, video=base.budget.video)).fits
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -101,9 +101,10 @@ def _copy_tokenizer(checkpoint: Path, out: Path) -> None:
 
 
 def _begin(out: Path, asked: Manifest, names: list[str]) -> Manifest:
-    """The folder, with a manifest. That of an earlier run goes on if it was after the same."""
-    if is_converted(out):
-        found = Manifest.read(out)
+    """The folder, with a manifest. That of an earlier run goes on if it was after the same; one
+    that made no file may have been after anything."""
+    found = Manifest.read(out) if is_converted(out) else None
+    if found is not None and found.files:
         held = found.facts()
         for name, value in asked.facts().items():
             if held[name] != value:
@@ -116,11 +117,11 @@ def _begin(out: Path, asked: Manifest, names: list[str]) -> Manifest:
     out.mkdir(parents=True, exist_ok=True)
     # Of a process that was killed.
     partial = {path for name in (MANIFEST, *names) for path in out.glob(f".{name}.*.partial")}
-    if not is_converted(out) and not partial.issuperset(out.iterdir()):
+    if found is None and not partial.issuperset(out.iterdir()):
         raise CheckpointError(out, "", "is not empty and no converted model; choose another folder")
     for path in partial:
         path.unlink(missing_ok=True)
-    if not is_converted(out):
+    if not asked.files:
         asked.write(out)
     return asked
 

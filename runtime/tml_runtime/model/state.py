@@ -201,9 +201,9 @@ class ModelState:
         assert self._sessions[to_slot].slot == to_slot
 
     def load(self, slot: int, path: str | Path) -> None:
-        """Make `slot` the session that `cache.save` wrote, with as much of it as this state's budget
-        keeps; what was in it ends. SessionFileError also for tokens, levels or settings that no
-        session of this model has."""
+        """Make `slot` the session that `cache.save` wrote, with as much of it as this state's
+        budget keeps; what was in it ends. SessionFileError also for tokens, levels or settings that
+        no session of this model has."""
         self.cache.close(self.session(slot))
         try:
             session = self.cache.load(path, budgets=self.budget.pages())
