@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tml_kernels.integrations.transformers import attention, attention_forward, register
 from tml_kernels.integrations.transformers.cache import TmlCache
-from tml_kernels.integrations.transformers.layers import cache_argument
+from tml_kernels.integrations.transformers.layers import cache_argument, rope_phase
 from tml_kernels.integrations.transformers.sinks import Sinks
 from tml_kernels.kv_cache import WindowPassed
 from tml_kernels.testing import assert_bitwise, assert_matches, relative_l2
@@ -586,6 +586,31 @@ def test_sinks_that_cannot_be_moved_are_refused(
     ids = random_ids(1, 20)
     ours = in_pieces(model, ids, small_cache(model), [7])
     assert_matches(ours, eager_logits(model, ids), limit=2e-6)
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32768,
+}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kinds", [(PLAIN, LLAMA3), (LLAMA3, PLAIN)], ids=["plain", "llama3"])
+def test_each_layer_s_own_frequencies_are_found(
+    kinds: tuple[dict[str, Any], dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Of two that turn a key to within 1 % of each other where the model is asked."""
+    types = ["full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(
+        **{**LIKE_LLAMA, "num_hidden_layers": 2, "sliding_window": 8, "layer_types": types},
+        rope_parameters=dict(zip(types, kinds, strict=True)),
+    )
+    model = randomise(transformers.Gemma3ForCausalLM(config).eval()).to(dtype)
+    for layer, name in enumerate(types):
+        turns_B = getattr(model.model.rotary_emb, f"{name}_inv_freq").double() / (2.0 * torch.pi)
+        phase_B = rope_phase(model, [layer]).double() / 2.0**64
+        assert_matches(phase_B % 1.0, turns_B, limit=1e-9)
 
 
 def test_layers_that_are_not_served_are_refused() -> None:

@@ -23,6 +23,9 @@ except ImportError as error:
     ) from error
 
 _POSITION = 97  # far enough to turn every frequency that matters, exact in float32 and near
+# Of `_turn_error`. In bfloat16 either key is rounded by 2^-9, cosines and sines included; another
+# rotation is off by about 1, or by a thousandth where the two differ in the longest waves alone.
+_TURN_LIMIT = 2e-2
 _SERVED = ("full_attention", "sliding_attention")
 # Their frequencies change with the length of the text.
 _MOVING = ("dynamic", "longrope")
@@ -90,22 +93,24 @@ def layer_shapes(model: Any) -> list[LayerShape]:
 def rope_phase(model: Any, layers: list[int]) -> Tensor:
     """int64 [B]: turns per position times 2^64 with which the keys of all `layers` are rotated.
 
-    From the model's own frequencies, scaled or not, in float64; a token at two positions shows that
-    they are what turns its keys, and how. Raises NotImplementedError where none are.
+    From the model's own frequencies, scaled or not, in float64; a token at two positions shows
+    which of them are what turns its keys, those that come closest. Raises NotImplementedError where
+    none do.
     """
     at_0, at_n = _remembered(model, 0), _remembered(model, _POSITION)
     head_width = at_0[layers[0]][0].shape[-1]
-    for inv_freq_B in _frequencies(model):
-        if 2 * inv_freq_B.numel() != head_width:
-            continue
-        phase_B = _as_phase(inv_freq_B)
-        if all(_turns(at_0[layer][0], at_n[layer][0], phase_B) for layer in layers):
-            return phase_B
-    raise _refusal(
-        model,
-        f"num_sinks: the keys of layers {layers} are not rotated as rotary halves of all columns "
-        "by frequencies that the model keeps, so sinks cannot be moved",
-    )
+    phases = [_as_phase(x_B) for x_B in _frequencies(model) if 2 * x_B.numel() == head_width]
+    errors = [
+        max(_turn_error(at_0[layer][0], at_n[layer][0], phase_B) for layer in layers)
+        for phase_B in phases
+    ]
+    if not errors or min(errors) > _TURN_LIMIT:
+        raise _refusal(
+            model,
+            f"num_sinks: the keys of layers {layers} are not rotated as rotary halves of all "
+            "columns by frequencies that the model keeps, so sinks cannot be moved",
+        )
+    return phases[errors.index(min(errors))]
 
 
 def _refusal(model: Any, why: str) -> NotImplementedError:
@@ -159,10 +164,10 @@ def _as_phase(inv_freq_B: Tensor) -> Tensor:
     return ((turns_B - turns_B.round()) * 2.0**64).round().to(torch.int64)
 
 
-def _turns(key_1_G_1_C: Tensor, turned_1_G_1_C: Tensor, phase_B: Tensor) -> bool:
-    """Whether the second is the first turned by _POSITION. In bfloat16 either is rounded by 2^-9,
-    cosines and sines included; another rotation is off by about 1."""
+def _turn_error(key_1_G_1_C: Tensor, turned_1_G_1_C: Tensor, phase_B: Tensor) -> float:
+    """Relative L2 of the second to the first turned by _POSITION; infinite where it is NaN."""
     position_1 = torch.tensor([_POSITION], device=phase_B.device)
     expected = rotate_ref(key_1_G_1_C[0].transpose(0, 1).double(), phase_B, position_1)
     error = (turned_1_G_1_C[0].transpose(0, 1).double() - expected).norm()
-    return bool(error <= 2e-2 * expected.norm())
+    error = error / expected.norm().clamp(min=1e-300)  # keys of zeros are turned by anything
+    return float(error.nan_to_num(nan=math.inf))
