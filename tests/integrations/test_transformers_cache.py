@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from small_models import SIZES, randomise
+from small_models import SIZES, SMALL, randomise
 from streaming_reference import LIKE_LLAMA, MODELS, Streaming, make_model
 from torch import Tensor
 
@@ -122,11 +123,14 @@ def test_generation_goes_on_from_the_cache() -> None:
 # Without a TmlCache
 
 MOE = {"intermediate_size": 48, "num_experts_per_tok": 2}
+QWEN2_MOE = {
+    **MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
+}  # fmt: skip
 SLIDING = {
     "PhimoeForCausalLM": {**MOE, "num_local_experts": 4, "sliding_window": 6},
     "Qwen2MoeForCausalLM": {
-        **MOE, "num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
-        "use_sliding_window": True, "sliding_window": 6, "layer_types": ["sliding_attention"] * 2,
+        **QWEN2_MOE, "use_sliding_window": True, "sliding_window": 6,
+        "layer_types": ["sliding_attention"] * 2,
     },
 }  # fmt: skip
 STRIDED = {
@@ -148,6 +152,23 @@ def test_windows_that_a_model_does_not_give_its_attention_are_kept(name: str) ->
     expected = eager_logits(model, ids)
     assert_matches(logits(tml(model), ids), expected, limit=1e-5)
     assert_matches(in_pieces(model, ids, transformers.DynamicCache(), [9]), expected, limit=1e-5)
+
+
+def test_a_window_of_0_that_no_layer_has_hides_nothing() -> None:
+    """Qwen2-MoE as it is published makes a mask for such layers all the same."""
+    model, ids = make_other("Qwen2MoeForCausalLM", QWEN2_MOE), random_ids(2, 24)
+    assert model.config.sliding_window == 0
+    expected = eager_logits(model, ids)
+    assert_matches(logits(tml(model), ids), expected, limit=2e-6)
+    for cache in (transformers.DynamicCache(), small_cache(model, num_sinks=4)):
+        assert_matches(in_pieces(model, ids, cache, [9]), expected, limit=2e-6)
+
+
+def test_a_layer_with_a_window_of_0_is_refused() -> None:
+    given = {**QWEN2_MOE, "layer_types": ["full_attention", "sliding_attention"]}
+    model = tml(make_other("Qwen2MoeForCausalLM", given))
+    with pytest.raises(NotImplementedError, match="a sliding window of 0 keys"):
+        logits(model, random_ids(1, 4))
 
 
 @pytest.mark.parametrize("name", STRIDED)
@@ -613,9 +634,16 @@ def test_each_layer_s_own_frequencies_are_found(
         assert_matches(phase_B % 1.0, turns_B, limit=1e-9)
 
 
-def test_layers_that_are_not_served_are_refused() -> None:
-    from small_models import SMALL
+def test_values_of_another_width_are_refused() -> None:
+    small = SMALL["deepseek_v3"]
+    model = tml(replace(small, given={**small.given, "v_head_dim": 8}).make())
+    with pytest.raises(NotImplementedError, match="keys of 16 columns and values of 8"):
+        logits(model, random_ids(1, 4))
+    with pytest.raises(NotImplementedError, match="keys of 16 columns and values of 8"):
+        small_cache(model)
 
+
+def test_layers_that_are_not_served_are_refused() -> None:
     with pytest.raises(NotImplementedError, match=r"DeepseekV3.* heads and columns"):
         small_cache(SMALL["deepseek_v3"].make())
     config = transformers.Qwen3NextConfig(

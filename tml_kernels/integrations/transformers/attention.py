@@ -50,8 +50,9 @@ def attention_forward(
     graph here.
     """
     if attention_mask is not None and attention_mask.device.type == "meta":
-        refuse(sliding_window=(sliding_window, sliding_window and attention_mask.shape[-1]))
-        attention_mask, sliding_window = None, attention_mask.shape[-1]
+        window = _masked_window(attention_mask)
+        refuse(sliding_window=(sliding_window, sliding_window and window))
+        attention_mask, sliding_window = None, window
     refuse(attention_mask=(attention_mask, None), dropout=(dropout, 0.0))
     refuse(**{name: (kwargs.get(name), None) for name in _NOT_SERVED})
     is_causal = kwargs.get("is_causal")
@@ -76,7 +77,8 @@ def causal_mask(
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask of `attention_forward`: none is made, for it knows what is causal. Where a sliding
-    window hides keys, [1, 1, 1, window] on device "meta": not every model tells its layers.
+    window hides keys, [1, 1, 1, window] on device "meta": not every model tells its layers. A
+    window below 1 is 0: models without windows make such a mask for layers that they do not have.
 
     Waits for the device where there is an attention_mask. Raises ValueError for one with padding,
     NotImplementedError for what is more than causal and for caches of a fixed size.
@@ -96,12 +98,23 @@ def causal_mask(
     _check_unpadded(attention_mask, end)
     if local_size is None or end <= local_size:
         return None
-    if mask_function is not None and not _slides(mask_function, local_size):
+    window = max(0, local_size)
+    if window > 0 and mask_function is not None and not _slides(mask_function, window):
         raise NotImplementedError(
             f'attn_implementation="tml": {end} keys in chunks of {local_size}, which it does not '
             'serve: use attn_implementation="sdpa"'
         )
-    return torch.empty(1, 1, 1, local_size, device="meta")
+    return torch.empty(1, 1, 1, window, device="meta")
+
+
+def _masked_window(mask: Tensor) -> int:
+    """Of a mask that `causal_mask` made for a layer."""
+    if mask.shape[-1] == 0:
+        raise NotImplementedError(
+            'attn_implementation="tml": a layer has a sliding window of 0 keys, and would see '
+            "nothing: give the model's configuration another sliding_window, or other layer_types"
+        )
+    return mask.shape[-1]
 
 
 def _slides(mask_function: Callable[..., Tensor], size: int) -> bool:
@@ -135,6 +148,11 @@ def _attend(
 ) -> Tensor:
     """out [B, T, H, C]; keys and values as pages of their own, in the order of the batch."""
     (batch, num_heads, num_queries, width), length = query.shape, key.shape[2]
+    if value.shape[-1] != width:
+        raise NotImplementedError(
+            f'attn_implementation="tml": keys of {width} columns and values of '
+            f'{value.shape[-1]}, which it does not serve: use attn_implementation="sdpa"'
+        )
     k_pages_P_G_R_C, v_pages_P_G_R_C = as_pages(key), as_pages(value)
     device, columns = query.device, -(-length // _PAGE_ROWS)
     base_M = _PAGE_ROWS * torch.arange(columns, device=device)
