@@ -391,6 +391,19 @@ def test_failed_forward_leaves_no_trace() -> None:
     assert_bitwise(torch.cat(ours, 1), expected)
 
 
+def test_attention_refused_in_the_last_layer_leaves_no_trace() -> None:
+    model, ids = tml(make_model("llama")), random_ids(2, 24)
+    undisturbed, cache = small_cache(model), small_cache(model)
+    expected = in_pieces(model, ids, undisturbed, [20])
+    logits(model, ids[:, :20], cache)
+    last = model.model.layers[-1].self_attn
+    last.is_causal = False
+    with pytest.raises(NotImplementedError, match="is_causal: only True"):
+        logits(model, random_ids(2, 3), cache)
+    last.is_causal = True
+    assert_bitwise(in_pieces(model, ids[:, 20:], cache, []), expected[:, 20:])
+
+
 # Other dtypes
 
 
@@ -531,6 +544,66 @@ def test_other_attention_is_refused() -> None:
         cache.update(states, states, 1)
     logits(model, random_ids(1, 4), cache)
     assert cache.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("again", ["forward", "crop"])
+def test_a_last_layer_that_attends_elsewhere_is_said(again: str) -> None:
+    """Once, whatever is asked first of the cache; then it is as it was before that forward."""
+    model, ids = tml(make_model("llama")), random_ids(2, 24)
+    cache, last = small_cache(model), model.model.layers[-1].self_attn
+    logits(model, ids[:, :4], cache)
+    config = last.config
+    last.config = copy.deepcopy(config)
+    last.config._attn_implementation = "sdpa"
+    logits(model, random_ids(2, 3), cache)
+    last.config = config
+    with pytest.raises(RuntimeError, match=r"before layer 2 has read its own here: attn_impl"):
+        if again == "crop":
+            cache.crop(-1)
+        else:
+            logits(model, ids[:, 4:], cache)
+    assert cache.get_seq_length() == 4
+    ours = in_pieces(model, ids[:, 4:], cache, [7])
+    assert_matches(ours, eager_logits(model, ids)[:, 4:], limit=2e-6)
+
+
+def test_one_layer_that_copies_its_keys_is_refused() -> None:
+    given = {**MOE, "num_hidden_layers": 1, "num_local_experts": 4, "kv_channels": 16}
+    model, ids = tml(make_other("JetMoeForCausalLM", given)), random_ids(1, 8)
+    cache = small_cache(model)
+    logits(model, ids[:, :4], cache)  # attends to its own tokens, all that there are
+    with pytest.raises(RuntimeError, match="layer 0 gives keys before layer 0 has read its own"):
+        logits(model, ids[:, 4:], cache)
+
+
+def test_a_model_that_reads_the_cache_s_layers_is_refused() -> None:
+    """As Dory does, whose loops read what the last one wrote."""
+    model = tml(make_model("llama"))
+    cache = small_cache(model)
+
+    def read(*_: Any) -> None:
+        for kept in cache.layers:
+            assert kept.keys is None
+
+    hook = model.model.register_forward_pre_hook(read)
+    with pytest.raises(NotImplementedError, match="the model reads the cache's layers itself"):
+        logits(model, random_ids(1, 4), cache)
+    hook.remove()
+    with pytest.raises(NotImplementedError, match="the model reads the cache's layers itself"):
+        cache.layers = [transformers.cache_utils.DynamicLayer()]
+    logits(model, random_ids(1, 4), cache)
+
+
+def test_what_transformers_asks_of_a_cache() -> None:
+    model = tml(make_model("llama"))
+    cache = small_cache(model)
+    assert not cache.is_initialized and cache.batch_size == -1
+    logits(model, random_ids(2, 4), cache)
+    assert cache.is_initialized and cache.batch_size == 2
+    assert cache.is_croppable and not cache.is_compileable
+    cache.activate_past_recording()
+    cache.reset()
+    assert not cache.is_initialized and cache.batch_size == -1
 
 
 def test_other_dtypes_and_shapes_are_refused() -> None:

@@ -49,6 +49,9 @@ def attention_forward(
     masks, dropout and what else is not served, RuntimeError in training. torch.compile breaks its
     graph here.
     """
+    pages = getattr(key, PAGES, None)
+    if pages is not None:
+        pages.arrive()
     if attention_mask is not None and attention_mask.device.type == "meta":
         window = _masked_window(attention_mask)
         refuse(sliding_window=(sliding_window, sliding_window and window))
@@ -59,7 +62,6 @@ def attention_forward(
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     refuse(is_causal=(is_causal, True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    pages = getattr(key, PAGES, None)
     if pages is None:
         return _attend(query, key, value, scale, sliding_window, softcap), None
     return pages.attend(query, key, value, scale, sliding_window, softcap), None

@@ -97,6 +97,15 @@ class TmlCache(Cache):
     # What transformers asks
 
     @property
+    def layers(self) -> list[Any]:
+        raise _layers_refusal()
+
+    @layers.setter
+    def layers(self, layers: list[Any]) -> None:
+        if layers:  # Cache's constructor sets an empty list
+            raise _layers_refusal()
+
+    @property
     def num_dropped(self) -> int:
         """Tokens of each row that layers of full attention no longer see."""
         return self._dropped
@@ -109,6 +118,22 @@ class TmlCache(Cache):
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise NotImplementedError("TmlCache: is not copied; crop() goes back, reset() begins anew")
+
+    @property
+    def batch_size(self) -> int:
+        return len(self._sessions) or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        return self._length > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -132,23 +157,25 @@ class TmlCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self._length + query_length, 0
 
+    def activate_past_recording(self) -> None:
+        """Nothing to do: `history` tokens can be cropped at any time."""
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are, the keys with what attention needs to find the rest.
 
         The first layer begins a forward of all, and rolls back one that has not come to its end.
-        Raises ValueError, TypeError or RuntimeError for what does not fit the cache.
+        Raises ValueError, TypeError or RuntimeError for what does not fit the cache, RuntimeError
+        also where a layer's keys went elsewhere than to attention here; of the last layer that is
+        said in the next forward, which can then be tried again.
         """
         self._check(key_states, value_states, layer_idx)
         if layer_idx == 0:
             self._begin(key_states.shape[0], key_states.shape[2])
         forward = self._forward
         if forward is None or not forward.updated == forward.attended == layer_idx - 1:
-            raise RuntimeError(
-                f"TmlCache: layer {layer_idx} gives keys before layer {layer_idx - 1} has read its "
-                f'own here: attn_implementation="{NAME}" was not what attended'
-            )
+            raise _unread(f"layer {layer_idx} gives keys", layer_idx - 1)
         forward.updated = layer_idx
         setattr(key_states, PAGES, _LayerPages(self, layer_idx))
         return key_states, value_states
@@ -159,6 +186,7 @@ class TmlCache(Cache):
         Raises ValueError for more than full attention still sees, WindowPassed where a sliding
         window has lost keys that it would need.
         """
+        self._settle("crop() is called")
         target = self._length + tokens_to_remove
         if tokens_to_remove > 0 or target < 0:
             raise ValueError(
@@ -171,7 +199,6 @@ class TmlCache(Cache):
                 f"crop: {tokens_to_remove} would leave {target} tokens, but those before {oldest} "
                 f"have been dropped: {oldest - self._length} is the most"
             )
-        self._roll_back()
         for session in self._sessions:
             self.rolling.rewind(session, target)
         self._length = target
@@ -220,7 +247,7 @@ class TmlCache(Cache):
                 f"TmlCache: the model attends by {used!r}, which reads no pages: register() and "
                 f'model.set_attn_implementation("{NAME}") first'
             )
-        self._roll_back()
+        self._settle("layer 0 gives keys")
         if batch != len(self._sessions):
             self.reset()
             self._sessions = [self.rolling.open(self._budgets) for _ in range(batch)]
@@ -283,9 +310,32 @@ class TmlCache(Cache):
         text = [page.base for page in pages if page.page_class == PageClass.TEXT]
         return min(text, default=self.num_sinks)
 
+    def _settle(self, what: str) -> None:
+        """Roll back a forward that has not come to its end. Raises RuntimeError where nothing but
+        the last layer's attention is missing, unless that was begun and failed. An interruption
+        right before it looks the same, and is said as well."""
+        forward, last = self._forward, len(self) - 1
+        self._roll_back()
+        if forward is not None and forward.updated == last != forward.arrived:
+            raise _unread(what, last)
+
     def _roll_back(self) -> None:
         roll_back(self.rolling, self._sessions)
         self._forward = None
+
+
+def _unread(what: str, layer: int) -> RuntimeError:
+    return RuntimeError(
+        f"TmlCache: {what} before layer {layer} has read its own here: "
+        f'attn_implementation="{NAME}" was not what attended'
+    )
+
+
+def _layers_refusal() -> NotImplementedError:
+    return NotImplementedError(
+        "TmlCache: the model reads the cache's layers itself, and there are none: keys and values "
+        "are in pages, which attention alone reads"
+    )
 
 
 class _LayerPages(NamedTuple):
@@ -293,6 +343,11 @@ class _LayerPages(NamedTuple):
 
     cache: TmlCache
     layer: int
+
+    def arrive(self) -> None:
+        """The keys have come to the attention function, whatever becomes of it."""
+        if self.cache._forward is not None:
+            self.cache._forward.arrived = self.layer
 
     def attend(
         self,

@@ -31,6 +31,7 @@ class Forward:
     length_S: Tensor
     plans: list[PagePlan]
     updated: int = -1  # the last layer that gave its keys
+    arrived: int = -1  # the last layer whose keys came to the attention function
     attended: int = -1  # the last layer that read them
 
 
