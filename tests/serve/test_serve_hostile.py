@@ -18,6 +18,7 @@ from local_service import LIMITS, N, Raw, Served, eventually, serve
 from tml_runtime.serve.client import Client, connect
 from tml_runtime.serve.events import Speech
 from tml_runtime.serve.protocol import HEADER, CloseCode, Kind
+from tml_runtime.serve.wire import SPARE_BYTES
 
 Attack = Callable[[Served, Raw], Awaitable[None]]
 
@@ -124,6 +125,27 @@ async def too_much(served: Served, raw: Raw) -> None:
         await raw.media(Kind.RGB, number, 0, bytes(40 * 80 * 3), 80, 40)
 
 
+def frame(opcode: int, payload: bytes = b"", *, last: bool) -> bytes:
+    """Of a client, masked with zeros, so that the payload is as it is."""
+    size = len(payload)
+    length = bytes([0x80 | size]) if size < 126 else b"\xfe" + size.to_bytes(2, "big")
+    return bytes([last << 7 | opcode]) + length + bytes(4) + payload
+
+
+def write(raw: Raw, data: bytes) -> None:
+    """Past aiohttp's client, which sends whole messages."""
+    writer = raw.ws._writer
+    assert writer is not None
+    writer.transport.write(data)
+
+
+async def too_many_fragments(served: Served, raw: Raw) -> None:
+    """Of one message, which never ends: each is empty."""
+    fragment = frame(0, last=False)
+    count = (served.service.max_message_bytes + SPARE_BYTES) // len(fragment) + 1
+    write(raw, frame(2, b"x", last=False) + count * fragment)
+
+
 @pytest.mark.parametrize(
     ("attack", "code"),
     [
@@ -132,6 +154,7 @@ async def too_much(served: Served, raw: Raw) -> None:
         (too_many_pings, CloseCode.RATE_LIMITED),
         (too_many_pongs, CloseCode.RATE_LIMITED),
         (too_much, CloseCode.RATE_LIMITED),
+        (too_many_fragments, CloseCode.RATE_LIMITED),
     ],
 )
 def test_a_flood_ends_its_connection_and_session(run, attack: Attack, code: int) -> None:
@@ -143,6 +166,51 @@ def test_a_flood_ends_its_connection_and_session(run, attack: Attack, code: int)
                 await attack(served, raw)
             assert await raw.closed() == code
             await eventually(lambda: len(served.service.sessions) == 1)  # its session, too
+
+    run(talk())
+
+
+def test_who_floods_before_hello_is_told_and_cut(run) -> None:
+    async def talk() -> None:
+        async with serve() as served, good_client(served):
+            async with served.raw() as raw:
+                await too_many_fragments(served, raw)
+                assert (await raw.until("error"))["code"] == "rate_limited"
+                assert await raw.closed() == CloseCode.RATE_LIMITED
+            await eventually(lambda: len(served.service.connections) == 1)
+
+    run(talk())
+
+
+def test_messages_in_fragments_are_taken_however_many_come(run) -> None:
+    """Headers and all, more bytes come than may be of no message."""
+
+    async def talk() -> None:
+        async with serve(limits=replace(LIMITS, bytes_per_s=1e9)) as served:
+            picture = HEADER.pack(Kind.RGB, 0, 0, 0, 0, 0, 80, 40) + bytes(40 * 80 * 3)
+            cuts = [picture[at : at + 600] for at in range(0, len(picture), 600)]
+            frames = [frame(0 if at else 2, cut, last=False) for at, cut in enumerate(cuts)]
+            message = b"".join(frames) + frame(0, last=True)
+            count = (served.service.max_message_bytes + SPARE_BYTES) // len(message) + 2
+            async with served.raw(hello={}) as raw:
+                await raw.until("welcome")
+                for _ in range(count):
+                    write(raw, message)
+                    await asyncio.sleep(0.001)
+                await raw.say(type="interrupt", played=0)
+                assert (await raw.until("epoch"))["epoch"] == 1
+
+    run(talk())
+
+
+@pytest.mark.parametrize(("bytes_per_s", "code"), [(4e6, "too_large"), (4000.0, "rate_limited")])
+def test_a_character_of_two_bytes_counts_as_two(run, bytes_per_s: float, code: str) -> None:
+    async def talk() -> None:
+        limits = replace(LIMITS, bytes_per_s=bytes_per_s, burst_s=4.0)
+        async with serve(limits=limits) as served, served.raw(hello={}) as raw:
+            await raw.until("welcome")
+            await raw.ws.send_str("é" * 9000)
+            assert (await raw.until("error"))["code"] == code
 
     run(talk())
 
@@ -253,7 +321,7 @@ async def connect_without_reading(served: Served):
     )
     await reader.readuntil(b"\r\n\r\n")
     hello = b'{"type":"hello","version":1}'
-    writer.write(bytes([0x81, 0x80 | len(hello)]) + bytes(4) + hello)  # masked with zeros
+    writer.write(frame(1, hello, last=True))
     await eventually(lambda: len(served.service.sessions) == 2)
     return reader, writer, served.service.sessions[-1].resume_token
 

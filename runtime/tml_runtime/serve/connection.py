@@ -39,6 +39,7 @@ from .protocol import (
 )
 from .served import ServedSession
 from .service import Refusal, Service
+from .wire import SPARE_BYTES, WireMeter, size_of
 
 # What the kernel and the transport may hold of a client that does not read. Speech is 32 kB a
 # second, so it is noticed in seconds and not in minutes.
@@ -74,6 +75,7 @@ class Connection:
         self._offended = False  # aiohttp has closed: no WebSocket frame, or too large a message
         self._messages = TokenBucket(limits.messages_per_s, limits.burst_s)
         self._bytes = TokenBucket(limits.bytes_per_s, limits.burst_s)
+        self._wire = WireMeter(service.max_message_bytes + SPARE_BYTES, self._end_flood)
         self._num_errors = 0
         self._num_lost = 0
         self._told_s = 0.0  # when a refused input was last told
@@ -156,7 +158,7 @@ class Connection:
         if message.type in (*_LEFT, WSMsgType.ERROR):
             raise ConnectionResetError("left before hello")
         try:
-            if message.type is not WSMsgType.TEXT or len(message.data) > MAX_CONTROL_BYTES:
+            if message.type is not WSMsgType.TEXT or size_of(message.data) > MAX_CONTROL_BYTES:
                 raise ProtocolError("the first message is not hello", field="type")
             hello = decode_control(message.data)
             if not isinstance(hello, Hello):
@@ -213,10 +215,10 @@ class Connection:
                 await asyncio.sleep(
                     0
                 )  # what is answered goes out though more lies ready to be read
-            self._check_rate(len(message.data))
+            self._check_rate(size := size_of(message.data))
             try:
                 if message.type is WSMsgType.TEXT:
-                    self._on_control(message.data)
+                    self._on_control(message.data, size)
                 else:
                     self._on_media(decode_media(message.data), now_ns())
             except ProtocolError as error:
@@ -230,11 +232,12 @@ class Connection:
                 return message
             await asyncio.sleep(0)  # else who sends nothing else would have the thread to himself
             if self._close_code is None:
-                self._check_rate(len(message.data))
+                self._check_rate(size_of(message.data))
                 if message.type is WSMsgType.PING:
                     await self._ws.pong(message.data)
 
     def _check_rate(self, num_bytes: int) -> None:
+        self._wire.take(num_bytes)
         now_s = asyncio.get_running_loop().time()
         if not self._messages.take(1, now_s=now_s):
             what = f"more than {self.service.limits.messages_per_s:g} messages a second"
@@ -244,11 +247,15 @@ class Connection:
             return
         raise Refusal(ErrorCode.RATE_LIMITED, CloseCode.RATE_LIMITED, what)
 
-    def _on_control(self, text: str) -> None:
+    def _end_flood(self) -> None:
+        what = "too many bytes came that are of no whole message"
+        self.end(Refusal(ErrorCode.RATE_LIMITED, CloseCode.RATE_LIMITED, what))
+
+    def _on_control(self, text: str, num_bytes: int) -> None:
         served = self._session()
-        if len(text) > MAX_CONTROL_BYTES:
+        if num_bytes > MAX_CONTROL_BYTES:
             raise ProtocolError(
-                f"{len(text)} characters, more than {MAX_CONTROL_BYTES}",
+                f"{num_bytes} bytes, more than {MAX_CONTROL_BYTES}",
                 field="",
                 code=ErrorCode.TOO_LARGE,
             )
@@ -401,6 +408,7 @@ class Connection:
         transport = self._request.transport
         if transport is None:
             return
+        self._wire.watch(transport)
         transport.set_write_buffer_limits(high=_SOCKET_BYTES // 4)
         sock = transport.get_extra_info("socket")
         if sock is not None:
