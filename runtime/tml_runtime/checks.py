@@ -102,18 +102,21 @@ def checked_frame(frame: np.ndarray, grid: FrameGrid) -> np.ndarray:
     return frame
 
 
-def checked_ids(ids: Sequence[int], num_valid: int) -> list[int]:
-    """Token ids of the vocabulary."""
+def checked_ids(ids: Sequence[int] | np.ndarray, num_valid: int) -> np.ndarray:
+    """Token ids of the vocabulary, int32."""
     if isinstance(ids, (bytes, bytearray, memoryview)):
         raise InputTypeError(f"text: expected str or token ids, got {type(ids).__name__}")
-    try:
-        checked = [_checked_id(token) for token in ids]
-    except TypeError:
-        raise InputTypeError(f"text: expected str or token ids, got {ids!r:.80}") from None
-    for token in checked:
-        if not 0 <= token < num_valid:
-            raise InputValueError(f"text: id {token} is not in 0..{num_valid - 1}")
-    return checked
+    if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.dtype.kind in "iu":
+        checked, wrong = ids, ids[(ids < 0) | (ids >= num_valid)]
+    else:
+        try:
+            checked = [_checked_id(token) for token in ids]
+        except TypeError:
+            raise InputTypeError(f"text: expected str or token ids, got {ids!r:.80}") from None
+        wrong = [token for token in checked if not 0 <= token < num_valid]
+    if len(wrong) > 0:
+        raise InputValueError(f"text: id {wrong[0]} is not in 0..{num_valid - 1}")
+    return np.array(checked, np.int32)
 
 
 def _checked_id(token: int) -> int:

@@ -199,7 +199,7 @@ class Inbox:
         head = _FRAME.pack(stamp, height, width)
         return _put(self._video, head, np.ascontiguousarray(frame_H_W_3).data)
 
-    def put_text(self, ids: Sequence[int]) -> bool:
+    def put_text(self, ids: Sequence[int] | np.ndarray) -> bool:
         return _put(self._text, np.asarray(ids, np.int32).data)
 
     def take(self, window: int, pcm_N: np.ndarray, shed: int = 0) -> Window:

@@ -38,7 +38,7 @@ def checked_prompt(
     if prompt is None:
         return []
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    ids = checked_ids(ids, vocab.num_valid)
+    ids = checked_ids(ids, vocab.num_valid).tolist()
     if len(ids) > limit:
         raise InputValueError(
             f"prompt: {len(ids)} tokens, but KvBudget.anchor={limit}: shorten "

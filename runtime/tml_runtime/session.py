@@ -165,17 +165,23 @@ class Session:
             if not self._seat.inbox.put_frame(stamp, frame):
                 raise InputBackpressure(f"the video queue is full; frame at {t=}")
 
-    def push_text(self, text: str | Sequence[int]) -> None:
+    def push_text(self, text: str | Sequence[int] | np.ndarray) -> None:
         """Text, or token ids, for the next tick. What it cannot take waits for the one after."""
         with self._lock:
             self._check_open()
-            ids = self._tokenizer.encode(text) if isinstance(text, str) else text
-            ids = checks.checked_ids(ids, self._vocab.num_valid)
-            limit = self._seat.spec.text_queue_tokens
-            if len(ids) > limit:
-                raise InputValueError(f"text: {len(ids)} tokens in one push, {limit=}: split it")
-            if ids and not self._seat.inbox.put_text(ids):
+            ids = self.encode_text(text)
+            if len(ids) > 0 and not self._seat.inbox.put_text(ids):
+                limit = self._seat.spec.text_queue_tokens
                 raise InputBackpressure(f"the text queue is full; {len(ids)} tokens, {limit=}")
+
+    def encode_text(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
+        """The ids, int32, that `push_text` would push; what it refuses for good is refused here."""
+        ids = self._tokenizer.encode(text) if isinstance(text, str) else text
+        ids = checks.checked_ids(ids, self._vocab.num_valid)
+        limit = self._seat.spec.text_queue_tokens
+        if len(ids) > limit:
+            raise InputValueError(f"text: {len(ids)} tokens in one push, {limit=}: split it")
+        return ids
 
     def delegate(self, text: str) -> int:
         """Ask the background model for `text`, as the model's own action would; returns the

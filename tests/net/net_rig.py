@@ -25,7 +25,7 @@ class Line:
         self.heard = np.full(round(seconds * RATE), np.nan, np.float32)
         self.pushes: list[tuple[int, np.ndarray]] = []
         self.frames: list[tuple[float, np.ndarray]] = []
-        self.texts: list[str] = []
+        self.texts: list[list[int]] = []
         self.queue = queue  # texts and frames that it takes
 
     @property
@@ -48,9 +48,12 @@ class Line:
         self._check(t, t >= self.open_t, len(self.frames) < self.queue)
         self.frames.append((t, frame))
 
-    def push_text(self, text: str) -> None:
+    def encode_text(self, text: str) -> np.ndarray:
+        return np.array(list(text.encode()), np.int32)
+
+    def push_text(self, ids: np.ndarray) -> None:
         self._check(0.0, True, len(self.texts) < self.queue)
-        self.texts.append(text)
+        self.texts.append(ids.tolist())
 
     def missing_windows(self) -> list[int]:
         whole = ~np.isnan(self.heard[: len(self.heard) // WINDOW * WINDOW].reshape(-1, WINDOW))

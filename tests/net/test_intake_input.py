@@ -16,6 +16,7 @@ from net_rig import FRAME, FRAME_NS, MS, RATE, WINDOW, S, make_intake, ramp
 from tml_runtime import errors
 from tml_runtime._tick import now_ns
 from tml_runtime.net.intake import MAX_TEXT_CHARS, MAX_WAITING_TEXTS, Intake
+from tml_runtime.text import ByteTokenizer
 
 FRAME_RGB = np.zeros((40, 40, 3), np.uint8)
 BAD: list[tuple[Callable[[Intake, int], object], type[Exception], str]] = [
@@ -150,7 +151,50 @@ def test_texts_wait_in_order_and_are_bounded(then: Callable[[Intake], object]) -
     assert (stats.texts_waiting, stats.backpressure) == (MAX_WAITING_TEXTS, 1)
     line.queue = 10**6
     then(intake)
-    assert line.texts == texts
+    assert line.texts == [list(text.encode()) for text in texts]
+
+
+class WideTokenizer(ByteTokenizer):
+    """Five tokens for a character, as of a text that is normalised."""
+
+    def __init__(self) -> None:
+        self.num_encoded = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.num_encoded += 1
+        return 5 * super().encode(text)
+
+
+def test_a_text_that_waits_is_encoded_once() -> None:
+    tokenizer = WideTokenizer()
+    runtime, _ = make_runtime(tokenizer=tokenizer)
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        for _ in range(60):
+            intake.text("x" * 800)
+        assert intake.stats().texts_waiting > 0
+        for i in range(100):
+            intake.audio(i, i * FRAME, ramp(i * FRAME) / 2**16, 0)
+            intake.poll()
+        assert tokenizer.num_encoded == 60
+
+
+@pytest.mark.parametrize("num_before", [0, 60])
+def test_a_text_of_too_many_tokens_is_refused_at_once(num_before: int) -> None:
+    """Behind a full queue, too: nothing is left to be said when its turn comes."""
+    runtime, _ = make_runtime(tokenizer=WideTokenizer())
+    with runtime, runtime.open_session() as session:
+        intake = Intake(session)
+        for _ in range(num_before):
+            intake.text("x" * 800)
+        waiting = intake.stats().texts_waiting
+        assert (waiting > 0) == (num_before > 0)
+        with pytest.raises(errors.InputValueError, match="5120 tokens"):
+            intake.text("x" * MAX_TEXT_CHARS)
+        assert intake.stats().texts_waiting == waiting
+        while intake.stats().texts_waiting > 0:
+            runtime.run_ticks(10)
+            intake.poll()
 
 
 def test_full_queues_of_the_session_are_counted_not_raised() -> None:

@@ -78,6 +78,10 @@ TEXT: list[tuple[Push, tuple[type, type], str]] = [
     (lambda s: s.push_text(["a"]), TYPE, "'a'"),
     (lambda s: s.push_text([3, -1]), VALUE, "-1"),
     (lambda s: s.push_text([260]), VALUE, "260 is not in 0..259"),
+    (lambda s: s.push_text(np.array([3, 260, -1])), VALUE, "260 is not in 0..259"),
+    (lambda s: s.push_text(np.array([3.0])), TYPE, "3"),
+    (lambda s: s.push_text(np.array([[3]])), TYPE, "3"),
+    (lambda s: s.encode_text("x" * 4097), VALUE, "4097"),
     (lambda s: s.push_text("x" * 4097), VALUE, "4097"),
 ]
 

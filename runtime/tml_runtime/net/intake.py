@@ -62,7 +62,7 @@ class Intake:
         self._offset_ns: int | None = None  # media time minus the clock of arrivals
         self._heard = Spans()
         self._pieces, self._frames = Sequence(), Sequence()
-        self._texts: deque[str] = deque()
+        self._texts: deque[np.ndarray] = deque()  # ids, which the session takes when it has room
         self._count = dict.fromkeys(IntakeStats.__dataclass_fields__, 0)
         self._buffered_s = self._target_s = 0.0
 
@@ -107,7 +107,8 @@ class Intake:
     def text(self, text: str) -> None:
         """For the next tick, or, while the session's queue is full, for later (see `poll`).
 
-        Raises InputBackpressure when MAX_WAITING_TEXTS wait already.
+        Raises InputBackpressure when MAX_WAITING_TEXTS wait already, InputValueError for more
+        tokens than the session takes at once: a text that waits is never refused later.
         """
         if not isinstance(text, str):
             raise InputTypeError(f"text: expected str, got {type(text).__name__}")
@@ -116,7 +117,7 @@ class Intake:
         if len(self._texts) == MAX_WAITING_TEXTS:
             self._count["backpressure"] += 1
             raise InputBackpressure(f"{MAX_WAITING_TEXTS} texts are waiting: send it later")
-        self._texts.append(text)
+        self._texts.append(self._session.encode_text(text))
         self._push_texts()
 
     def stats(self) -> IntakeStats:
@@ -277,12 +278,11 @@ class Intake:
 
     def _push_texts(self) -> None:
         while self._texts:
-            text = self._texts.popleft()
             try:
-                self._session.push_text(text)
+                self._session.push_text(self._texts[0])
             except InputBackpressure:
-                self._texts.appendleft(text)
                 return
+            self._texts.popleft()
 
     # Time
 
