@@ -7,7 +7,7 @@ Needs the `serve` extra: importing this module raises MissingExtraError without 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -52,16 +52,20 @@ _READINGS = (
 )
 
 
-def render(runtime: Runtime) -> bytes:
-    """The text exposition format. From any thread; the tick does not wait for it."""
+def render(runtime: Runtime, refused: Mapping[str, int] | None = None) -> bytes:
+    """The text exposition format. From any thread; the tick does not wait for it.
+
+    refused: of a service, by error, requests that it refused and connections without a welcome.
+    """
     registry = _client.CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(runtime))
+    registry.register(_Collector(runtime, refused))
     return _client.generate_latest(registry)
 
 
 class _Collector:
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: Runtime, refused: Mapping[str, int] | None) -> None:
         self._runtime = runtime
+        self._refused = refused
 
     def collect(self) -> Iterator[Metric]:
         metrics, report = self._runtime.metrics, self._runtime.report()
@@ -83,6 +87,14 @@ class _Collector:
         for name, key, help_text in _BY_CLASS:
             yield _labelled(_core.CounterMetricFamily, name, help_text, "class", report[key])
         yield from _gauges(report)
+        if self._refused is not None:
+            yield _labelled(
+                _core.CounterMetricFamily,
+                "refused_requests",
+                "Requests that the service refused, and connections that it did not welcome.",
+                "error",
+                self._refused,
+            )
         if report["black_box"] is not None:
             yield _labelled(
                 _core.CounterMetricFamily,
@@ -117,7 +129,7 @@ def _gauges(report: dict[str, Any]) -> Iterator[Metric]:
 
 
 def _labelled(
-    family: Any, name: str, help_text: str, label: str, values: dict[str, float]
+    family: Any, name: str, help_text: str, label: str, values: Mapping[str, float]
 ) -> Metric:
     made = family(_PREFIX + name, help_text, labels=[label])
     for value, amount in values.items():

@@ -133,7 +133,7 @@ def _frame(status: Status, url: str) -> Any:
     used = report["slots"] - report["slots_free"]
     state = text(
         f"{report['mode']}   ticks {report['ticks']}   sessions {used} of {report['slots']}   "
-        f"refused {report['sessions_refused']}   faults {report['faults']}"
+        f"refused {_num_refused(status)}   faults {report['faults']}"
     )
     missed = text(f"misses {misses}", style="bold red" if misses else "green")
     missed.append(_counts(report["misses_by_reason"], prefix="   "), style="red")
@@ -154,6 +154,13 @@ def _frame(status: Status, url: str) -> Any:
         title_align="left",
         border_style="cyan",
     )
+
+
+def _num_refused(status: Status) -> int:
+    """Of a service, what it refuses before its runtime is asked is counted, too."""
+    if (service := status.get("service")) is not None:
+        return sum(service["counts"]["refused"].values())
+    return int(status["report"]["sessions_refused"])
 
 
 def _times_table(report: Mapping[str, Any], period_ms: float) -> Any:

@@ -19,10 +19,10 @@ from tml_runtime.gpu import THROTTLE
 PERIOD_NS = 200_000_000
 
 
-def read(runtime: Runtime) -> dict[tuple[str, ...], float]:
+def read(runtime: Runtime, refused: dict[str, int] | None = None) -> dict[tuple[str, ...], float]:
     """{(sample's name, label values...): value}; nothing may come twice."""
     found: dict[tuple[str, ...], float] = {}
-    for family in text_string_to_metric_families(prometheus.render(runtime).decode()):
+    for family in text_string_to_metric_families(prometheus.render(runtime, refused).decode()):
         assert family.documentation and family.type in ("counter", "gauge", "histogram")
         for sample in family.samples:
             key = (sample.name.removeprefix("tml_runtime_"), *sample.labels.values())
@@ -79,6 +79,13 @@ def test_a_scrape_says_what_the_report_says(busy: Runtime) -> None:
         assert found["black_box_files_total", outcome] == report["black_box"][outcome]
     assert report["black_box"]["written"] == 1 and report["black_box"]["skipped"] > 0
     assert not any(name.startswith("gpu") for name, *_ in found)
+
+
+def test_what_a_service_refused_is_told_by_error(busy: Runtime) -> None:
+    found = read(busy, {"exhausted": 3, "forbidden": 0})
+    assert found["refused_requests_total", "exhausted"] == 3
+    assert found["refused_requests_total", "forbidden"] == 0
+    assert not any(name.startswith("refused_requests") for name, *_ in read(busy))
 
 
 def test_the_histograms_hold_every_tick_at_the_deadline_s_shares(busy: Runtime) -> None:

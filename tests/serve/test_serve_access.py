@@ -44,7 +44,7 @@ def test_a_token_is_wanted(run) -> None:
 
 def test_reports_want_the_token_too(run) -> None:
     async def talk() -> None:
-        metrics = (lambda runtime: b"ticks 1\n", "text/plain; version=0.0.4")
+        metrics = (lambda runtime, refused: b"ticks 1\n", "text/plain; version=0.0.4")
         async with serve(token=TOKEN, metrics=metrics) as served:
             right = {"Authorization": f"Bearer {TOKEN}"}
             for path in ("/status", "/metrics"):
@@ -92,6 +92,62 @@ def test_metrics_and_top_read_it(run) -> None:
             show = partial(run_top, served.http, once=True, token=TOKEN, stream=shown)
             await asyncio.to_thread(show)
             assert "sessions 1 of 2" in shown.getvalue()
+
+    run(talk())
+
+
+def test_who_is_refused_is_counted_by_error(run) -> None:
+    """Before the upgrade and after it, in the status, a scrape and top."""
+
+    async def talk() -> None:
+        metrics = (prometheus.render, prometheus.CONTENT_TYPE)
+        async with (
+            serve(slots=1, metrics=metrics, token=TOKEN) as served,
+            connect(served.url, token=TOKEN),
+        ):
+            right, wrong = ({"Authorization": f"Bearer {t}"} for t in (TOKEN, "no"))
+            for headers in (right, right, wrong, {**right, "Origin": "https://evil.example"}):
+                with pytest.raises(aiohttp.WSServerHandshakeError):
+                    async with served.raw(headers=headers):
+                        pass
+            for hello in ({"token": "wrong"}, {"token": TOKEN}, {"token": TOKEN, "resume": "?"}):
+                async with served.raw(hello=hello) as raw:
+                    await raw.closed()
+            assert (await served.get("/status"))[0] == 401
+            assert (await served.get("/v1/session", headers=right))[0] == 426
+            expected = {
+                "exhausted": 3, "unauthorized": 3, "forbidden": 1, "unknown_session": 1,
+                "upgrade_required": 1,
+            }  # fmt: skip
+            _, told = await served.get("/status", headers=right)
+            assert told["service"]["counts"]["refused"] == expected
+            async with (
+                aiohttp.ClientSession() as http,
+                http.get(served.http + "/metrics", headers=right) as response,
+            ):
+                scraped = await response.text()
+            for error, count in expected.items():
+                name = f'tml_runtime_refused_requests_total{{error="{error}"}}'
+                assert f"{name} {count}.0" in scraped.splitlines()
+            shown = io.StringIO()
+            show = partial(run_top, served.http, once=True, token=TOKEN, stream=shown)
+            await asyncio.to_thread(show)
+            assert "refused 9 " in shown.getvalue()
+
+    run(talk())
+
+
+def test_who_was_welcomed_counts_as_refused_no_more(run) -> None:
+    async def talk() -> None:
+        limits = replace(LIMITS, messages_per_s=5.0, burst_s=4.0)
+        async with serve(limits=limits) as served, served.raw(hello={}) as raw:
+            resume = (await raw.until("welcome"))["resume"]
+            async with served.raw(hello={"resume": resume}) as other:
+                assert await raw.closed() == CloseCode.TAKEN_OVER
+                for _ in range(50):
+                    await other.say(type="position", played=0)
+                assert await other.closed() == CloseCode.RATE_LIMITED
+            assert not any(served.service.counts.refused.values())
 
     run(talk())
 

@@ -130,10 +130,11 @@ class Connection:
         """Say why, close, and cut the connection when the client does not answer. At most once."""
         if self._close_code is not None:
             return
+        if self.served is None:
+            self.service.counts.refuse(refusal.code.value)
         if refusal.close is CloseCode.DRAINING:
             self._say("bye", reason=refusal.code.value, message=str(refusal))
         else:
-            self.service.counts.refused += 1
             self._say(
                 "error",
                 code=refusal.code.value,

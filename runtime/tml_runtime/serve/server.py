@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import json
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -20,9 +20,10 @@ from ..loop import Runtime
 from .connection import Connection
 from .page import add_page, page_origins
 from .protocol import PATH, SUBPROTOCOL, ErrorCode
-from .service import Refusal, Service
+from .service import Service
 
-MetricsView = tuple[Callable[[Runtime], bytes], str]  # what to call, and its content type
+# What to call, with how many were refused by error, and its content type.
+MetricsView = tuple[Callable[[Runtime, Mapping[str, int]], bytes], str]
 _MAX_REQUEST_BYTES = 4096  # of an HTTP request's body: none has one
 
 
@@ -153,15 +154,17 @@ class _Server:
         """The WebSocket. What can be refused before the upgrade is refused as HTTP."""
         origin = request.headers.get("Origin")
         if origin is not None and origin not in self._service.origins:
-            return _json(403, error="forbidden", message=f"origin {origin!r:.100} is not allowed")
+            message = f"origin {origin!r:.100} is not allowed"
+            return self._refuse(403, error="forbidden", message=message)
         authorized = self._authorized(request)
         if authorized is False:
             return self._unauthorized()
         if SUBPROTOCOL not in _offered(request) or not _is_upgrade(request):
             message = f"a WebSocket with subprotocol {SUBPROTOCOL!r} is served here"
-            return _json(426, {"Upgrade": "websocket"}, error="upgrade_required", message=message)
+            headers = {"Upgrade": "websocket"}
+            return self._refuse(426, headers, error="upgrade_required", message=message)
         if len(self._service.connections) >= self._service.limits.max_connections:
-            return _json(
+            return self._refuse(
                 503,
                 {"Retry-After": "1"},
                 error=ErrorCode.EXHAUSTED.value,
@@ -170,7 +173,9 @@ class _Server:
             )
         no_room = None if "resume" in request.query else self._service.no_room()
         if authorized and no_room is not None:
-            return _refusal(no_room)
+            headers = {"Retry-After": str(no_room.figures.get("retry_after_s", 5))}
+            error = no_room.code.value
+            return self._refuse(503, headers, error=error, message=str(no_room), **no_room.figures)
         return await Connection(self._service, request, authorized=authorized is True).run()
 
     async def health(self, request: web.Request) -> web.Response:
@@ -187,7 +192,8 @@ class _Server:
             return self._unauthorized()
         assert self._metrics is not None
         render, content_type = self._metrics
-        body = await self._service.call(render)
+        refused = dict(self._service.counts.refused)
+        body = await self._service.call(lambda runtime: render(runtime, refused))
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     def _authorized(self, request: web.Request) -> bool | None:
@@ -200,20 +206,19 @@ class _Server:
         scheme, _, token = header.partition(" ")
         return scheme.lower() == "bearer" and self._service.is_token(token.strip())
 
-    @staticmethod
-    def _unauthorized() -> web.Response:
-        return _json(
+    def _unauthorized(self) -> web.Response:
+        return self._refuse(
             401,
             {"WWW-Authenticate": "Bearer"},
             error=ErrorCode.UNAUTHORIZED.value,
             message="wrong or no token",
         )
 
-
-def _refusal(refusal: Refusal) -> web.Response:
-    retry_s = refusal.figures.get("retry_after_s", 5)
-    headers = {"Retry-After": str(retry_s)}
-    return _json(503, headers, error=refusal.code.value, message=str(refusal), **refusal.figures)
+    def _refuse(
+        self, status: int, headers: dict[str, str] | None = None, /, *, error: str, **values: Any
+    ) -> web.Response:
+        self._service.counts.refuse(error)
+        return _json(status, headers, error=error, **values)
 
 
 def _json(status: int, headers: dict[str, str] | None = None, /, **values: Any) -> web.Response:

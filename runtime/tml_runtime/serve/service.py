@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +60,13 @@ class Counts:
     resumed: int = 0
     expired: int = 0
     faults: int = 0
-    refused: int = 0  # connections, for whatever reason
     slow_consumers: int = 0
+    refused: dict[str, int] = field(  # before a welcome, by error; these three are always there
+        default_factory=lambda: dict.fromkeys(("unauthorized", "forbidden", "exhausted"), 0)
+    )
+
+    def refuse(self, error: str) -> None:
+        self.refused[error] = self.refused.get(error, 0) + 1
 
 
 class Service:
