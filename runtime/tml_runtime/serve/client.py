@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -33,8 +32,10 @@ from .events import (
     service_error,
     speech_event,
 )
+from .kept import Kept
 from .playback import Playback
 from .protocol import (
+    MAX_STAMP,
     SUBPROTOCOL,
     VERSION,
     ErrorCode,
@@ -47,9 +48,9 @@ from .protocol import (
 )
 
 _MAX_EVENTS = 256  # not yet taken by the application; then the connection is read no further
-_MAX_KEPT_TEXTS = 64  # sent again after a connection broke
 _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # between attempts to resume; the last one goes on
 _POSITION_EVERY_S = 0.2
+_HEARTBEAT_S = 10.0
 _MAX_MESSAGE_BYTES = 1 << 20
 _FRAME_MS = 20
 # What says that no connection could be had, and nothing of the session, which waits.
@@ -82,7 +83,7 @@ class Client:
 
     Iteration gives events until the session ends; it raises ServiceError when the service ended it.
     Speech and text of an epoch that an interruption ended are dropped here. Media sent while the
-    connection is broken are lost, as on any line; texts are sent again.
+    connection is broken are lost, as on any line; texts and interruptions are sent again.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class Client:
         self._welcome: Welcome | None = None
         self._events: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(_MAX_EVENTS)
         self._reader: asyncio.Task[None] | None = None
+        self._resending: asyncio.Task[None] | None = None
+        self._socket: Any = None  # of the newest connection
         self._closed = False
         self._epoch = 0
-        self._audio_seq = self._video_seq = self._text_seq = 0
+        self._audio_seq = self._video_seq = 0
         self._capture = 0  # samples sent and about to be: the capture clock
         self._rest = np.zeros(0, np.int16)  # not yet a whole frame
-        self._texts: deque[tuple[int, str]] = deque(maxlen=_MAX_KEPT_TEXTS)
+        self._kept = Kept()
         self._told_s = 0.0
         self._clock = (0.0, 0)  # a time here, and the media clock then
         self.playback = Playback(1)
@@ -172,18 +175,21 @@ class Client:
 
     async def send_text(self, text: str) -> None:
         """Text for the model, in order; sent again if the connection breaks on the way."""
-        seq, self._text_seq = self._text_seq, self._text_seq + 1
-        self._texts.append((seq, text))
-        await self._send(encode_control("text", seq=seq, text=text))
+        self._kept.add_text(text)
+        await self._send_kept()
 
     async def interrupt(self, played: int | None = None) -> None:
         """Stop the model's speech: what was not played was not said.
 
         played: the last sample heard, on the media clock; by default what `playback` reckons. What
         was sent before the service heard of it is dropped here once it answers with an `Epoch`.
+        If the connection is broken, or breaks before the answer, it is asked again on the next.
         """
+        if played is not None and not (isinstance(played, int) and 0 <= played <= MAX_STAMP):
+            raise ValueError(f"{played=} is no sample of the media clock")
         stopped = self.playback.stop(time.monotonic())
-        await self._send(encode_control("interrupt", played=stopped if played is None else played))
+        self._kept.add_interrupt(stopped if played is None else played)
+        await self._send_kept()
 
     # Life
 
@@ -210,6 +216,8 @@ class Client:
                 self._events.put_nowait(None)
         if self._ws is not None:
             await self._ws.close()
+        if self._resending is not None:
+            self._resending.cancel()
 
     async def _say_bye(self) -> None:
         with contextlib.suppress(ConnectionError, RuntimeError):
@@ -218,10 +226,9 @@ class Client:
 
     def drop_connection(self) -> None:
         """Cut the connection, as a bad line does. The session is resumed."""
-        sock = None if self._ws is None else self._ws.get_extra_info("socket")
-        if sock is not None:
+        if self._socket is not None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def __aiter__(self) -> Client:
         return self
@@ -248,7 +255,7 @@ class Client:
                 protocols=(SUBPROTOCOL,),
                 headers=headers,
                 max_msg_size=_MAX_MESSAGE_BYTES,
-                heartbeat=10.0,
+                heartbeat=_HEARTBEAT_S,
                 autoclose=True,
             )
         except aiohttp.WSServerHandshakeError as error:
@@ -265,12 +272,11 @@ class Client:
         self._clock = ((began_s + arrived_s) / 2, welcome.media_now)
         if resume is None:
             self.playback = Playback(welcome.sample_rate_out)
-        self._epoch = max(self._epoch, welcome.epoch)
-        self._ws = ws
-        for seq, text in [kept for kept in self._texts if kept[0] > welcome.text_seq]:
-            if self._closed:
-                break
-            await self._send(encode_control("text", seq=seq, text=text))
+        num_taken = max(0, welcome.epoch - self._epoch)
+        self._kept.connected(text_seq=welcome.text_seq, num_taken=num_taken)
+        if num_taken > 0:  # and the answers were lost with the old connection
+            self._begin_epoch(welcome.epoch, welcome.next_seq)
+        self._ws, self._socket = ws, ws.get_extra_info("socket")
 
     async def _await_welcome(self, ws: aiohttp.ClientWebSocketResponse[Any]) -> Welcome:
         message = await ws.receive()
@@ -304,6 +310,8 @@ class Client:
         ServiceError when the session is gone, or cannot be reached for too long."""
         give_up_s = time.monotonic() + self.welcome.grace_s
         self._ws = None
+        self.drop_connection()  # else who waits for room on a dead line would for minutes
+        epoch = self._epoch
         attempt, wait_s = 0, 0.0
         while not self._closed:
             await asyncio.sleep(max(wait_s, _RETRY_S[min(attempt, len(_RETRY_S) - 1)]))
@@ -320,11 +328,18 @@ class Client:
                     raise
                 continue
             self.resumes += 1
+            self._resending = asyncio.create_task(self._send_again(), name="tml-client-again")
             await self._events.put(Notice("resumed", f"after {attempt} attempts"))
+            if self._epoch > epoch:
+                await self._events.put(Epoch(self._epoch))
             if self._closed:  # meanwhile, when there was nothing to say it on
                 await self._say_bye()
             return True
         return False
+
+    async def _send_again(self) -> None:
+        with contextlib.suppress(ServiceError):  # closed meanwhile
+            await self._send_kept()
 
     async def _read(self) -> None:
         """Until the session ends. Raises _ConnectionLostError, ServiceError, ProtocolError."""
@@ -361,9 +376,8 @@ class Client:
             epoch, next_seq = values.get("epoch"), values.get("next_seq")
             if not isinstance(epoch, int) or not isinstance(next_seq, int):
                 raise ProtocolError("epoch and next_seq are integers", field="epoch")
-            self._epoch = max(self._epoch, epoch)
-            self._next_seq = next_seq
-            await self._drop_old_events()
+            self._kept.answered()
+            self._begin_epoch(epoch, next_seq)
             await self._events.put(Epoch(self._epoch))
         elif kind == "error":
             error = service_error(values)
@@ -383,12 +397,14 @@ class Client:
         self.lost_outputs += max(0, seq - self._next_seq)
         self._next_seq = max(self._next_seq, seq + 1)
 
-    async def _drop_old_events(self) -> None:
-        """Of what the application has not taken yet."""
-        kept = [self._events.get_nowait() for _ in range(self._events.qsize())]
-        for event in kept:
+    def _begin_epoch(self, epoch: int, next_seq: int) -> None:
+        """And drop what is older, of what the application has not taken yet."""
+        self._epoch = max(self._epoch, epoch)
+        self._next_seq = next_seq
+        waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
+        for event in waiting:
             if getattr(event, "epoch", self._epoch) >= self._epoch:
-                await self._events.put(event)
+                self._events.put_nowait(event)
 
     def _make_room(self) -> None:
         """So that the reader can end though nobody takes its events."""
@@ -398,6 +414,13 @@ class Client:
     async def _send_media(self, media: Media) -> None:
         if not await self._send(encode_media(media)):
             self.unsent_frames += 1
+
+    async def _send_kept(self) -> None:
+        """All that this connection has not had, in order, whichever task comes first: a message is
+        written before anything is waited for."""
+        while (message := self._kept.next()) is not None:
+            if not await self._send(message):
+                return
 
     async def _send(self, message: str | bytes) -> bool:
         if self._closed:
@@ -412,6 +435,9 @@ class Client:
                 await ws.send_bytes(message)
         except (ConnectionError, RuntimeError):  # the reader finds out and resumes
             return False
+        except asyncio.CancelledError:  # aiohttp's senders wait for room together, and end together
+            if _is_cancelled():
+                raise
         return True
 
     async def _tell_position(self) -> None:
@@ -419,3 +445,9 @@ class Client:
         if now_s - self._told_s >= _POSITION_EVERY_S:
             self._told_s = now_s
             await self._send(encode_control("position", played=self.playback.position(now_s)))
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody cancelled this task. Before Python 3.11 tasks do not say, so: yes."""
+    cancelling = getattr(asyncio.current_task(), "cancelling", None)
+    return cancelling is None or cancelling() > 0
