@@ -52,16 +52,25 @@ test("a picture has whole patches, and no more tokens than it may", () => {
 test("after an interruption nothing old is accepted, however many there were", () => {
   const fence = new EpochFence();
   assert.ok(fence.accepts(0));
-  fence.interrupt();
-  fence.interrupt();
+  fence.interrupt({});
+  fence.interrupt({});
   assert.ok(!fence.accepts(0));
   fence.answered(1);
   assert.ok(!fence.accepts(1)); // the second one has no answer yet
   fence.answered(2);
   assert.ok(!fence.accepts(1) && fence.accepts(2) && fence.accepts(3));
-  fence.interrupt();
-  fence.welcome(2); // the connection broke: it will have no answer
+});
+
+test("of interruptions before a connection broke, the last that was not taken is asked for again", () => {
+  const fence = new EpochFence();
+  const [first, second, third] = [{}, {}, {}];
+  for (const asked of [first, second, third]) fence.interrupt(asked);
+  assert.equal(fence.welcome(1), third);
+  assert.ok(!fence.waitsFor(first) && !fence.waitsFor(second) && fence.waitsFor(third));
+  assert.ok(!fence.accepts(1));
+  assert.equal(fence.welcome(2), undefined); // it was taken, and its answer lost
   assert.ok(!fence.accepts(1) && fence.accepts(2));
+  assert.equal(fence.welcome(5), undefined);
 });
 
 // A session
@@ -170,6 +179,50 @@ test("an interruption has the position, and drops what is older at once", async 
   socket().speak(1);
   assert.deepEqual(heard(), [0, 1]);
   assert.equal(client.epoch, 1);
+});
+
+const interrupts = ({ sent }) => sent.filter(({ type }) => type === "interrupt").map(({ played }) => played);
+
+test("an interruption outlives a connection that breaks before it is answered", async (t) => {
+  for (const [taken, again] of [[0, [1234]], [1, []]]) {
+    const { client, socket, heard } = begin(t);
+    socket().open();
+    await client.interrupt(1234);
+    socket().drop();
+    t.mock.timers.tick(50);
+    socket().open({ resumed: true, epoch: taken });
+    assert.deepEqual(interrupts(socket()), again);
+    socket().speak(0);
+    assert.deepEqual(heard(), []);
+    if (taken === 0) socket().say({ type: "epoch", epoch: 1, next_seq: 0 });
+    socket().speak(1);
+    assert.deepEqual(heard(), [1]);
+    t.mock.timers.reset();
+  }
+});
+
+test("who interrupts while the connection is broken is heard on the next one", async (t) => {
+  const { client, socket, heard } = begin(t);
+  const told = client.interrupt(1); // there is nothing to interrupt yet
+  socket().open();
+  await told;
+  const broken = socket();
+  broken.drop();
+  await client.interrupt(7);
+  let stop;
+  const late = client.interrupt(new Promise((done) => { stop = done; }));
+  t.mock.timers.tick(50);
+  socket().open({ resumed: true });
+  assert.deepEqual(interrupts(socket()), []); // the last one stands for both
+  socket().speak(0);
+  stop(9);
+  await late;
+  assert.deepEqual(interrupts(socket()), [9]);
+  assert.deepEqual(interrupts(broken), []);
+  socket().say({ type: "epoch", epoch: 1, next_seq: 0 });
+  socket().speak(0);
+  socket().speak(1);
+  assert.deepEqual(heard(), [1]);
 });
 
 test("a connection that breaks is resumed, and only the texts that were not taken go again", (t) => {

@@ -2,7 +2,7 @@
 //
 // What comes is told to `on(event)`: { type: "state", state, message }, and the messages of the
 // service that still count. A connection that breaks is resumed while the session's grace period
-// lasts; texts that the service has not taken are sent again.
+// lasts; texts and interruptions that the service has not taken are sent again.
 
 import {
   EpochFence, KEPT, Kind, SUBPROTOCOL, VERSION, decodeControl, decodeSpeech, encodeMedia,
@@ -71,11 +71,16 @@ export class Client {
     this._say({ type: "text", seq, text });
   }
 
-  /** `played`: the last sample heard, or a promise of it. What is older is dropped from now on. */
+  /**
+   * `played`: the last sample heard, or a promise of it. What is older is dropped from now on. If the
+   * connection is broken, or breaks before the answer, it is asked for on the next one.
+   */
   async interrupt(played) {
-    if (!this._open) return;
-    this._fence.interrupt();
-    this._say({ type: "interrupt", played: await played });
+    if (this.welcome === null) return;
+    const asked = {};
+    this._fence.interrupt(asked);
+    asked.message = { type: "interrupt", played: await played };
+    if (this._fence.waitsFor(asked)) this._say(asked.message);
   }
 
   sendPosition(played) {
@@ -141,10 +146,11 @@ export class Client {
   _begin(welcome, openedAt) {
     this.welcome = welcome;
     this._clockAt = (openedAt + this._now()) / 2; // it was told between `hello` and now
-    this._fence.welcome(welcome.epoch);
+    const asked = this._fence.welcome(welcome.epoch);
     this._attempt = 0;
     this._giveUpAt = null;
     this._open = true;
+    if (asked?.message !== undefined) this._say(asked.message);
     this._texts = this._texts.filter(([seq]) => seq > welcome.text_seq);
     for (const [seq, text] of this._texts) this._say({ type: "text", seq, text });
     this._tell("open");

@@ -87,26 +87,36 @@ export function frameSize(aspect, video, maxTokens) {
 export class EpochFence {
   constructor() {
     this.epoch = 0;
-    this._unanswered = 0;
+    this._asked = []; // what has no answer yet
   }
 
-  interrupt() {
-    this._unanswered++;
+  /** `asked`: an object of its own for each interruption. */
+  interrupt(asked) {
+    this._asked.push(asked);
   }
 
   /** The service's `epoch`. */
   answered(epoch) {
-    this._unanswered = Math.max(0, this._unanswered - 1);
+    this._asked.shift();
     this.epoch = Math.max(this.epoch, epoch);
   }
 
-  /** The service's `welcome`: what was asked on an older connection is answered no more. */
+  /**
+   * The service's `welcome` on another connection. Returns the interruption that has to be asked for
+   * again: of those that the service did not take, the last one stands for all.
+   */
   welcome(epoch) {
-    this._unanswered = 0;
+    const taken = Math.max(0, epoch - this.epoch);
+    this._asked = this._asked.slice(taken).slice(-1);
     this.epoch = Math.max(this.epoch, epoch);
+    return this._asked[0];
+  }
+
+  waitsFor(asked) {
+    return this._asked.includes(asked);
   }
 
   accepts(epoch) {
-    return this._unanswered === 0 && epoch >= this.epoch;
+    return this._asked.length === 0 && epoch >= this.epoch;
   }
 }
