@@ -151,6 +151,23 @@ test("hello is first; the token is in it and in no URL", (t) => {
   assert.deepEqual(states(), ["connecting", "open"]);
 });
 
+test("the media clock is that of the welcome until ticks tell it", (t) => {
+  const { client, socket, clock, events } = begin(t);
+  socket().open();
+  clock.now = 500;
+  assert.equal(client.mediaNow, 8000 - 160);
+  socket().say({ type: "tick", stamp: 6400, ms: 75, missed: false, skipped: 0 });
+  assert.equal(client.mediaNow, 7600);
+  assert.equal(events.at(-1).ended, 7600);
+  clock.now = 720; // this one was held up
+  socket().say({ type: "tick", stamp: 9600, ms: 75, missed: false, skipped: 0 });
+  assert.equal(client.mediaNow, 7600 + 0.22 * 16000);
+  socket().drop();
+  t.mock.timers.tick(50);
+  socket().open({ resumed: true, media_now: 99 });
+  assert.equal(client.mediaNow, 99);
+});
+
 test("each medium is counted for itself", (t) => {
   const { client, socket } = begin(t);
   socket().open();

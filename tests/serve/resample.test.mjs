@@ -13,8 +13,9 @@ function tone(hz, rate, count) {
 }
 
 /** All of `input` in pieces of 128, as an audio thread gets it. */
-function convert(input, from, to) {
-  const resampler = new Resampler(from, to);
+function convert(input, from, to, { speed = 1, ...options } = {}) {
+  const resampler = new Resampler(from, to, options);
+  resampler.speed = speed;
   const output = new Float32Array(resampler.most(input.length));
   let count = 0;
   for (let at = 0; at < input.length; at += 128) {
@@ -97,6 +98,27 @@ test("as many samples are asked for as are needed, and no more", () => {
       assert.ok(before + resampler.process(new Float32Array(1), output) >= wanted);
     }
     assert.equal(resampler.needed(0), 0);
+  }
+});
+
+test("at another speed a tone is as clean, and its pitch no more than that higher", () => {
+  for (const [from, to] of [[16000, 16000], [16000, 44100], [16000, 48000], [24000, 48000]]) {
+    for (const speed of [0.999, 1.0003, 1.001]) {
+      for (const [hz, most] of [[1000, -65], [4000, -53]]) {
+        const output = convert(tone(hz, from, 0.4 * from), from, to, { speed, minPhases: 256 });
+        assert.ok(Math.abs(output.length - (0.4 * to) / speed) <= 2);
+        const { amplitude, rest } = measure(output, hz * speed, to);
+        assert.ok(Math.abs(db(amplitude)) < 0.1);
+        assert.ok(db(rest) < most, `${from} to ${to} at ${speed}: ${hz} Hz with ${db(rest)} dB`);
+      }
+    }
+  }
+});
+
+test("with more phases nothing changes at the speed that is meant", () => {
+  for (const [from, to] of WAYS) {
+    const input = tone(440, from, from / 20);
+    assert.deepEqual(convert(input, from, to, { minPhases: 256 }), convert(input, from, to));
   }
 });
 

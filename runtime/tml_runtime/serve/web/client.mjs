@@ -1,9 +1,10 @@
 // A session of the service over one WebSocket after the other: tml_runtime.serve.client for a page.
 //
 // What comes is told to `on(event)`: { type: "state", state, message }, and the messages of the
-// service that still count. A connection that breaks is resumed while the session's grace period
+// service that still count; a `tick` has `ended`, the media clock when it was over. A connection that breaks is resumed while the session's grace period
 // lasts; texts and interruptions that the service has not taken are sent again.
 
+import { MediaClock } from "./clock.mjs";
 import {
   EpochFence, KEPT, Kind, SUBPROTOCOL, VERSION, decodeControl, decodeSpeech, encodeMedia,
 } from "./protocol.mjs";
@@ -50,10 +51,9 @@ export class Client {
     return this._fence.epoch;
   }
 
-  /** The session's media clock in samples, as well as the welcome told it. */
+  /** The session's media clock in samples, as well as the welcome and the ticks since tell it. */
   get mediaNow() {
-    const { media_now, audio_out } = this.welcome;
-    return media_now + ((this._now() - this._clockAt) / 1000) * audio_out.sample_rate;
+    return this._clock.now(this._now() / 1000);
   }
 
   sendAudio(payload, stamp) {
@@ -131,6 +131,9 @@ export class Client {
       this._begin(message, openedAt);
     } else if (message.type === "epoch") {
       this._fence.answered(message.epoch);
+    } else if (message.type === "tick") {
+      message.ended = message.stamp + (message.ms / 1000) * this.welcome.audio_out.sample_rate;
+      this._clock.hear(message.ended, this._now() / 1000);
     } else if (message.type === "error" && message.fatal) {
       this._fatal = message;
       return;
@@ -145,7 +148,8 @@ export class Client {
 
   _begin(welcome, openedAt) {
     this.welcome = welcome;
-    this._clockAt = (openedAt + this._now()) / 2; // it was told between `hello` and now
+    this._clock ??= new MediaClock(welcome.audio_out.sample_rate);
+    this._clock.set(welcome.media_now, (openedAt + this._now()) / 2000); // told since `hello`
     const asked = this._fence.welcome(welcome.epoch);
     this._attempt = 0;
     this._giveUpAt = null;

@@ -206,7 +206,8 @@ class Session {
     said.scrollTop = said.scrollHeight;
   }
 
-  _onTick({ stamp, ms, missed, skipped }) {
+  _onTick({ stamp, ms, missed, skipped, ended }) {
+    this._speaker.hearClock(ended);
     this._timeline.add("ticks", this._at(stamp), { ms, missed, skipped });
     this._missed += missed + skipped;
     this._tickMs = [...this._tickMs.slice(-99), ms];

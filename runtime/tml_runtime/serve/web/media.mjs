@@ -152,6 +152,11 @@ export class Speaker {
     this._node.port.postMessage({ clock: samples });
   }
 
+  /** It shows so many samples now, or more. */
+  hearClock(samples) {
+    this._node.port.postMessage({ heard: samples });
+  }
+
   play(stamp, pcm) {
     this._node.port.postMessage({ stamp, pcm }, [pcm.buffer]);
   }

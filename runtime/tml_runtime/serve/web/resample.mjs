@@ -1,4 +1,5 @@
-// Streaming sample-rate conversion between whole rates: a polyphase low-pass, windowed sinc.
+// Streaming sample-rate conversion between whole rates: a polyphase low-pass, windowed sinc. The speed
+// may be changed a little on the way, and then each sample has the nearest of the phases.
 //
 // The passband ends at 7/8 of the lower rate's half, and from that half on everything is 80 dB down:
 // to and from 16 kHz, flat to 7 kHz. Delay 2.5 ms there, whatever the other rate.
@@ -43,8 +44,11 @@ function makeFilter(from, phases, taps, cutoff) {
 }
 
 export class Resampler {
-  /** Rates in Hz, whole numbers. Throws RangeError for rates that no sound card has. */
-  constructor(from, to) {
+  /**
+   * Rates in Hz, whole numbers. Throws RangeError for rates that no sound card has. minPhases: for a
+   * speed other than 1.
+   */
+  constructor(from, to, { minPhases = 1 } = {}) {
     if (!Number.isInteger(from) || !Number.isInteger(to) || from <= 0 || to <= 0) {
       throw new RangeError(`${from} Hz to ${to} Hz: rates are whole numbers above 0`);
     }
@@ -52,6 +56,10 @@ export class Resampler {
     this.phases = to / common;
     this.step = from / common; // phases between two output samples
     if (this.phases > MAX_PHASES) throw new RangeError(`${from} Hz to ${to} Hz: no common step`);
+    const finer = Math.ceil(minPhases / this.phases);
+    this.phases *= finer;
+    this.step *= finer;
+    this.speed = 1; // more: input is used up faster
     const half = Math.min(from, to) / 2;
     const width = half * TRANSITION;
     const seconds = (ATTENUATION_DB - 7.95) / (14.36 * width); // Kaiser's formula
@@ -62,25 +70,27 @@ export class Resampler {
     this._phase = 0;
   }
 
-  /** The most output samples that `count` input samples can give. */
+  /** As many output samples as `count` input samples can give, or one more. */
   most(count) {
-    return Math.ceil((count * this.phases) / this.step);
+    return Math.floor((count * this.phases) / (this.step * this.speed)) + 1;
   }
 
-  /** The fewest input samples that give at least `count` output samples now. */
+  /** The fewest input samples that give `count` output samples now; for a speed other than 1, about. */
   needed(count) {
-    return count === 0 ? 0 : Math.floor(((count - 1) * this.step + this._phase) / this.phases) + 1;
+    if (count === 0) return 0;
+    return Math.floor(((count - 1) * this.step * this.speed + this._phase) / this.phases) + 1;
   }
 
   /** Float32Array in, written to `output` from `offset` on; returns how many samples. */
   process(input, output, offset = 0) {
-    const { taps, phases, step, _filter: filter, _line: line } = this;
+    const { taps, phases, _filter: filter, _line: line } = this;
+    const step = this.step * this.speed;
     let written = offset;
     for (const sample of input) {
       this._at = this._at === 0 ? taps - 1 : this._at - 1; // newest first
       line[this._at] = line[this._at + taps] = sample;
       for (; this._phase < phases; this._phase += step) {
-        const row = this._phase * taps;
+        const row = Math.floor(this._phase) * taps;
         let sum = 0;
         for (let i = 0; i < taps; i++) sum += filter[row + i] * line[this._at + i];
         output[written++] = sum;
