@@ -121,7 +121,7 @@ class FakeSocket {
 
 /** A client, its newest socket, what it told, and a clock of ours. */
 function begin(t, options = {}) {
-  t.mock.timers.enable({ apis: ["setTimeout"] });
+  t.mock.timers.enable({ apis: ["setTimeout", "setInterval"] });
   FakeSocket.all = [];
   const events = [];
   const clock = { now: 0 };
@@ -260,6 +260,79 @@ test("a connection that breaks is resumed, and only the texts that were not take
   socket().speak(1);
   socket().speak(2);
   assert.deepEqual(heard(), [2]);
+});
+
+/** Time goes by: every second the page looks, and `each` happens before. */
+function pass(t, clock, seconds, each = () => {}) {
+  for (let i = 0; i < seconds; i++) {
+    each();
+    clock.now += 1000;
+    t.mock.timers.tick(1000);
+  }
+}
+
+const TICK = { type: "tick", stamp: 3200, ms: 60, missed: false, skipped: 0 };
+
+test("a line on which nothing comes any more is given up, and the session goes on on another", (t) => {
+  const { client, socket, clock, states, heard } = begin(t);
+  socket().open();
+  const dead = socket();
+  pass(t, clock, 100, () => dead.say(TICK));
+  pass(t, clock, 2, () => client.sendAudio(new Uint8Array(640), 0));
+  assert.deepEqual(states(), ["connecting", "open"]);
+  pass(t, clock, 2);
+  assert.deepEqual(states().slice(2), ["lost", "resuming"]);
+  assert.equal(dead.closed, 1000);
+  assert.equal(socket().url, "ws://here/v1/session?resume=1");
+  dead.say(TICK);
+  dead.drop();
+  client.sendText("meanwhile");
+  socket().open({ resumed: true });
+  assert.equal(socket().sent.at(-1).text, "meanwhile");
+  pass(t, clock, 100, () => socket().speak(0)); // whatever comes
+  assert.equal(heard().length, 100);
+  assert.equal(states().at(-1), "open");
+  assert.equal(FakeSocket.all.length, 2);
+});
+
+test("a service that is silent is asked again now and then, until ticks come", (t) => {
+  const { socket, clock, client } = begin(t);
+  socket().open();
+  pass(t, clock, 60, () => {
+    if (socket().readyState === 0) socket().open({ resumed: true });
+  });
+  assert.ok(FakeSocket.all.length >= 5 && FakeSocket.all.length <= 7);
+  if (socket().readyState === 0) socket().open({ resumed: true });
+  pass(t, clock, 60, () => socket().say(TICK));
+  const count = FakeSocket.all.length;
+  pass(t, clock, 5);
+  assert.equal(FakeSocket.all.length, count + 1);
+  client.close();
+  pass(t, clock, 60);
+  assert.equal(FakeSocket.all.length, count + 1);
+});
+
+test("a connection that is not made is tried again, while the session is there", (t) => {
+  const { socket, clock, states } = begin(t);
+  socket().open();
+  socket().drop();
+  pass(t, clock, 60);
+  assert.ok(FakeSocket.all.length >= 3 && FakeSocket.all.length <= 5);
+  assert.equal(states().at(-1), "ended");
+  const count = FakeSocket.all.length;
+  pass(t, clock, 60);
+  assert.equal(FakeSocket.all.length, count);
+});
+
+test("who slept or was behind other pages is not taken for one whose line is dead", (t) => {
+  const { socket, clock, states } = begin(t);
+  socket().open();
+  for (let i = 0; i < 20; i++) {
+    clock.now += 3_600_000;
+    t.mock.timers.tick(1000); // a look an hour
+    socket().say(TICK); // what came meanwhile is told after it
+  }
+  assert.deepEqual(states(), ["connecting", "open"]);
 });
 
 test("resuming is given up when the grace period is over", (t) => {

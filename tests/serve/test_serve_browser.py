@@ -167,6 +167,12 @@ def test_without_devices_with_a_token_and_a_bad_line(run, tmp_path: Path) -> Non
             session.connection._cut()
             await eventually(lambda: served.service.counts.resumed == 1)
             await is_live(page)
+            # It goes dead without breaking, and the page does not wait for it
+            assert session.connection is not None
+            session.poll = lambda: 0  # type: ignore[method-assign]
+            session.connection._next_output = lambda: None  # type: ignore[method-assign]
+            await eventually(lambda: served.service.counts.resumed == 2)
+            await is_live(page)
             assert served.service.sessions == [session]
             asked = [*page.requests, await page.evaluate("location.href")]
             assert not any(TOKEN.split()[0] in url.partition("?")[2] for url in asked)

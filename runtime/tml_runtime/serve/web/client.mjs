@@ -1,8 +1,10 @@
 // A session of the service over one WebSocket after the other: tml_runtime.serve.client for a page.
 //
 // What comes is told to `on(event)`: { type: "state", state, message }, and the messages of the
-// service that still count; a `tick` has `ended`, the media clock when it was over. A connection that breaks is resumed while the session's grace period
-// lasts; texts and interruptions that the service has not taken are sent again.
+// service that still count; a `tick` has `ended`, the media clock when it was over. A connection that
+// breaks is resumed while the session's grace period lasts, and so is one on which nothing comes any
+// more, though a tick is due all the time. Texts and interruptions that the service has not taken are
+// sent again.
 
 import { MediaClock } from "./clock.mjs";
 import {
@@ -10,6 +12,9 @@ import {
 } from "./protocol.mjs";
 
 const RETRY_MS = [50, 100, 200, 500, 1000]; // between attempts to resume; the last one goes on
+const LOOK_MS = 1000; // whether something came meanwhile
+const SILENT_LOOKS = 3; // more of them in a row, and the line is dead
+const PATIENT_LOOKS = 10; // for a welcome, and for the first tick after a silence: no storm of attempts
 const MAX_KEPT_TEXTS = 64;
 const MAX_UNSENT_BYTES = 200_000; // in the browser: then media are left out, as on a line that loses
 
@@ -42,6 +47,8 @@ export class Client {
     this._fatal = null; // why the service ended it
     this._open = false; // between a welcome and the end of its connection
     this._closed = false;
+    this._numSilent = 0; // looks since something came
+    this._patience = SILENT_LOOKS;
     this.welcome = null;
     this.unsent = 0; // frames that were left out
     this._connect();
@@ -92,10 +99,7 @@ export class Client {
     this._closed = true;
     this._say({ type: "bye" });
     clearTimeout(this._retry);
-    const ws = this._ws;
-    this._ws = null; // what it still says does not matter
-    ws.close(1000);
-    this._lost(1000);
+    this._drop(1000);
   }
 
   _connect() {
@@ -111,6 +115,7 @@ export class Client {
     };
     ws.onmessage = ({ data }) => {
       if (ws !== this._ws) return;
+      this._numSilent = 0;
       try {
         this._take(data, openedAt);
       } catch (error) {
@@ -121,6 +126,24 @@ export class Client {
       if (ws === this._ws) this._lost(code);
     };
     this._ws = ws;
+    this._numSilent = 0;
+  }
+
+  /** Once a second. One that comes late, as in a page behind others or after a sleep, counts once. */
+  _look() {
+    if (this._ws === null) return; // between two attempts
+    this._numSilent++;
+    if (this._numSilent <= (this._open ? this._patience : PATIENT_LOOKS)) return;
+    this._patience = PATIENT_LOOKS;
+    this._drop(1006);
+  }
+
+  /** Give the connection up; what it still says does not matter. */
+  _drop(code) {
+    const ws = this._ws;
+    this._ws = null;
+    ws?.close(1000);
+    this._lost(code);
   }
 
   _take(data, openedAt) {
@@ -134,6 +157,7 @@ export class Client {
     } else if (message.type === "tick") {
       message.ended = message.stamp + (message.ms / 1000) * this.welcome.audio_out.sample_rate;
       this._clock.hear(message.ended, this._now() / 1000);
+      this._patience = SILENT_LOOKS;
     } else if (message.type === "error" && message.fatal) {
       this._fatal = message;
       return;
@@ -153,6 +177,7 @@ export class Client {
     const asked = this._fence.welcome(welcome.epoch);
     this._attempt = 0;
     this._giveUpAt = null;
+    this._watch ??= setInterval(() => this._look(), LOOK_MS);
     this._open = true;
     if (asked?.message !== undefined) this._say(asked.message);
     this._texts = this._texts.filter(([seq]) => seq > welcome.text_seq);
@@ -162,15 +187,16 @@ export class Client {
 
   _lost(code) {
     const fatal = this._fatal;
+    this._ws = null;
     this._open = false;
     if (this._closed) {
-      this._tell("closed");
+      this._end("closed");
     } else if (fatal !== null && fatal.code !== "slow_consumer") {
-      this._tell("ended", WORDS[fatal.code] ?? fatal.message, fatal.code);
+      this._end("ended", WORDS[fatal.code] ?? fatal.message, fatal.code);
     } else if (this.welcome === null) {
-      this._tell("ended", "The service did not answer.", "unreachable");
+      this._end("ended", "The service did not answer.", "unreachable");
     } else if (!KEPT.includes(code)) {
-      this._tell("ended", `The service closed the connection (${code}).`, "closed");
+      this._end("ended", `The service closed the connection (${code}).`, "closed");
     } else {
       this._resume();
     }
@@ -180,12 +206,17 @@ export class Client {
     this._fatal = null;
     this._giveUpAt ??= this._now() + this.welcome.grace_s * 1000;
     if (this._now() > this._giveUpAt) {
-      this._tell("ended", "The connection broke, and the session has ended meanwhile.", "unreachable");
+      this._end("ended", "The connection broke, and the session has ended meanwhile.", "unreachable");
       return;
     }
     this._tell("lost");
     const wait = RETRY_MS[Math.min(this._attempt++, RETRY_MS.length - 1)];
     this._retry = setTimeout(() => this._connect(), wait);
+  }
+
+  _end(state, message, code) {
+    clearInterval(this._watch);
+    this._tell(state, message, code);
   }
 
   _tell(state, message = "", code = "") {
