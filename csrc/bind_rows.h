@@ -91,8 +91,8 @@ inline void place(const PageTable& table, const py::buffer& rows, const py::buff
   TML_CHECK(position_T.size(0) == num_tokens, "positions: T=", position_T.size(0),
             " rows: T=", num_tokens);
   TML_CHECK(row_X.size(0) == num_placed && position_X.size(0) == num_placed,
-            "placed_rows: X=", row_X.size(0), " placed_positions: X=", position_X.size(0),
-            ", not ", num_placed);
+            "placed_rows: X=", row_X.size(0), " placed_positions: X=", position_X.size(0), ", not ",
+            num_placed);
   table.place(row_K_T.data(), position_T.data(), num_tokens, row_X.data(), position_X.data());
 }
 
