@@ -95,6 +95,8 @@ def test_warmup_runs_every_kernel_once() -> None:
     assert tokens == [1, 5, 9, 25, 49, 65]
     with pytest.raises(ValueError, match="max_tokens: expected at least 1, got 0"):
         warmup(gate, weights, max_tokens=0, **ROUTE)
+    with pytest.raises(TypeError, match="top_k: expected an integer, got None"):
+        warmup(gate, weights, max_tokens=2, scoring="softmax")
 
 
 def test_warmup_takes_of_a_residual_as_many_rows_as_it_runs() -> None:

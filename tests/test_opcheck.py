@@ -59,3 +59,15 @@ def test_every_registered_op_has_an_opcheck() -> None:
     tested_there = {"dmel_levels", "dmel_embed", "route_schedule", "linear_conv"}
     tested_there |= {"expert_hidden", "expert_sum"}
     assert set(registered_ops()) - tested_there == set(benched_ops())
+
+
+def test_a_float_may_change_between_calls_of_a_compiled_function() -> None:
+    """The second value is a symbol to the tracer."""
+    case = load("paged_attention").edge[0]
+    inputs = case.make_inputs("cpu")
+    op = load("paged_attention").variants["ours"].run
+    compiled = torch.compile(
+        lambda scale: op(**(inputs | {"scale": scale})), fullgraph=True, backend="eager"
+    )
+    for scale in (0.5, 0.25):
+        assert torch.equal(compiled(scale), op(**(inputs | {"scale": scale})))

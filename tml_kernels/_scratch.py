@@ -41,6 +41,11 @@ def lay_out(shapes: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> tuple[Buff
     return tuple(buffers)
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether it begins at a multiple of 16 bytes, as asynchronous copies want."""
+    return tensor.data_ptr() % 16 == 0
+
+
 def check_scratch(scratch_B: Tensor, needed: int, device: torch.device, *, align: int) -> None:
     """TypeError or ValueError unless it is `needed` bytes or more, aligned within its storage."""
     Dims().check(scratch_B=scratch_B, dtype=torch.uint8, device=device)

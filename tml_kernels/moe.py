@@ -76,10 +76,12 @@ def warmup(
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    if type(top_k := route.get("top_k")) is not int:
+        raise TypeError(f"top_k: expected an integer, got {top_k!r}")
     tokens, seen = [], set()
     for num_tokens in range(1, max_tokens + 1):
         kernels = (
-            choose_blocking(num_tokens, route["top_k"], weights.num_experts),
+            choose_blocking(num_tokens, top_k, weights.num_experts),
             route_configs.choose_config(route_configs.Problem(num_tokens, weights.num_experts)),
         )
         if kernels not in seen:

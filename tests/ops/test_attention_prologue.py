@@ -254,6 +254,11 @@ FP8_POOLS = dict.fromkeys(POOLS, torch.zeros(2, 1, 4, 8).to(FP8))
         ({"slot_S": torch.tensor([1, 1]).int()}, ValueError, "slot_S: .*named twice"),
         ({"out_T_H_C": torch.zeros(5, 3, 8)}, ValueError, "out_T_H_C: H=3, but H=2"),
         ({"qkvr_T_J": torch.zeros(5, 40, requires_grad=True)}, RuntimeError, "no backward"),
+        (
+            {"v_pages_P_G_R_C": torch.zeros(2, 1, 4, 8, requires_grad=True)},
+            RuntimeError,
+            "no backward",
+        ),
         ({"k_conv_GC_4": None}, ValueError, "k_conv_GC_4: None, but v_conv_GC_4 is not"),
         ({"q_norm_C": None}, ValueError, "q_norm_C: None, but k_norm_C is not"),
         ({"conv_state_N_2_3_GC": None}, ValueError, "conv_state_N_2_3_GC: .*None"),

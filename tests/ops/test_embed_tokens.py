@@ -201,6 +201,7 @@ GOOD: dict[str, Any] = {
         ({"kind_T": int32(0, 1, 2, 3, 5)}, ValueError, "kind_T: expected 0..4, got .*5"),
         ({"kind_T": GOOD["kind_T"].long()}, TypeError, "kind_T.*int64"),
         ({"index_T": int32(0)}, ValueError, "index_T: T=1, but T=5"),
+        ({"index_T": GOOD["index_T"].to("meta")}, ValueError, "index_T: expected device cpu"),
         ({"index_T": int32(0, 3, 0, 0, 0)}, ValueError, "3 of kind TEXT is not in 0..2"),
         ({"index_T": int32(0, 0, -1, 0, 0)}, ValueError, "-1 of kind LEVELS is not in 0..1"),
         ({"index_T": int32(0, 0, 0, 2, 0)}, ValueError, "2 of kind EMBEDDED"),

@@ -18,6 +18,7 @@ from tml_kernels.ops.expert_mlp.configs import (
     Problem,
     choose_config,
     kernel_why_not,
+    quantized_why_not,
     workspace_of,
 )
 from tml_kernels.quant import FORMATS, PackedExperts
@@ -78,6 +79,8 @@ def test_workspace_sizes_are_64_bit_and_grow() -> None:
 def test_chosen_configs_are_legal(format: str, block_n: int) -> None:
     problem = Problem(format, "fp8", block_n)
     assert choose_config(problem).why_not(problem) is None
+    alone = Problem(format, format, block_n)  # wider blocks of deep pipelines do not fit anywhere
+    assert block_n == 16 or choose_config(alone).num_stages <= 4
     other = replace(problem, block_n=2 * block_n)
     assert "block" in str(choose_config(problem).why_not(other))
 
@@ -156,6 +159,18 @@ def routing_with(**fields: Any) -> Routing:
 def test_bad_input(change: dict, error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         fused_moe(**small() | change)
+
+
+def test_kernels_of_quantized_activations_want_sixteens() -> None:
+    def packed(num_columns: int) -> PackedExperts:
+        empty = torch.empty(0, dtype=torch.uint8)
+        return PackedExperts(FORMATS["fp8"], empty, None, None, None, 64, num_columns)
+
+    assert quantized_why_not(packed(80), 32) is None
+    assert quantized_why_not(packed(72), 0) == "needs D and F that 16 divides, and one is 72"
+    assert "begin at a multiple of 16 bytes, and it is at 2" in str(
+        quantized_why_not(packed(80), 2)
+    )
 
 
 def test_out_is_not_x() -> None:

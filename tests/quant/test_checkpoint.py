@@ -71,8 +71,9 @@ def test_fp8_channels(trailing: bool, dtype: torch.dtype) -> None:
     expected = data.float() * scale.float()[..., None]
     assert torch.equal(dequantize(packed, slice(None)), expected)
     turned = data.view(torch.uint8).transpose(1, 2).contiguous().view(torch.float8_e4m3fn)
-    packed = read("fp8_channel", turned, scale[:, None] if trailing else scale, kn=True)
-    assert torch.equal(dequantize(packed, slice(None)), expected)
+    for given in (scale[:, None], scale[..., None]) if trailing else (scale,):
+        packed = read("fp8_channel", turned, given, kn=True)
+        assert torch.equal(dequantize(packed, slice(None)), expected)
 
 
 @pytest.mark.parametrize("blocked", [False, True], ids=["rows", "blocks of 16 bytes"])

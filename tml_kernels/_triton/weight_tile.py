@@ -208,8 +208,9 @@ def _fp8(
     x_ptrs = x_ptr + x_row_n[None, :] + offs_q[:, None]
     w_ptrs = w_ptr + row_m[:, None] * Q + offs_q[None, :]
     for step in range(first // (2 * Q), tl.cdiv(last, 2 * Q)):
-        x_0_q_n = _load_x(x_ptrs, mask_n, 2 * step * Q, offs_q, W, EVEN_W)
-        x_1_q_n = _load_x(x_ptrs, mask_n, (2 * step + 1) * Q, offs_q, W, EVEN_W)
+        if QUANTIZE_X or EVEN_W:
+            x_0_q_n = _load_x(x_ptrs, mask_n, 2 * step * Q, offs_q, W, EVEN_W)
+            x_1_q_n = _load_x(x_ptrs, mask_n, (2 * step + 1) * Q, offs_q, W, EVEN_W)
         part_m_n = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if QUANTIZE_X:
             x_n_c, x_scale_n = _quantize(x_0_q_n, x_1_q_n)
@@ -218,6 +219,14 @@ def _fp8(
             else:
                 w_m_c = tl.load(fp8_ptrs + step * R * 2 * Q, mask=(row_m < R)[:, None], other=0.0)
             part_m_n = tl.dot(w_m_c, x_n_c.T, part_m_n) * x_scale_n[None, :]
+        elif not EVEN_W:
+            # Each half where it is multiplied: x may come by plain stores, and two of these behind
+            # the weights' asynchronous copies are not fenced from the product (sm_90).
+            w_m_q = _load_rows(w_ptrs + step * R * Q, row_m, R, EVEN_M)
+            for i in tl.static_range(2):
+                x_q_n = _load_x(x_ptrs, mask_n, (2 * step + i) * Q, offs_q, W, EVEN_W)
+                value_m_q = decode_fp8(w_m_q, i, dtype != tl.float32)
+                part_m_n = tl.dot(value_m_q, x_q_n, part_m_n, input_precision="ieee")
         else:
             w_m_q = _load_rows(w_ptrs + step * R * Q, row_m, R, EVEN_M)
             low_m_q = decode_fp8(w_m_q, 0, dtype != tl.float32)

@@ -88,7 +88,8 @@ class _Fp8Source(_ReadySource):
         scale = given.scale
         if kn:
             self._bytes = self._bytes.transpose(1, 2)
-            scale = scale.transpose(-1, -2) if scale.ndim == 3 else scale
+            if scale.ndim == 3 and (fmt.name == "fp8" or scale.shape[1] == 1):
+                scale = scale.transpose(1, 2)
         num_experts, num_rows, num_columns = self._bytes.shape
         self.shape = (num_experts, num_rows, num_columns)
         if fmt.name == "fp8_channel":

@@ -9,6 +9,7 @@ one rank. A collective that cannot end raises RankLost after `timeout_s` seconds
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -85,6 +86,9 @@ class Ranks:
         for name, value in {"timeout_s": timeout_s, "start_timeout_s": start_timeout_s}.items():
             if not 0.0 < value < float("inf"):
                 raise InputValueError(f"{name}={value} is not a positive number of seconds")
+        # Before anybody connects: who is refused then is gone while others still do.
+        if not dist.is_initialized() and (known := _size_of_job(world_size)) is not None:
+            _checked_tensor(tensor, known)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         long, short = timedelta(seconds=start_timeout_s), timedelta(seconds=timeout_s)
@@ -210,6 +214,14 @@ def digest(tensors: Iterable[Tensor]) -> int:
         bits = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         crc = zlib.crc32(bits.numpy().data, crc)
     return crc
+
+
+def _size_of_job(world_size: int) -> int | None:
+    """As `init_process_group` will have it; None where that is not known yet."""
+    if world_size > 0:
+        return world_size
+    size = os.environ.get("WORLD_SIZE", "")
+    return int(size) if size.isdecimal() and int(size) > 0 else None
 
 
 def _checked_tensor(tensor: int | None, world: int) -> int:

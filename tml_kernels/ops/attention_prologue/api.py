@@ -162,7 +162,10 @@ def attention_prologue(
         out_T_H_C = qkvr_T_J.new_empty(dims["T"], num_heads, dims["C"])
     else:
         dims.check(out_T_H_C=out_T_H_C, dtype=dtype, device=device)
-    refuse_grad(qkvr_T_J, k_conv_GC_4, v_conv_GC_4, q_norm_C, k_norm_C, conv_state_N_2_3_GC)
+    refuse_grad(
+        qkvr_T_J, k_conv_GC_4, v_conv_GC_4, q_norm_C, k_norm_C, conv_state_N_2_3_GC,
+        k_pages_P_G_R_C, v_pages_P_G_R_C, k_scale_P_G_R, v_scale_P_G_R,
+    )  # fmt: skip
     if dims["S"] == 0 or dims["T"] == 0:
         return out_T_H_C.zero_()
     _op(

@@ -140,8 +140,9 @@ def embed_tokens(
     argument.
     """
     dims = Dims()
-    dims.check(kind_T=kind_T, index_T=index_T, dtype=torch.int32)
+    dims.check(kind_T=kind_T, dtype=torch.int32)
     device = kind_T.device
+    dims.check(index_T=index_T, dtype=torch.int32, device=device)
     dims = _check_tables(dims, embed_V_D, embed_norm_D, table_Y_D, table_norm_D, num_levels, device)
     if (token_N is None) != (levels_N_F_B is None):
         raise ValueError("token_N, levels_N_F_B: a step has both or neither")

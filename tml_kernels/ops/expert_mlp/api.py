@@ -16,7 +16,7 @@ from ..._routing import Blocking, Routing, Schedule, check_schedule
 from ...moe_weights import MoEWeights
 from ...precision import ACTIVATIONS as DTYPES
 from ...quant import FORMATS, PackedExperts
-from .configs import ACTIVATIONS, kernel_why_not, workspace_of
+from .configs import ACTIVATIONS, kernel_why_not, quantized_why_not, workspace_of
 from .reference import fused_moe_ref
 
 Flat = list[Tensor | None]
@@ -155,9 +155,10 @@ def fused_moe(
     sums of gate-up are multiplied by it. activation: "silu", "gelu", "gelu_tanh" (of the gate,
     times the up) or "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) *
     (up + 1)). quantize_x: also round the activations of fp8 weights, to e4m3 with one scale per
-    token and 128 columns, and multiply in fp8. expert_map: [G] int32, row of the weights for each
-    of G global ids, -1 (or what is none of their rows) for one that lives elsewhere; `routing` then
-    holds global ids. workspace: uint8, of `workspace_bytes`, any content, aligned to 64.
+    token and 128 columns, and multiply in fp8; on CUDA 16 then divides D and F. expert_map: [G]
+    int32, row of the weights for each of G global ids, -1 (or what is none of their rows) for one
+    that lives elsewhere; `routing` then holds global ids. workspace: uint8, of `workspace_bytes`,
+    any content, aligned to 64.
 
     Accumulates in float32 and rounds once, but for the hidden row between the launches, which CUDA
     rounds to x's dtype. Deterministic; row t depends on row t, its ids and weights alone: the same
@@ -168,7 +169,7 @@ def fused_moe(
     num_slots = dims["K"] + weights.num_shared
     check_activation(activation)
     if quantize_x:
-        _check_fp8(weights)
+        _check_fp8(x, weights)
     if out is None:
         out = torch.empty_like(x)
     else:
@@ -264,7 +265,7 @@ def _check_input(
     return dims
 
 
-def _check_fp8(weights: MoEWeights) -> None:
+def _check_fp8(x: Tensor, weights: MoEWeights) -> None:
     if weights.device.type == "cuda":
         found = torch.cuda.get_device_capability(weights.device)
         if found < (8, 9):
@@ -277,3 +278,6 @@ def _check_fp8(weights: MoEWeights) -> None:
                 raise ValueError(
                     f"quantize_x: needs fp8 weights, and some are {packed.format.name}"
                 )
+            reason = quantized_why_not(packed, int(x.storage_offset()) * x.itemsize)
+            if reason is not None and x.device.type == "cuda":
+                raise ValueError(f"quantize_x: {reason}")

@@ -63,6 +63,8 @@ def choose_config(p: Problem) -> Config:
     num_warps = 8 if p.block_n >= 64 else 4
     if p.block_n > 16 or p.format != p.shared_format:
         stages = max(stages, 3)
+    if p.block_n > 16:
+        stages = min(stages, 4)
     if p.block_n >= 64:
         stages = 3
     if p.alone and p.format in ("int4", "int4_f16"):
@@ -84,6 +86,17 @@ def kernel_why_not(dtype: torch.dtype, experts: PackedExperts) -> str | None:
         return f"an expert's matrix of {rows} x {columns} has over {MAX_ELEMENTS} elements"
     if experts.format.packed and dtype == torch.float16:
         return f"{experts.format.name} weights are multiplied in bfloat16; x is float16"
+    return None
+
+
+def quantized_why_not(experts: PackedExperts, first_byte: int) -> str | None:
+    """Why the kernels cannot multiply rounded rows, which begin there in their storage, with these
+    weights; None when they can. Rows that no asynchronous copy takes come by plain stores, which
+    are not fenced from the product (sm_90)."""
+    if experts.num_columns % 16:
+        return f"needs D and F that 16 divides, and one is {experts.num_columns}"
+    if first_byte % 16:
+        return f"needs x to begin at a multiple of 16 bytes, and it is at {first_byte}"
     return None
 
 

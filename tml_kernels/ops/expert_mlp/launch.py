@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ..._routing import Routing, Schedule, choose_blocking
+from ..._scratch import is_aligned
 from ..._triton.steps import STEP
 from ...moe_weights import MoEWeights
 from ...quant import PackedExperts
@@ -64,13 +65,14 @@ def launch_gate_up(
     rows, shared_rows = weights.w13.num_rows // 2, shared.w13.num_rows // 2
     programs = work.shared_blocks * triton.cdiv(shared_rows, HALF_M)
     programs += work.routed_blocks * triton.cdiv(rows, HALF_M)
+    constexprs = _gate_up_constexprs(weights, activation)
+    constexprs["EVEN_W"] &= is_aligned(x)
     gate_up_kernel[(programs,)](
         x, routing.inv_rms_T, *_matrices(weights, "w13"), routing.expert_T_K, expert_map,
         *_tables(routing.schedule), h, counter, out,
         num_tokens, width, routing.num_experts, work.num_local, rows, shared_rows, hidden,
         work.shared_blocks, work.blocks_per_shared, num_counters,
-        **work.constexprs, QUANTIZE_X=quantize_x, **_gate_up_constexprs(weights, activation),
-        **_tile(config),
+        **work.constexprs, QUANTIZE_X=quantize_x, **constexprs, **_tile(config),
     )  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def flow_head(
     dims.check(seed_S=seed_S, counter_S=counter_S, dtype=torch.int64, device=device)
     if num_steps < 1:
         raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    if not math.isfinite(guidance):
+    if not -math.inf < guidance < math.inf:
         raise ValueError(f"guidance: expected a finite number, got {guidance}")
     if out_S_B is None:
         out_S_B = cond_S_D.new_empty(dims["S"], dims["B"], dtype=torch.float32)

@@ -29,9 +29,13 @@ class Config:
     num_warps: int
     num_stages: int
 
-    def for_weight(self, dtype: torch.dtype) -> Config:
-        """Three tf32 products take more registers than three bfloat16 ones, and more room."""
-        return self if dtype == torch.bfloat16 else replace(self, block_r=16, block_k=32)
+    def for_weight(self, dtype: torch.dtype, num_columns: int) -> Config:
+        """Three tf32 products take more registers than three bfloat16 ones, and more room. Rows
+        of a number of columns that 16 does not divide come by plain stores, which are not fenced
+        from the wide product of 64 rows (sm_90)."""
+        if dtype != torch.bfloat16:
+            return replace(self, block_r=16, block_k=32)
+        return self if num_columns % 16 == 0 else replace(self, block_r=min(self.block_r, 32))
 
     def splits(self, num_columns: int) -> int:
         return -(-num_columns // self.split_k)

@@ -62,7 +62,7 @@ def _stat_constexprs(width: int) -> dict[str, Any]:
 
 
 def _options(config: Config, num_columns: int, weight: Tensor) -> dict[str, Any]:
-    config = config.for_weight(weight.dtype)
+    config = config.for_weight(weight.dtype, num_columns)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return _constexprs(config, num_columns) | options
 
@@ -117,8 +117,8 @@ class _Launcher:
     ) -> None:  # fmt: skip
         """y = x W^T + bias, with a gate y += gate * that. x: [X, K], of which rows from X on take
         the first ones; or [3, X, K], its parts."""
-        config = config.for_weight(weight.dtype)
         num_rows, num_features, (num_x, num_columns) = len(y), bias.numel(), x.shape[-2:]
+        config = config.for_weight(weight.dtype, num_columns)
         product_kernel[(config.programs(num_rows, num_features, num_columns),)](
             x, weight, bias, gate, 0 if gate is None else gate.stride(0), *self.exchange, y, stat,
             num_rows, num_x, num_features, num_columns,
@@ -183,8 +183,9 @@ def aot_specs() -> list[AotSpec]:
 
     def spec(kernel, signature: dict[str, str], config: Config, columns: int, label="", **flags):
         pointers = [name for name, kind in signature.items() if kind.startswith("*")]
-        config = config.for_weight(WEIGHTS[signature["weight_ptr"]])
+        config = config.for_weight(WEIGHTS[signature["weight_ptr"]], columns)
         sizes = [name for name in ("F", "K", "stride_mod_r", "stride_gate_r") if name in signature]
+        sizes = sizes if columns % 16 == 0 else []
         return AotSpec(
             kernel=kernel,
             config=config,
@@ -223,6 +224,7 @@ def aot_specs() -> list[AotSpec]:
         spec(product_kernel, plain, PRODUCT, width, "time-out", **one, **alone),
         spec(product_kernel, first, PRODUCT, 80, "input", **one, gate_ptr=None),
         spec(product_kernel, plain, MODULATION, width, "modulation", **one, **alone),
+        spec(product_kernel, plain, MODULATION, 1000, "modulation,odd", **one, **alone),
         spec(product_kernel, plain | wide, MODULATION, width, "modulation,float32", **one, **alone),
         spec(product_kernel, gated | wide, PRODUCT, inner, "down,float32", **one),
         spec(product_kernel, parts, PRODUCT, inner, "down", **three),

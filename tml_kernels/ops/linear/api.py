@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._registry import refuse_grad, refuse_same, register_op
-from ..._scratch import check_scratch
+from ..._scratch import check_scratch, is_aligned
 from ...precision import ACTIVATIONS
 from ...quant import FORMATS, PackedExperts
 from .configs import STEP, kernel_why_not, problem_of, scratch_bytes
@@ -59,7 +59,7 @@ def launch_or(
 ) -> None:
     """What an op does on a GPU: `launch`, or `plain` where there is no kernel for the weight."""
     why = kernel_why_not(x.dtype, weight.dtype, format, x.shape[1], weight.shape[-2])
-    run = plain if why else launch
+    run = plain if why or not is_aligned(weight) else launch
     run(x, weight, weight_scale, weight_zero, format, *rest)
 
 
@@ -101,7 +101,8 @@ def linear(
     x: [T, D], float32, bfloat16 or float16; weight, bias: float32 or x's dtype; weight also one
     matrix packed as fp8, fp8_channel, int4 or int4_f16 (`quant.pack_matrix`); residual and out:
     any of the three; out has `out_dtype`, x's dtype by default. CUDA tensors for which
-    `configs.kernel_why_not` gives a reason (float32 rows) take the plain path there. One launch.
+    `configs.kernel_why_not` gives a reason (float32 rows) take the plain path there, and a weight
+    that does not begin at a multiple of 16 bytes. One launch.
     scratch: uint8, `configs.scratch_bytes(problem)` of them or more, aligned to 16; its first
     4 * configs.MAX_COUNTERS bytes are zero before the first call and again after every call, of
     whatever shape. Allocates only where out or scratch is None.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._aot import MAX_LOOP, AotSpec
+from ..._scratch import is_aligned
 from .configs import MAX_COUNTERS, Config, Problem, choose_config, choose_conv_config
 from .kernel import linear_kernel
 
@@ -43,10 +44,12 @@ def launch_linear(
             scratch[: 4 * MAX_COUNTERS].zero_()
         counter = scratch[: 4 * MAX_COUNTERS].view(torch.int32)
         part = scratch[4 * MAX_COUNTERS : size].view(torch.float32)
+    constexprs = _constexprs(problem, config, activation == "swiglu")
+    constexprs["EVEN_W"] &= is_aligned(x)
     linear_kernel[(config.programs(problem),)](
         x, weight, weight_scale, weight_zero, bias, residual, counter, part, out,
         *x.shape, problem.rows, num_valid, scale, *(conv or NO_CONV),
-        **_constexprs(problem, config, activation == "swiglu"),
+        **constexprs,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
@@ -118,6 +121,7 @@ _PLAIN, _PACKED = ("plain",), ("fp8", "fp8_channel", "int4", "int4_f16")
 _EVERY = ("swiglu", "bias_ptr", "residual_ptr")
 _SHAPES = (
     ("odd", _PLAIN, (16,), 1100, 335, ("bias_ptr",)),
+    ("odd", _PACKED[:2], (16, 64), 2100, 335, ()),
     ("every-step", _PLAIN, (16, 64, 128, 1024), 4096, 4096, _EVERY),
     ("every-step", _PACKED[:3], (16, 64), 4096, 4096, _EVERY),
     ("gate-up", _PACKED[::2], (16, 32), 4096, 32768, ("swiglu",)),

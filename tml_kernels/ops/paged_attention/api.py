@@ -259,8 +259,8 @@ def _check_options(
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, or None, got {window}")
     for name, value in (("scale", scale), ("tau_alpha", tau_alpha)):
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:
             raise ValueError(f"{name}: expected a finite number, got {value}")
     for name, value in (("tau_floor", tau_floor), ("softcap", softcap)):
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a positive number, or None, got {value}")

@@ -21,6 +21,7 @@ MAX_SCRATCH = 2 << 30
 # never lie where another counts.
 MAX_COUNTERS = 1 << 16
 DOT_K = 32  # (tokens x features) of one product of the relative bias
+MAX_BIAS_PRODUCTS = 4  # of a tile: each has its part of the table in shared memory, every stage
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ LARGE = Config(block_q=32, num_warps=4, num_stages=3)
 @chooser
 def choose_config(p: Problem) -> Config:
     """Pure: same problem, same config; no device, no clock."""
-    if p.num_tokens <= p.num_rows:
+    bias_products = SMALL.tile_tokens(p) // SMALL.dot_tokens(p) if p.num_features else 0
+    if p.num_tokens <= p.num_rows or bias_products > MAX_BIAS_PRODUCTS:
         return ALONE if p.head_width <= 128 else ALONE_WIDE
     fills = p.num_tokens >= LARGE.tile_tokens(p) * max(1, p.num_rows)
     return LARGE if fills and p.page_dtype == p.dtype else SMALL

@@ -14,6 +14,8 @@ from ...precision import ACTIVATIONS
 from .configs import MAX_EXPERTS
 from .reference import SCORINGS, Rule
 
+MAX_GROUPS = 256  # a token's groups are compared in pairs, all at once
+
 
 def exactly_one(
     x: Tensor | None,
@@ -89,7 +91,7 @@ def check_scored(
         raise ValueError(f"{rows}: expected 1..{MAX_EXPERTS} experts, got {experts}")
     if rule.scoring == "sink_sigmoid" and rule.renormalize is not True:
         raise ValueError(f"renormalize: sink_sigmoid always does, got {rule.renormalize!r}")
-    _check_count("num_groups", rule.num_groups, 1, None)
+    _check_count("num_groups", rule.num_groups, 1, MAX_GROUPS)
     if experts % rule.num_groups:
         raise ValueError(f"num_groups: {rule.num_groups} do not divide {experts} experts")
     _check_count("top_groups", rule.top_groups, 1, rule.num_groups)
