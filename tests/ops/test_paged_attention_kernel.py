@@ -299,6 +299,11 @@ def test_choice() -> None:
     assert choose_config(make_problem(num_tokens=33, num_rows=32)) is SMALL
     assert choose_config(make_problem(num_tokens=500)) is LARGE
     assert choose_config(make_problem(num_tokens=500, page_dtype=FP8)) is SMALL
+    # a tile of 16 tokens would hold as many parts of the bias table as no shared memory does
+    crowded = {"num_heads": 8, "num_kv_heads": 8, "num_features": 32}
+    assert choose_config(make_problem(num_tokens=500, **crowded)) is ALONE
+    assert choose_config(make_problem(num_tokens=500, head_width=256, **crowded)) is ALONE_WIDE
+    assert choose_config(make_problem(num_tokens=500, **crowded | {"num_features": 0})) is LARGE
 
 
 @pytest.mark.parametrize(
