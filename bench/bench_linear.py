@@ -50,11 +50,6 @@ def unpacked(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"weight_F_D": weight}
 
 
-def unpacked_case(case: cases.Case) -> cases.Case:
-    """Of those inputs."""
-    return replace(case, precision=None)
-
-
 def torch_linear(
     x_T_D: Tensor,
     weight_F_D: Tensor,
@@ -83,6 +78,8 @@ OP = OpBench(
     check=check,
     variants={
         "ours": Variant(ours, allocate),
-        "torch": Variant(torch_linear, unpacked, cost=lambda case: unpacked_case(case).cost()),
+        "torch": Variant(
+            torch_linear, unpacked, cost=lambda case: replace(case, precision=None).cost()
+        ),
     },
 )

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from small_cache import BUDGETS, GROUPS, keys, make_cache, tick
 
-from tml_kernels._core import PageRef, SessionImage
+from tml_kernels._core import SessionImage
 from tml_kernels._tensor_file import TensorFile, TensorFileError
 from tml_kernels.kv_cache import (
     CLASSES,
@@ -75,7 +75,10 @@ def test_it_is_cut_to_the_budgets_of_where_it_goes_on(tmp_path: Path) -> None:
     for g in range(2):
         left, all_of_it = keys(other, twin, g), keys(cache, session, g)
         assert left and all_of_it == {**all_of_it, **left}
-    newest = {ref.page_class: ref.base for ref in sorted(cache.pages(session, 0), key=_base)}
+    newest = {
+        ref.page_class: ref.base
+        for ref in sorted(cache.pages(session, 0), key=lambda ref: ref.base)
+    }
     assert {ref.base for ref in other.pages(twin, 0)} >= set(newest.values())
     for _ in range(100):
         tick(other, twin, RUNS)
@@ -83,10 +86,6 @@ def test_it_is_cut_to_the_budgets_of_where_it_goes_on(tmp_path: Path) -> None:
     assert all(
         n <= few[c] for c, n in zip(CLASSES, other.session_stats(twin).pages[0], strict=True)
     )
-
-
-def _base(ref: PageRef) -> int:
-    return ref.base
 
 
 @pytest.mark.parametrize(("there", "here"), [(24, 8), (8, 0), (8, 24)])

@@ -82,18 +82,25 @@ def test_metrics_and_top_read_it(run) -> None:
     async def talk() -> None:
         metrics = (prometheus.render, prometheus.CONTENT_TYPE)
         async with serve(metrics=metrics, token=TOKEN) as served, connect(served.url, token=TOKEN):
-            headers = {"Authorization": f"Bearer {TOKEN}"}
-            async with (
-                aiohttp.ClientSession() as http,
-                http.get(served.http + "/metrics", headers=headers) as response,
-            ):
-                assert b"tml_runtime_" in await response.read()
-            shown = io.StringIO()
-            show = partial(run_top, served.http, once=True, token=TOKEN, stream=shown)
-            await asyncio.to_thread(show)
-            assert "sessions 1 of 2" in shown.getvalue()
+            assert "tml_runtime_" in await scraped(served.http)
+            assert "sessions 1 of 2" in await shown_by_top(served.http)
 
     run(talk())
+
+
+async def scraped(url: str) -> str:
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    async with (
+        aiohttp.ClientSession() as http,
+        http.get(url + "/metrics", headers=headers) as response,
+    ):
+        return await response.text()
+
+
+async def shown_by_top(url: str) -> str:
+    shown = io.StringIO()
+    await asyncio.to_thread(partial(run_top, url, once=True, token=TOKEN, stream=shown))
+    return shown.getvalue()
 
 
 def test_who_is_refused_is_counted_by_error(run) -> None:
@@ -121,18 +128,11 @@ def test_who_is_refused_is_counted_by_error(run) -> None:
             }  # fmt: skip
             _, told = await served.get("/status", headers=right)
             assert told["service"]["counts"]["refused"] == expected
-            async with (
-                aiohttp.ClientSession() as http,
-                http.get(served.http + "/metrics", headers=right) as response,
-            ):
-                scraped = await response.text()
+            lines = (await scraped(served.http)).splitlines()
             for error, count in expected.items():
                 name = f'tml_runtime_refused_requests_total{{error="{error}"}}'
-                assert f"{name} {count}.0" in scraped.splitlines()
-            shown = io.StringIO()
-            show = partial(run_top, served.http, once=True, token=TOKEN, stream=shown)
-            await asyncio.to_thread(show)
-            assert "refused 9 " in shown.getvalue()
+                assert f"{name} {count}.0" in lines
+            assert "refused 9 " in await shown_by_top(served.http)
 
     run(talk())
 

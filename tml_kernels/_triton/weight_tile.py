@@ -219,20 +219,20 @@ def _fp8(
             else:
                 w_m_c = tl.load(fp8_ptrs + step * R * 2 * Q, mask=(row_m < R)[:, None], other=0.0)
             part_m_n = tl.dot(w_m_c, x_n_c.T, part_m_n) * x_scale_n[None, :]
-        elif not EVEN_W:
-            # Each half where it is multiplied: x may come by plain stores, and two of these behind
-            # the weights' asynchronous copies are not fenced from the product (sm_90).
-            w_m_q = _load_rows(w_ptrs + step * R * Q, row_m, R, EVEN_M)
-            for i in tl.static_range(2):
-                x_q_n = _load_x(x_ptrs, mask_n, (2 * step + i) * Q, offs_q, W, EVEN_W)
-                value_m_q = decode_fp8(w_m_q, i, dtype != tl.float32)
-                part_m_n = tl.dot(value_m_q, x_q_n, part_m_n, input_precision="ieee")
         else:
             w_m_q = _load_rows(w_ptrs + step * R * Q, row_m, R, EVEN_M)
-            low_m_q = decode_fp8(w_m_q, 0, dtype != tl.float32)
-            high_m_q = decode_fp8(w_m_q, 1, dtype != tl.float32)
-            part_m_n = tl.dot(low_m_q, x_0_q_n, part_m_n, input_precision="ieee")
-            part_m_n = tl.dot(high_m_q, x_1_q_n, part_m_n, input_precision="ieee")
+            if EVEN_W:
+                low_m_q = decode_fp8(w_m_q, 0, dtype != tl.float32)
+                high_m_q = decode_fp8(w_m_q, 1, dtype != tl.float32)
+                part_m_n = tl.dot(low_m_q, x_0_q_n, part_m_n, input_precision="ieee")
+                part_m_n = tl.dot(high_m_q, x_1_q_n, part_m_n, input_precision="ieee")
+            else:
+                # Each half where it is multiplied: x may come by plain stores, and two of these
+                # behind the weights' asynchronous copies are not fenced from the product (sm_90).
+                for i in tl.static_range(2):
+                    x_q_n = _load_x(x_ptrs, mask_n, (2 * step + i) * Q, offs_q, W, EVEN_W)
+                    value_m_q = decode_fp8(w_m_q, i, dtype != tl.float32)
+                    part_m_n = tl.dot(value_m_q, x_q_n, part_m_n, input_precision="ieee")
         if FORMAT == "fp8":
             scale_m = _load_rows(scale_ptrs + step, row_m, R, EVEN_M)
             part_m_n *= scale_m[:, None]

@@ -19,7 +19,7 @@ INSTRUCTIONS = (
 ASK = "Do what the conversation above needs that takes thought."
 
 # Headers that a request has. Of "x-stainless-..." too: which client it is, and its retries.
-SENT = {
+_SENT = {
     "accept",
     "accept-encoding",
     "authorization",
@@ -128,7 +128,7 @@ class OpenAIModel:
         """Leave out what the client adds of the environment, which is for another server: an
         organisation, a project, headers of any name."""
         for name in list(request.headers):
-            if name not in SENT and not name.startswith("x-stainless-"):
+            if name not in _SENT and not name.startswith("x-stainless-"):
                 del request.headers[name]
         request.headers["authorization"] = f"Bearer {self._api_key}"
 

@@ -101,9 +101,11 @@ MODEL = [
     Case(1, 4096, 512, 6, 80, num_steps=2, guidance=1.5),  # inkling-small, the narrow head
 ]
 BENCH = [
-    Case(s, 4096, 1024, 6, 80, guidance=guidance, dtype=torch.bfloat16)
-    for guidance in (1.0, 1.5)
-    for s in (1, 8, 32)
+    *(
+        Case(s, 4096, 1024, 6, 80, guidance=guidance, dtype=torch.bfloat16)
+        for guidance in (1.0, 1.5)
+        for s in (1, 8, 32)
+    ),
+    # 10 M parameters beside those of the condition, in eight steps: small enough for L2
+    Case(32, 4096, 512, 3, 80, num_steps=8, dtype=torch.bfloat16),
 ]
-# 10 M parameters beside those of the condition, in eight steps: small enough for L2
-BENCH.append(Case(32, 4096, 512, 3, 80, num_steps=8, dtype=torch.bfloat16))
