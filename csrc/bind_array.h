@@ -14,6 +14,8 @@ namespace py = pybind11;
 template <typename T>
 constexpr const char* kTypeName = nullptr;
 template <>
+inline constexpr const char* kTypeName<uint8_t> = "uint8";
+template <>
 inline constexpr const char* kTypeName<int32_t> = "int32";
 template <>
 inline constexpr const char* kTypeName<int64_t> = "int64";

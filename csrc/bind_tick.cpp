@@ -11,6 +11,7 @@
 #include "bind_array.h"
 #include "tick/audio_windows.h"
 #include "tick/clock.h"
+#include "tick/cut_patches.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
 #include "tick/tick_layout.h"
@@ -297,6 +298,29 @@ void bind_tick_layout(py::module_& m) {
       .def("set_lengths", &TickLayout::set_lengths);
 }
 
+// Groups of frames [H, W, 3] to `out` [P, frames of a group, side, side, 3].
+void cut_patches(const py::sequence& frames, int64_t columns, const py::buffer& out) {
+  const tml::bind::Array<uint8_t> patches(out, "out", true, 5, "[P, frames, side, side, 3]");
+  const int64_t num_patches = patches.size(0), length = patches.size(1), side = patches.size(2);
+  const auto num_frames = static_cast<int64_t>(frames.size());
+  TML_CHECK(length > 0 && num_frames % length == 0, "frames=", num_frames, " of a group=", length);
+  TML_CHECK(side > 0 && patches.size(3) == side && patches.size(4) == tml::kChannels,
+            "out: side=", side, " ", patches.size(3), " channels=", patches.size(4));
+  if (num_frames == 0) return;
+  const int64_t num_groups = num_frames / length;
+  TML_CHECK(columns > 0 && num_patches % (num_groups * columns) == 0, "columns=", columns,
+            " groups=", num_groups, " patches=", num_patches);
+  std::deque<tml::bind::Array<uint8_t>> views;  // they do not move
+  std::vector<tml::Picture> pictures;
+  for (const py::handle& frame : frames) {
+    const auto& view = views.emplace_back(frame.cast<py::buffer>(), "frame", false, 3, "[H, W, 3]");
+    TML_CHECK(view.size(2) == tml::kChannels, "frame: channels=", view.size(2));
+    pictures.push_back({view.data(), view.size(0), view.size(1)});
+  }
+  const tml::PatchGrid grid{num_patches / (num_groups * columns), columns, side};
+  tml::cut_patches(pictures, length, grid, patches.data());
+}
+
 void bind_schedule(py::module_& m) {
   py::class_<tml::Schedule>(m, "Schedule")
       .def(py::init<int64_t, int64_t>(), py::arg("start_ns"), py::arg("period_ns"))
@@ -354,11 +378,12 @@ void bind_tick_thread(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_tick, m) {
-  m.doc() = "The tick thread's parts: clock, rings, layout, schedule, thread.";
+  m.doc() = "The tick thread's parts: clock, rings, layout, patches, schedule, thread.";
   m.def("now_ns", &tml::now_ns, "CLOCK_MONOTONIC in nanoseconds.");
   bind_ring(m);
   bind_audio_windows(m);
   bind_tick_layout(m);
+  m.def("cut_patches", &cut_patches, py::arg("frames"), py::arg("columns"), py::arg("out"));
   bind_schedule(m);
   bind_tick_thread(m);
 }

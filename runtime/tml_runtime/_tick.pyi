@@ -1,4 +1,7 @@
-"""The tick thread's parts: clock, rings, layout, schedule, thread. Times are CLOCK_MONOTONIC ns."""
+"""The tick thread's parts: clock, rings, layout, patches, schedule, thread.
+
+Times are CLOCK_MONOTONIC ns.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -92,6 +95,14 @@ class TickLayout:
 
     def set_lengths(self) -> None:
         """`length_O_S`, once `position_Z` has the positions of the tokens of the last `fill`."""
+
+def cut_patches(frames: Sequence[np.ndarray], columns: int, out: np.ndarray) -> None:
+    """Cut frames, contiguous uint8 [H, W, 3], into rows of `columns` patches, to contiguous uint8
+    [P, L, side, side, 3]: by groups of L frames, by row, then by column. What lies beyond a frame
+    is 0.
+
+    ValueError for shapes that do not go together; pixels beyond the patches are left out.
+    """
 
 class Schedule:
     """When ticks run and which are late, for any clock: the caller says what time it is.

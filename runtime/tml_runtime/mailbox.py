@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ SHED_VIDEO, SHED_TEXT = 1, 2  # how much of a tick's input is left out under ove
 MAX_QUEUED = 512  # messages per ring, so that one client's tiny pieces cannot stretch a tick
 
 _AUDIO = struct.Struct("<q")  # first sample
-_FRAME = struct.Struct("<qii")  # stamp in ns, height, width
+_FRAME = struct.Struct("<qiii")  # stamp in ns, height, width, place in the pool
 _OUTPUT = struct.Struct("<qqii")  # window, epoch, tokens, samples
 _SLACK = 64  # bytes per message for the ring's own header and padding
 
@@ -45,7 +45,7 @@ class MailboxSpec:
     num_windows: int  # H: how far ahead of the oldest open window input may lie
     grid: FrameGrid
     max_frame_pairs: int  # per window, as far as the grid's tokens go; the newest are kept
-    video_queue_frames: int  # of the largest size; more of smaller ones
+    video_queue_frames: int  # that always find room, whatever open windows and past ticks hold
     max_text_tokens: int  # per tick; the rest waits for the next
     text_queue_tokens: int
     output_queue_ticks: int
@@ -60,12 +60,21 @@ class MailboxSpec:
     def sample_rate(self) -> int:
         return self.window_samples * 1_000_000_000 // self.window_ns
 
+    @property
+    def pool_frames(self) -> int:
+        """Frames that a session holds at most: in its queue, open windows and past ticks."""
+        per_window = 2 * self.max_frame_pairs
+        return self.video_queue_frames + per_window * (self.num_windows + self.past_ticks + 2)
+
+
+Pair = tuple[np.ndarray, np.ndarray]  # uint8 [H, W, 3], of one size
+
 
 class Window(NamedTuple):
     """What the model sees of one window, apart from the samples, and what it does not see."""
 
     missing_samples: int
-    pairs: np.ndarray | None  # uint8 [n, 2, H, W, 3], valid for the next `past_ticks` of `take`
+    pairs: list[Pair] | None  # valid for the next `past_ticks` of `take`
     text: list[int]
     dropped_samples: int  # came as their window closed, or their tick was skipped
     shed_frames: int  # these too, and those beyond what a tick takes
@@ -109,23 +118,56 @@ class AudioWindows:
         return missing
 
 
+class Frame(NamedTuple):
+    """One that lies in a pool."""
+
+    place: int
+    pixels_H_W_3: np.ndarray
+
+
+class FramePool:
+    """Room for a session's frames, made once: the client takes a place, the tick thread gives it
+    back. A frame is copied into it and then, by the tick that shows it, into what is staged."""
+
+    def __init__(self, num_frames: int, max_bytes: int) -> None:
+        self._bytes = np.empty((num_frames, max_bytes), np.uint8)
+        self._free = deque(range(num_frames))  # the place freed last is taken first: it is cached
+
+    def put(self, frame_H_W_3: np.ndarray) -> int | None:
+        """The place of a copy; None where there is no room."""
+        try:
+            place = self._free.pop()
+        except IndexError:
+            return None
+        self.at(place, *frame_H_W_3.shape[:2])[:] = frame_H_W_3
+        return place
+
+    def at(self, place: int, height: int, width: int) -> np.ndarray:
+        return self._bytes[place, : height * width * 3].reshape(height, width, 3)
+
+    def free(self, place: int) -> None:
+        self._free.append(place)
+
+
 class FrameWindows:
     """Video frames by media time; each window keeps its newest, at most `2 * max_pairs`.
 
     Frames are paired in the order of their stamps, two by two; an odd one out, the newest, is
     paired with itself, so that no frame waits a tick for its partner. A window has one frame size,
     that of its newest frame, and as many pairs as its tokens allow. A frame with the stamp of
-    another replaces it. What is not taken is shed.
+    another replaces it. What is not taken is shed. The pool gets a frame back when it is shed, or
+    `past_ticks` takes after its own.
     """
 
     def __init__(
-        self, num_windows: int, max_pairs: int, grid: FrameGrid, past_ticks: int = 0
+        self, num_windows: int, max_pairs: int, grid: FrameGrid, pool: FramePool, past_ticks: int
     ) -> None:
-        self._frames: list[dict[int, np.ndarray]] = [{} for _ in range(num_windows)]
+        self._frames: list[dict[int, Frame]] = [{} for _ in range(num_windows)]
         self._max_pairs = max_pairs
         self._grid = grid
-        self._pairs = np.empty((past_ticks + 1, 2 * grid.max_bytes), np.uint8)
-        self._num_taken = 0
+        self._pool = pool
+        self._taken: deque[list[Frame]] = deque()
+        self._past_ticks = past_ticks
         self._oldest = 0  # window
 
     def forget_before(self, window: int) -> int:
@@ -133,42 +175,53 @@ class FrameWindows:
         shed = 0
         for skipped in range(self._oldest, min(window, self._oldest + len(self._frames))):
             frames = self._frames[skipped % len(self._frames)]
-            shed += len(frames)
+            shed += self._shed(frames.values())
             frames.clear()
         self._oldest = max(self._oldest, window)
         return shed
 
-    def write(self, window: int, stamp: int, frame_H_W_3: np.ndarray) -> int:
+    def write(self, window: int, stamp: int, frame: Frame) -> int:
         """Keep a frame for `window`; returns how many frames that sheds."""
         if window < self._oldest:
-            return 1
+            return self._shed([frame])
         assert window < self._oldest + len(self._frames)
         frames = self._frames[window % len(self._frames)]
-        replaced = stamp in frames
-        frames[stamp] = frame_H_W_3
-        if len(frames) <= 2 * self._max_pairs:
-            return int(replaced)
-        del frames[min(frames)]
-        return 1
+        replaced = frames.pop(stamp, None)
+        frames[stamp] = frame
+        if replaced is not None:
+            return self._shed([replaced])
+        return self._shed([frames.pop(min(frames))]) if len(frames) > 2 * self._max_pairs else 0
 
-    def take(self, window: int) -> tuple[np.ndarray | None, int]:
-        """The oldest open window's pairs [n, 2, H, W, 3], if any, and how many frames were shed."""
+    def take(self, window: int) -> tuple[list[Pair] | None, int]:
+        """The oldest open window's pairs, if any, and how many frames were shed."""
         assert window == self._oldest
         self._oldest += 1
         frames = self._frames[window % len(self._frames)]
         if not frames:
             return None, 0
-        height, width, _ = shape = frames[max(frames)].shape
+        height, width, _ = shape = frames[max(frames)].pixels_H_W_3.shape
         room = min(self._max_pairs, self._grid.max_tokens // self._grid.tokens(height, width))
-        chosen = [frames[t] for t in sorted(frames) if frames[t].shape == shape][-2 * room :]
-        shed = len(frames) - len(chosen)
+        fitting = [t for t in sorted(frames) if frames[t].pixels_H_W_3.shape == shape]
+        chosen = [frames.pop(t) for t in fitting[-2 * room :]]
+        shed = self._shed(frames.values())
         frames.clear()
-        if len(chosen) % 2:
-            chosen.append(chosen[-1])
-        pairs = self._pairs[self._num_taken % len(self._pairs), : len(chosen) * chosen[0].size]
-        self._num_taken += 1
-        np.stack(chosen, out=pairs.reshape(len(chosen), *shape))
-        return pairs.reshape(len(chosen) // 2, 2, *shape), shed
+        self._keep(chosen)
+        seen = [frame.pixels_H_W_3 for frame in chosen]
+        if len(seen) % 2:
+            seen.append(seen[-1])
+        return list(zip(seen[::2], seen[1::2], strict=True)), shed
+
+    def _keep(self, taken: list[Frame]) -> None:
+        self._taken.append(taken)
+        if len(self._taken) > self._past_ticks + 1:
+            self._shed(self._taken.popleft())
+
+    def _shed(self, frames: Iterable[Frame]) -> int:
+        """How many."""
+        places = [frame.place for frame in frames]
+        for place in places:
+            self._pool.free(place)
+        return len(places)
 
 
 class Inbox:
@@ -182,11 +235,12 @@ class Inbox:
         self._spec = spec
         audio_bytes = spec.num_windows * spec.window_samples * 4
         self._audio = Ring(2 * audio_bytes + MAX_QUEUED * _SLACK)
-        self._video = Ring(spec.video_queue_frames * (spec.grid.max_bytes + _SLACK))
+        self._video = Ring(spec.pool_frames * (_FRAME.size + _SLACK))
+        self._pool = FramePool(spec.pool_frames, spec.grid.max_bytes)
         self._text = Ring(spec.text_queue_tokens * 4 + MAX_QUEUED * _SLACK)
         self._samples = AudioWindows(spec.num_windows + 1, spec.window_samples, spec.sample_rate)
         self._frames = FrameWindows(
-            spec.num_windows + 1, spec.max_frame_pairs, spec.grid, spec.past_ticks
+            spec.num_windows + 1, spec.max_frame_pairs, spec.grid, self._pool, spec.past_ticks
         )
         self._pending_text: deque[int] = deque()
         self.line: Line | None = None  # to a background model; set before the first `take`
@@ -195,9 +249,11 @@ class Inbox:
         return _put(self._audio, _AUDIO.pack(start), np.ascontiguousarray(pcm).data)
 
     def put_frame(self, stamp: int, frame_H_W_3: np.ndarray) -> bool:
+        place = self._pool.put(frame_H_W_3)
+        if place is None:
+            return False
         height, width, _ = frame_H_W_3.shape
-        head = _FRAME.pack(stamp, height, width)
-        return _put(self._video, head, np.ascontiguousarray(frame_H_W_3).data)
+        return self._video.push(_FRAME.pack(stamp, height, width, place))
 
     def put_text(self, ids: Sequence[int] | np.ndarray) -> bool:
         return _put(self._text, np.asarray(ids, np.int32).data)
@@ -231,8 +287,8 @@ class Inbox:
             message = self._video.pop()
             if message is None:
                 break
-            stamp, height, width = _FRAME.unpack_from(message)
-            frame = np.frombuffer(message, np.uint8, offset=_FRAME.size).reshape(height, width, 3)
+            stamp, height, width, place = _FRAME.unpack(message)
+            frame = Frame(place, self._pool.at(place, height, width))
             shed += self._frames.write(stamp // self._spec.window_ns, stamp, frame)
         return shed
 

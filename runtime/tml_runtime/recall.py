@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .mailbox import MailboxSpec, Window
+from .mailbox import MailboxSpec, Pair, Window
 from .model import PastTick
 
 PAST_TICKS = 8  # the cache remembers the ends of sixteen, of all sessions together
@@ -43,7 +43,7 @@ class Recall:
         self._window_R = np.zeros(num_ticks, np.int64)
         self._begin_R = np.zeros(num_ticks, np.int64)
         self._missing_R = np.zeros(num_ticks, np.bool_)
-        self._frames: list[np.ndarray | None] = [None] * num_ticks
+        self._frames: list[list[Pair] | None] = [None] * num_ticks
         self._text: list[list[int]] = [[] for _ in range(num_ticks)]
         self._count = 0  # ticks that were said; the next one is being heard
 

@@ -19,7 +19,7 @@ import torch
 from .admission import Admission
 from .checks import Sampling
 from .errors import ResourceExhausted, SessionFault
-from .mailbox import Inbox, MailboxSpec, Outbox, Window
+from .mailbox import Inbox, MailboxSpec, Outbox, Pair, Window
 from .metrics import Metrics
 from .model import TickInput
 from .recall import Recall
@@ -205,7 +205,7 @@ class Batch:
         self._slot_S = np.full(num_slots, -1, np.int32)
         self._pcm_S_N = np.zeros((num_slots, window_samples), np.float32)
         self._missing_S = np.zeros(num_slots, np.bool_)
-        self._frames: list[np.ndarray | None] = [None] * num_slots
+        self._frames: list[list[Pair] | None] = [None] * num_slots
         self._text: list[list[int]] = [[]] * num_slots
 
     def fill(

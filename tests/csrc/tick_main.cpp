@@ -12,6 +12,7 @@
 
 #include "tick/audio_windows.h"
 #include "tick/clock.h"
+#include "tick/cut_patches.h"
 #include "tick/ring.h"
 #include "tick/schedule.h"
 #include "tick/tick_layout.h"
@@ -200,6 +201,39 @@ void fuzz_layout() {
   }
 }
 
+// Frames and patches of any size, in arrays of exactly theirs.
+void fuzz_patches() {
+  std::minstd_rand rng(4);
+  const auto size = [&rng](int64_t most) { return 1 + static_cast<int64_t>(rng() % most); };
+  for (int round = 0; round < 500; ++round) {
+    const tml::PatchGrid grid{size(3), size(3), size(5)};
+    const int64_t length = size(2), num_groups = size(2), height = size(16), width = size(16);
+    std::vector<std::vector<uint8_t>> pixels(num_groups * length);
+    std::vector<tml::Picture> frames;
+    for (auto& frame : pixels) {
+      frame.resize(height * width * tml::kChannels);
+      for (auto& value : frame) value = static_cast<uint8_t>(rng());
+      frames.push_back({frame.data(), height, width});
+    }
+    std::vector<uint8_t> out(num_groups * grid.num_patches() * length * grid.patch_bytes(), 77);
+    tml::cut_patches(frames, length, grid, out.data());
+    for (size_t i = 0; i < out.size(); ++i) {
+      int64_t rest = static_cast<int64_t>(i);
+      const auto next = [&rest](int64_t base) {
+        const int64_t digit = rest % base;
+        rest /= base;
+        return digit;
+      };
+      const int64_t channel = next(tml::kChannels), x = next(grid.side), y = next(grid.side);
+      const int64_t n = next(length), column = next(grid.columns), row = next(grid.rows);
+      const int64_t at_y = row * grid.side + y, at_x = column * grid.side + x;
+      const bool inside = at_y < height && at_x < width;
+      const size_t at = (at_y * width + at_x) * tml::kChannels + channel;
+      expect(out[i] == (inside ? pixels[rest * length + n][at] : 0), "patches: every pixel");
+    }
+  }
+}
+
 struct Step : tml::TickStep {
   std::atomic<int64_t> runs{0}, leaves{0};
   int64_t fail_at = INT64_MAX;  // the tick from which on it fails
@@ -294,6 +328,7 @@ int main() {
   fuzz_audio_windows();
   fuzz_schedule();
   fuzz_layout();
+  fuzz_patches();
   run_thread();
   fail_thread();
   for (int i = 0; i < 20; ++i) destroy_in_step();

@@ -178,6 +178,19 @@ def test_frames_may_be_arrays_read_only_and_empty() -> None:
     assert_bitwise(x_T_D[:1], model.embed_frames(frames))
 
 
+def test_frames_may_lie_apart_and_not_in_order() -> None:
+    model = InteractionModel.random(CONFIG)
+    whole = random_frames(2, 16, 24)
+    wide = np.zeros((16, 30, 3), np.uint8)  # a frame within a larger one
+    wide[:, 3:27] = whole[0, 0].numpy()
+    upside_down = whole[0, 1].numpy()[::-1].copy()[::-1]
+    groups = [(wide[:, 3:27], upside_down), tuple(frame.numpy() for frame in whole[1])]
+    tick = make_tick((0, 1), frames=[groups, None])
+    x_T_D, start_S1 = embed_rows(model.frontend, model.new_state(2), tick)
+    assert start_S1.tolist() == [0, 12 + 5, 12 + 5 + 5]
+    assert_bitwise(x_T_D[:12], model.embed_frames(whole))
+
+
 @pytest.mark.parametrize(
     ("ids", "error"),
     [([100], ValueError), ([-1], ValueError), ([1.0], TypeError), ([True], TypeError)],
@@ -185,6 +198,10 @@ def test_frames_may_be_arrays_read_only_and_empty() -> None:
 def test_ids_are_tokens(ids: list, error: type) -> None:
     with pytest.raises(error, match="ids: "):
         InteractionModel.random(CONFIG).embed_text(ids)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.zeros((height, width, 3), np.uint8)
 
 
 def changed(state: ModelState, before: ModelState) -> list[str]:
@@ -209,6 +226,12 @@ def changed(state: ModelState, before: ModelState) -> list[str]:
         ({"text": [(1,) * 65, ()]}, ValueError, r"text\[0\]: 65 tokens, a tick takes 64"),
         ({"frames": [None]}, ValueError, "frames: 1 rows"),
         ({"frames": [None, [1]]}, TypeError, r"frames\[1\]: .*list"),
+        ({"frames": [None, [(1, 2)]]}, TypeError, r"frames\[1\]: .*list"),
+        ({"frames": [None, 1]}, TypeError, r"frames\[1\]: .*int"),
+        ({"frames": [[picture(8, 8)] * 2, None]}, TypeError, r"frames\[0\]: .*list"),
+        ({"frames": [[(picture(8, 8), picture(8, 16))], None]}, ValueError, "one size"),
+        ({"frames": [[(picture(8, 8),)], None]}, ValueError, r"frames\[0\]: .*\(1, 1, 8, 8, 3\)"),
+        ({"frames": [[(picture(8, 8) / 1.0,) * 2], None]}, TypeError, "float64"),
         ({"frames": [None, torch.zeros(1, 2, 8, 8, 3)]}, TypeError, "float32"),
         ({"frames": [None, np.zeros((1, 2, 8, 8, 3))]}, TypeError, "float64"),
         ({"frames": [None, random_frames(1, 8, 8)[0]]}, ValueError, r"frames\[1\]: expected"),

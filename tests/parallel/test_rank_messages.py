@@ -74,6 +74,19 @@ def test_a_tick_without_pictures_or_text_comes_back() -> None:
     assert (len(same.frames), len(same.text)) == (0, 0)
 
 
+def test_frames_that_lie_apart_come_back_in_one_piece() -> None:
+    whole, frames = jobs.tick_of(0, [0]), np.random.default_rng(0).integers(0, 9, (2, 2, 8, 16, 3))
+    frames = frames.astype(np.uint8)
+    apart = [[frame[:, ::-1][:, ::-1] for frame in group] for group in frames]
+    tick = TickInput(whole.slot_S, whole.pcm_S_W, whole.missing_S, [apart])
+    same = unpack_tick(*unpack(pack_tick(tick, {})))
+    np.testing.assert_array_equal(same.frames[0], frames)
+    past = PastTick(np.zeros(8, np.float32), False, apart, [], np.zeros(4), np.zeros((4, 3)))
+    words, arrays = pack_past([past])
+    words, arrays = unpack(pack({"past": words}, arrays))
+    np.testing.assert_array_equal(unpack_past(words["past"], arrays)[0].frames, frames)
+
+
 def test_past_ticks_come_back() -> None:
     dice = np.random.default_rng(0)
     past = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from tml_runtime import Session
 from tml_runtime.conceal import MAX_HOLES
-from tml_runtime.mailbox import AudioWindows, Inbox, Outbox
+from tml_runtime.mailbox import AudioWindows, Inbox, Outbox, Pair
 from tml_runtime.options import mailbox_spec
 
 N = CONFIG.layout.samples_per_tick
@@ -297,6 +298,61 @@ def test_a_window_has_one_frame_size_and_no_more_tokens_than_a_tick_takes() -> N
     assert frames is not None and frames.shape == (1, 2, 40, 80, 3)
     assert values(model, 0) == [[1, 3]]
     assert values(model, 1) == [[2, 3]]
+
+
+def stays(pairs: list[Pair], values: list[list[int]]) -> bool:
+    return [[np.unique(x).tolist() for x in pair] for pair in pairs] == [
+        [[value] for value in pair] for pair in values
+    ]
+
+
+@given(seed=st.integers(0, 2**32 - 1), most=st.integers(1, SPEC.video_queue_frames))
+@settings(max_examples=20, deadline=None)
+def test_frames_stay_for_past_ticks_and_their_room_comes_back(seed: int, most: int) -> None:
+    """Whatever waits for later windows and was shown lately, six more frames find room."""
+    inbox, pcm_N, rng = Inbox(SPEC), np.empty(N, np.float32), np.random.default_rng(seed)
+    shown: deque[tuple[list[Pair], list[list[int]]]] = deque(maxlen=SPEC.past_ticks + 1)
+    window = number = 0
+    for then in rng.choice(["take", "take", "take", "shed", "pass", "skip"], 60):
+        for stamp in rng.integers((SPEC.num_windows + 1) * SPEC.window_ns, size=most).tolist():
+            number = (number + 1) % 256
+            picture = frame(number, 40, int(rng.choice([40, 80])))
+            assert inbox.put_frame(window * SPEC.window_ns + stamp, picture)
+        if then == "pass":
+            inbox.pass_by(window)
+        else:
+            window += then == "skip"
+            taken = inbox.take(window, pcm_N, shed=int(then == "shed"))
+            assert then != "shed" or taken.pairs is None
+            if taken.pairs is not None:
+                values = [[int(x[0, 0, 0]) for x in pair] for pair in taken.pairs]
+                shown.append((taken.pairs, values))
+        window += 1
+        assert all(stays(*each) for each in shown)
+
+
+def test_six_frames_find_room_beside_full_windows_and_full_past_ticks() -> None:
+    inbox, pcm_N = Inbox(SPEC), np.empty(N, np.float32)
+    for window in range(3 * SPEC.past_ticks):
+        for i in range(SPEC.video_queue_frames):
+            stamp = (window + SPEC.num_windows) * SPEC.window_ns + i
+            assert inbox.put_frame(stamp, frame(i, 40, 40))
+        taken = inbox.take(window, pcm_N)
+        assert (taken.pairs is not None) == (window >= SPEC.num_windows)
+
+
+def test_a_client_far_ahead_is_refused_before_it_overwrites_what_is_seen() -> None:
+    inbox, pcm_N = Inbox(SPEC), np.empty(N, np.float32)
+    for i in range(SPEC.pool_frames):
+        assert inbox.put_frame(i, frame(i, 40, 40))
+    assert not inbox.put_frame(SPEC.pool_frames, frame(255, 40, 40))
+    taken = inbox.take(0, pcm_N)
+    assert taken.pairs is not None and taken.shed_frames == SPEC.pool_frames - 4
+    for i in range(SPEC.pool_frames - 4):  # those that are seen keep their room
+        assert inbox.put_frame(SPEC.window_ns + i, frame(255, 40, 40))
+    assert not inbox.put_frame(2 * SPEC.window_ns, frame(255, 40, 40))
+    newest = SPEC.pool_frames - np.arange(4, 0, -1)
+    assert stays(taken.pairs, newest.reshape(2, 2).tolist())
 
 
 @given(pieces=st.lists(st.lists(st.integers(0, 259), max_size=150), max_size=6))

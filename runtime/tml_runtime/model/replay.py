@@ -17,7 +17,7 @@ from .frontend import Frontend
 from .passes import classes_of, plan_pass
 from .state import ModelState
 from .tick import embed_rows
-from .tick_input import TickInput
+from .tick_input import Frames, TickInput
 
 
 class PastTick(NamedTuple):
@@ -25,7 +25,7 @@ class PastTick(NamedTuple):
 
     pcm_W: np.ndarray  # float32
     missing: bool
-    frames: np.ndarray | None  # uint8 [groups, frames, height, width, 3]
+    frames: Frames | None
     text: list[int]
     token_K: np.ndarray  # int32
     mel_M_B: np.ndarray  # float32

@@ -1,7 +1,8 @@
 """What one tick brings, and how the host lays it out for the device."""
 
 # Dimension key: S session rows, R runs of a row (its input blocks, then its output steps),
-# T tokens, W samples of a tick, P patches, L frames in a group, Y patch side.
+# T tokens, W samples of a tick, P patches, L frames in a group, H_W_3 rows and columns of an RGB
+# frame.
 
 from __future__ import annotations
 
@@ -14,13 +15,16 @@ from torch import Tensor
 
 from tml_kernels._dims import Dims
 
+from .._tick import cut_patches
 from .backbone import check_slots
 from .buffers import Bucket, TickInputs
 from .config import ModelConfig
 from .state import ModelState
 
-Frames = Tensor | np.ndarray
+Groups = Sequence[Sequence[np.ndarray]]  # of frames [height, width, 3]
+Frames = Tensor | np.ndarray | Groups
 HOST = torch.device("cpu")
+UINT8 = np.dtype(np.uint8)  # text is slow to compare
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,9 @@ class TickInput:
 
     slot: int32, -1 idle. pcm: float32, the samples of one tick, zeros where none came. missing:
     bool, something of this tick was lost; the session is told so by a token before its text.
-    frames: per row None or uint8 [groups, frames, height, width, 3], RGB. text: per row token ids.
-    frames and text may be left empty when no row has any.
+    frames: per row None or uint8 [groups, frames, height, width, 3], RGB, in one piece or, for
+    each group, its frames [height, width, 3] one by one. text: per row token ids. frames and text
+    may be left empty when no row has any.
     """
 
     slot_S: Tensor
@@ -94,7 +99,7 @@ class TickInput:
         if less is self:
             return {}
         return {
-            row: frames.shape[0] * frames.shape[1]
+            row: sum(len(group) for group in frames)
             for row, (frames, kept) in enumerate(zip(self.frames, less.frames, strict=True))
             if frames is not None and kept is None
         }
@@ -103,7 +108,7 @@ class TickInput:
         frames = self.frames[row] if self.frames else None
         if frames is None or len(frames) == 0:
             return 0
-        patch_rows, patch_columns = config.patch.grid(frames.shape[2], frames.shape[3])
+        patch_rows, patch_columns = config.patch.grid(*frames[0][0].shape[:2])
         return len(frames) * patch_rows * patch_columns
 
     def fill(self, state: ModelState, count_S_R: np.ndarray, bucket: Bucket) -> None:
@@ -136,22 +141,17 @@ class TickInput:
             return 0
         frames = self.frames[row]
         assert frames is not None
-        if isinstance(frames, Tensor):
-            frames = frames.cpu().numpy()
-        groups, length, height, width, _ = frames.shape
-        side, (rows, columns) = config.patch.patch, config.patch.grid(height, width)
+        groups = frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+        pictures = [np.ascontiguousarray(frame_H_W_3) for group in groups for frame_H_W_3 in group]
+        height, width, _ = pictures[0].shape
+        rows, columns = config.patch.grid(height, width)
         part = slice(first, first + num_patches)
         if config.patch.extra_column:
-            beyond = (rows * side - height, columns * side - width)
-            frames = np.pad(frames, [(0, 0), (0, 0), (0, beyond[0]), (0, beyond[1]), (0, 0)])
-            ends = [
-                np.minimum(side, size - np.arange(0, size + side, side)) for size in (height, width)
-            ]
+            side, sizes = config.patch.patch, (height, width)
+            ends = [np.minimum(side, size - np.arange(0, size + side, side)) for size in sizes]
             extents = np.stack(np.meshgrid(ends[0][:rows], ends[1][:columns], indexing="ij"), -1)
-            staged.extent_P_2[part].reshape(groups, rows, columns, 2)[:] = extents
-        cut = frames.reshape(groups, length, rows, side, columns, side, 3)
-        to = staged.patch_P_L_Y_Y_3[part].reshape(groups, rows, columns, length, side, side, 3)
-        to[:] = cut.transpose(0, 2, 4, 1, 3, 5, 6)
+            staged.extent_P_2[part].reshape(-1, rows, columns, 2)[:] = extents
+        cut_patches(pictures, columns, staged.patch_P_L_Y_Y_3[part])
         return num_patches
 
 
@@ -164,14 +164,33 @@ def check_ids(config: ModelConfig, name: str, ids: Sequence[int]) -> None:
 
 
 def _check_frames(config: ModelConfig, name: str, frames: Frames) -> None:
-    if not isinstance(frames, (Tensor, np.ndarray)):
-        raise TypeError(f"{name}: expected a tensor or array, got {type(frames).__name__}")
-    if str(frames.dtype).removeprefix("torch.") != "uint8":
-        raise TypeError(f"{name}: expected uint8, got {frames.dtype}")
-    shape, group = tuple(frames.shape), config.patch.frames
-    if len(shape) != 5 or shape[1] != group or shape[4] != 3:
-        raise ValueError(f"{name}: expected [n, {group}, height, width, 3], got {shape}")
+    shape, length = _shape_of(name, frames), config.patch.frames
+    if len(shape) != 5 or shape[1] != length or shape[4] != 3:
+        raise ValueError(f"{name}: expected [n, {length}, height, width, 3], got {shape}")
     rows, columns = config.patch.grid(shape[2], shape[3])
     tokens, limit = shape[0] * rows * columns, config.layout.max_video_tokens
     if tokens > limit:
         raise ValueError(f"{name}: {shape} is {tokens} tokens, a tick takes {limit}")
+
+
+def _shape_of(name: str, frames: Frames) -> tuple[int, ...]:
+    """As if they were in one piece."""
+    if isinstance(frames, (Tensor, np.ndarray)):
+        _check_pixels(name, frames)
+        return tuple(frames.shape)
+    groups = frames if isinstance(frames, Sequence) else ()
+    parts = [part for group in groups if isinstance(group, Sequence) for part in group]
+    if not parts or not all(isinstance(part, np.ndarray) for part in parts):
+        kind = type(frames).__name__
+        raise TypeError(f"{name}: expected a tensor, an array or groups of arrays, got {kind}")
+    for part in parts:
+        _check_pixels(name, part)
+    lengths, shapes = {len(group) for group in groups}, {part.shape for part in parts}
+    if len(lengths) > 1 or len(shapes) > 1:
+        raise ValueError(f"{name}: groups of {lengths} frames of {shapes}: expected one size")
+    return (len(groups), *lengths, *parts[0].shape)
+
+
+def _check_pixels(name: str, array: Tensor | np.ndarray) -> None:
+    if array.dtype != (torch.uint8 if isinstance(array, Tensor) else UINT8):
+        raise TypeError(f"{name}: expected uint8, got {array.dtype}")

@@ -26,6 +26,7 @@ from ..model import InteractionModel, KvBudget, ModelState, TickInput, TickOutpu
 from ..model.backbone import check_ragged
 from ..model.buffers import Bucket
 from ..model.replay import PastTick
+from ..model.tick_input import Groups
 from .follow import compare, weight_facts
 from .message import pack, pack_past, pack_tick
 
@@ -191,8 +192,10 @@ class LeadModel(InteractionModel):
         with contextlib.suppress(RankLost):
             self._send("stop", {})
 
-    def _send(self, op: str, words: dict[str, Any], arrays: list[np.ndarray] | None = None) -> None:
-        self._ranks.broadcast(pack(self._words(op, words), arrays or []))
+    def _send(
+        self, op: str, words: dict[str, Any], arrays: Sequence[np.ndarray | Groups] = ()
+    ) -> None:
+        self._ranks.broadcast(pack(self._words(op, words), arrays))
 
     def _words(self, op: str, words: dict[str, Any]) -> dict[str, Any]:
         calls = list(self._calls)

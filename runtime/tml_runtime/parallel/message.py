@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,43 +17,47 @@ from torch import Tensor
 
 from ..model import TickInput
 from ..model.replay import PastTick
+from ..model.tick_input import Frames, Groups
 
 ALIGNMENT = 16
 
 
-def pack(words: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> np.ndarray:
-    """uint8 [bytes]. Floats and integers of the words come back as they were."""
-    shapes = [[array.dtype.str, list(array.shape)] for array in arrays]
+def pack(words: dict[str, Any], arrays: Sequence[np.ndarray | Groups] = ()) -> np.ndarray:
+    """uint8 [bytes]. Floats and integers of the words come back as they were, groups of frames as
+    one array."""
+    shapes = [_dtype_and_shape(array) for array in arrays]
     head = json.dumps([words, shapes]).encode()
-    pieces = [np.array([len(head)], np.int64).tobytes(), head]
-    size = 8 + len(head)
-    for array in arrays:
-        padding = -size % ALIGNMENT
-        pieces += [bytes(padding), np.ascontiguousarray(array).tobytes()]
-        size += padding + array.nbytes
-    return np.frombuffer(b"".join(pieces), np.uint8)
+    places, size = _places(shapes, 8 + len(head))
+    message = np.zeros(size, np.uint8)
+    message[:8] = np.array([len(head)], np.int64).view(np.uint8)
+    message[8 : 8 + len(head)] = np.frombuffer(head, np.uint8)
+    for array, place, (dtype, shape) in zip(arrays, places, shapes, strict=True):
+        _fill(message[place].view(dtype).reshape(shape), array)
+    return message
 
 
 def unpack(message: np.ndarray) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The words and arrays of `pack`, which the caller may write to."""
+    """The words and arrays of `pack`; these are views of the message."""
     end = 8 + int(message[:8].view(np.int64)[0])
     words, shapes = json.loads(message[8:end].tobytes())
-    arrays = []
-    for dtype, shape in shapes:
-        begin = end + -end % ALIGNMENT
-        end = begin + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        arrays.append(np.frombuffer(bytearray(message[begin:end]), dtype).reshape(shape))
+    places, _ = _places(shapes, end)
+    arrays = [
+        message[place].view(dtype).reshape(shape)
+        for place, (dtype, shape) in zip(places, shapes, strict=True)
+    ]
     return words, arrays
 
 
 def pack_tick(tick: TickInput, words: dict[str, Any]) -> np.ndarray:
     """The same tick on every rank, with `words` in front of it."""
-    arrays = [x.numpy() for x in (tick.slot_S, tick.pcm_S_W, tick.missing_S)]
+    arrays: list[np.ndarray | Groups] = [
+        x.numpy() for x in (tick.slot_S, tick.pcm_S_W, tick.missing_S)
+    ]
     rows = []
     for row, frames in enumerate(tick.frames):
         if frames is not None:
             rows.append(row)
-            arrays.append(frames.cpu().numpy() if isinstance(frames, Tensor) else frames)
+            arrays.append(_on_host(frames))
     text = [_ids(ids) for ids in tick.text]
     return pack({**words, "text": text, "framed": rows, "rows": len(tick.frames)}, arrays)
 
@@ -71,13 +76,17 @@ def unpack_tick(words: dict[str, Any], arrays: list[np.ndarray]) -> TickInput:
     )
 
 
-def pack_past(past: Sequence[PastTick]) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+def pack_past(
+    past: Sequence[PastTick],
+) -> tuple[list[dict[str, Any]], list[np.ndarray | Groups]]:
     """Words and arrays of ticks that are to be replayed."""
-    words, arrays = [], []
+    words: list[dict[str, Any]] = []
+    arrays: list[np.ndarray | Groups] = []
     for tick in past:
+        frames = [] if tick.frames is None else [_on_host(tick.frames)]
         framed = tick.frames is not None
         words.append({"missing": bool(tick.missing), "text": _ids(tick.text), "framed": framed})
-        arrays += [tick.pcm_W, tick.token_K, tick.mel_M_B, *([tick.frames] if framed else [])]
+        arrays += [tick.pcm_W, tick.token_K, tick.mel_M_B, *frames]
     return words, arrays
 
 
@@ -88,6 +97,36 @@ def unpack_past(words: list[dict[str, Any]], arrays: list[np.ndarray]) -> list[P
         frames = next(given) if tick["framed"] else None
         past.append(PastTick(pcm_W, tick["missing"], frames, tick["text"], token_K, mel_M_B))
     return past
+
+
+def _on_host(frames: Frames) -> np.ndarray | Groups:
+    return frames.cpu().numpy() if isinstance(frames, Tensor) else frames
+
+
+def _dtype_and_shape(array: np.ndarray | Groups) -> tuple[str, list[int]]:
+    if isinstance(array, np.ndarray):
+        return array.dtype.str, list(array.shape)
+    first = array[0][0]
+    return first.dtype.str, [len(array), len(array[0]), *first.shape]
+
+
+def _places(shapes: Sequence[tuple[str, list[int]]], begin: int) -> tuple[list[slice], int]:
+    """Where arrays lie behind byte `begin`, and where the last one ends."""
+    places = []
+    for dtype, shape in shapes:
+        begin += -begin % ALIGNMENT
+        places.append(slice(begin, begin + np.dtype(dtype).itemsize * math.prod(shape)))
+        begin = places[-1].stop
+    return places, begin
+
+
+def _fill(to: np.ndarray, source: np.ndarray | Groups) -> None:
+    if isinstance(source, np.ndarray):
+        to[...] = source
+        return
+    for group, frames in zip(to, source, strict=True):
+        for place, frame_H_W_3 in zip(group, frames, strict=True):
+            place[...] = frame_H_W_3
 
 
 def _ids(ids: Sequence[int]) -> list[int]:
