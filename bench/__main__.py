@@ -15,6 +15,7 @@ COMMANDS = {
     "tick": "the runtime's tick: histogram and misses",
     "sessions": "how many sessions hold the period, over bad lines; or one combination for an hour",
     "interaction": "how a model interacts, over bad lines: synthetic twins of published benchmarks",
+    "host": "what a tick takes of the host, with the device's half left out",
     "kv": "a simulated day of the rolling cache's host side: pages, work and time a tick",
     "quant": "what packing a model's matrices costs in accuracy",
     "ceilings": "bandwidth, matrix rate and launch cost of this GPU",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TypeVar
+
+Value = TypeVar("Value")
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
@@ -19,3 +22,22 @@ def whole(least: int, most: int) -> Callable[[str], int]:
 
 count = whole(1, 4096)
 seed = whole(0, 2**32 - 1)
+
+
+def list_of(one: Callable[[str], Value]) -> Callable[[str], list[Value]]:
+    """What argparse takes as a type: values between commas."""
+
+    def values(text: str) -> list[Value]:
+        return [one(part.strip()) for part in text.split(",")]
+
+    return values
+
+
+def frame_size(text: str) -> tuple[int, int] | None:
+    """Width and height; None for none."""
+    if text == "none":
+        return None
+    width, by, height = text.partition("x")
+    if not by:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a size such as 320x240")
+    return count(width), count(height)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from .progress import progress
 from .report import write_json
 
 if TYPE_CHECKING:
-    from .feed import FrameSize
     from .sessions_run import Combination, Setting
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -45,13 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_arguments(parser)
     lists = {
         "sessions": (arguments.count, "1,2,4,8", "N,..", "that ask for a place"),
-        "video": (_video, "none", "SIZE,..", "none, or width and height such as 320x240"),
+        "video": (
+            arguments.frame_size,
+            "none",
+            "SIZE,..",
+            "none, or width and height such as 320x240",
+        ),
         "profile": (_profile, "clean", "NAME,..", "clean, wifi, 4g, loss2, loss5 or outage"),
     }
     for name, (one, default, metavar, text) in lists.items():
         text += " (default %(default)s)"
         parser.add_argument(
-            f"--{name}", type=_list_of(one), default=default, metavar=metavar, help=text
+            f"--{name}", type=arguments.list_of(one), default=default, metavar=metavar, help=text
         )
     parser.add_argument(
         "--seconds",
@@ -205,15 +208,6 @@ def _check(args: argparse.Namespace, combinations: list[Combination]) -> None:
             raise SystemExit(str(error)) from None
 
 
-def _list_of(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """What argparse takes as a type: values between commas."""
-
-    def values(text: str) -> list[Any]:
-        return [one(part.strip()) for part in text.split(",")]
-
-    return values
-
-
 def _pages(text: str) -> int | str:
     if text != "auto" and not (text.isdecimal() and int(text) > 1):
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 1")
@@ -228,15 +222,6 @@ def _positive(text: str) -> float:
     if not 0.0 < value <= MOST_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number in 0..{MOST_SECONDS} (above 0)")
     return value
-
-
-def _video(text: str) -> FrameSize | None:
-    if text == "none":
-        return None
-    width, by, height = text.partition("x")
-    if not by:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither none nor a size such as 320x240")
-    return arguments.count(width), arguments.count(height)
 
 
 def _profile(text: str) -> str:
