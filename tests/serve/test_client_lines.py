@@ -194,7 +194,7 @@ def test_an_interruption_that_was_taken_counts_though_its_answer_was_lost(run) -
 
     async def talk() -> None:
         async with client_of(answer) as client:
-            await eventually(lambda: client._events.qsize() == 3)  # not taken yet
+            await eventually(lambda: len(client._inbound) == 3)  # not taken yet
             await client.interrupt()
             await eventually(lambda: client.resumes == 1)
             events = [event async for event in client]

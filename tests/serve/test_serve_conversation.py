@@ -124,7 +124,7 @@ def test_after_an_interruption_nothing_old_comes(run) -> None:
 def test_the_client_drops_what_is_older_than_its_interruption(run) -> None:
     async def talk() -> None:
         async with serve() as served, connect(served.url) as client:
-            await eventually(lambda: client._events.qsize() > 5)  # not taken yet
+            await eventually(lambda: len(client._inbound) > 5)  # not taken yet
             await client.interrupt()
             await eventually(lambda: client.epoch == 1)
             events = await collect(client, 4, Speech)

@@ -32,6 +32,7 @@ from .events import (
     service_error,
     speech_event,
 )
+from .inbound import Inbound
 from .kept import Kept
 from .playback import Playback
 from .protocol import (
@@ -47,7 +48,6 @@ from .protocol import (
     encode_media,
 )
 
-_MAX_EVENTS = 256  # not yet taken by the application; then the connection is read no further
 _RETRY_S = (0.05, 0.1, 0.2, 0.5, 1.0)  # between attempts to resume; the last one goes on
 _POSITION_EVERY_S = 0.2
 _HEARTBEAT_S = 10.0
@@ -95,12 +95,11 @@ class Client:
         self._options = options
         self._ws: aiohttp.ClientWebSocketResponse[Any] | None = None
         self._welcome: Welcome | None = None
-        self._events: asyncio.Queue[Event | BaseException | None] = asyncio.Queue(_MAX_EVENTS)
+        self._inbound = Inbound()
         self._reader: asyncio.Task[None] | None = None
         self._resending: asyncio.Task[None] | None = None
         self._socket: Any = None  # of the newest connection
         self._closed = False
-        self._epoch = 0
         self._audio_seq = self._video_seq = 0
         self._capture = 0  # samples sent and about to be: the capture clock
         self._rest = np.zeros(0, np.int16)  # not yet a whole frame
@@ -110,8 +109,6 @@ class Client:
         self.playback = Playback(1)
         self.resumes = 0
         self.unsent_frames = 0  # while there was no connection
-        self.lost_outputs = 0  # sequence numbers that never came and were not fenced off
-        self._next_seq = 0
 
     @property
     def welcome(self) -> Welcome:
@@ -121,7 +118,12 @@ class Client:
 
     @property
     def epoch(self) -> int:
-        return self._epoch
+        return self._inbound.epoch
+
+    @property
+    def lost_outputs(self) -> int:
+        """Sequence numbers that never came and were not fenced off."""
+        return self._inbound.lost
 
     @property
     def media_now(self) -> float:
@@ -153,7 +155,7 @@ class Client:
     async def send_piece(self, pcm: np.ndarray, *, seq: int, stamp: int) -> None:
         """One frame of int16 samples, for a caller that numbers and stamps them itself."""
         payload = memoryview(pcm.astype("<i2", copy=False).tobytes())
-        await self._send_media(Media(Kind.AUDIO, seq, stamp, payload, self._epoch))
+        await self._send_media(Media(Kind.AUDIO, seq, stamp, payload, self.epoch))
 
     async def send_video(self, frame: np.ndarray | bytes, *, stamp: int | None = None) -> None:
         """A JPEG as bytes, or a raw uint8 RGB frame [H, W, 3], both sides multiples of the patch.
@@ -168,9 +170,9 @@ class Client:
                 raise ValueError(f"frame: expected uint8 [H, W, 3]: {frame.dtype} {frame.shape}")
             height, width, _ = frame.shape
             payload = memoryview(frame.tobytes())
-            media = Media(Kind.RGB, seq, at, payload, self._epoch, width, height)
+            media = Media(Kind.RGB, seq, at, payload, self.epoch, width, height)
         else:
-            media = Media(Kind.JPEG, seq, at, memoryview(frame), self._epoch)
+            media = Media(Kind.JPEG, seq, at, memoryview(frame), self.epoch)
         await self._send_media(media)
 
     async def send_text(self, text: str) -> None:
@@ -207,13 +209,12 @@ class Client:
         self._closed = True
         await self._say_bye()
         if self._reader is not None:
-            self._make_room()
+            self._inbound.make_room()  # the reader can end though nobody takes its events
             await asyncio.wait([self._reader], timeout=1.0)
             if not self._reader.done():  # no answer; whoever iterates must not wait for one
                 self._reader.cancel()
                 await asyncio.wait([self._reader])
-                self._make_room()
-                self._events.put_nowait(None)
+                self._inbound.end_now()
         if self._ws is not None:
             await self._ws.close()
         if self._resending is not None:
@@ -234,13 +235,7 @@ class Client:
         return self
 
     async def __anext__(self) -> Event:
-        event = await self._events.get()
-        if event is None or isinstance(event, BaseException):
-            self._events.put_nowait(event)  # for whoever asks again
-            if event is None:
-                raise StopAsyncIteration
-            raise event
-        return event
+        return await self._inbound.take()
 
     # The connection
 
@@ -272,10 +267,10 @@ class Client:
         self._clock = ((began_s + arrived_s) / 2, welcome.media_now)
         if resume is None:
             self.playback = Playback(welcome.sample_rate_out)
-        num_taken = max(0, welcome.epoch - self._epoch)
+        num_taken = max(0, welcome.epoch - self.epoch)
         self._kept.connected(text_seq=welcome.text_seq, num_taken=num_taken)
         if num_taken > 0:  # and the answers were lost with the old connection
-            self._begin_epoch(welcome.epoch, welcome.next_seq)
+            self._inbound.begin_epoch(welcome.epoch, welcome.next_seq)
         self._ws, self._socket = ws, ws.get_extra_info("socket")
 
     async def _await_welcome(self, ws: aiohttp.ClientWebSocketResponse[Any]) -> Welcome:
@@ -295,15 +290,15 @@ class Client:
                 except (_ConnectionLostError, aiohttp.ClientError, ConnectionError) as error:
                     if self._closed:
                         break
-                    await self._events.put(Notice("connection_lost", str(error)))
+                    await self._inbound.put(Notice("connection_lost", str(error)))
                     if not await self._resume():
                         break
                 else:
                     break
         except Exception as error:  # whoever iterates gets it: a reader that died is no silence
-            await self._events.put(error)
-            return
-        await self._events.put(None)
+            await self._inbound.end(error)
+        else:
+            await self._inbound.end()
 
     async def _resume(self) -> bool:
         """Whether there is a connection again; False once the client was closed. Raises
@@ -311,7 +306,7 @@ class Client:
         give_up_s = time.monotonic() + self.welcome.grace_s
         self._ws = None
         self.drop_connection()  # else who waits for room on a dead line would for minutes
-        epoch = self._epoch
+        epoch = self.epoch
         attempt, wait_s = 0, 0.0
         while not self._closed:
             await asyncio.sleep(max(wait_s, _RETRY_S[min(attempt, len(_RETRY_S) - 1)]))
@@ -329,9 +324,9 @@ class Client:
                 continue
             self.resumes += 1
             self._resending = asyncio.create_task(self._send_again(), name="tml-client-again")
-            await self._events.put(Notice("resumed", f"after {attempt} attempts"))
-            if self._epoch > epoch:
-                await self._events.put(Epoch(self._epoch))
+            await self._inbound.put(Notice("resumed", f"after {attempt} attempts"))
+            if self.epoch > epoch:
+                await self._inbound.put(Epoch(self.epoch))
             if self._closed:  # meanwhile, when there was nothing to say it on
                 await self._say_bye()
             return True
@@ -364,11 +359,10 @@ class Client:
         raise _ConnectionLostError(f"closed with code {ws.close_code}")
 
     async def _on_speech(self, media: Media) -> None:
-        self._count(media.seq)
-        if media.epoch >= self._epoch:
-            event = speech_event(media)
+        event = speech_event(media)
+        if self._inbound.count(event):
             self.playback.received(event.stamp, len(event.pcm), time.monotonic())
-            await self._events.put(event)
+            await self._inbound.put(event)
 
     async def _on_message(self, values: dict[str, Any]) -> None:
         kind = values["type"]
@@ -377,39 +371,20 @@ class Client:
             if not isinstance(epoch, int) or not isinstance(next_seq, int):
                 raise ProtocolError("epoch and next_seq are integers", field="epoch")
             self._kept.answered()
-            self._begin_epoch(epoch, next_seq)
-            await self._events.put(Epoch(self._epoch))
+            self._inbound.begin_epoch(epoch, next_seq)
+            await self._inbound.put(Epoch(self.epoch))
         elif kind == "error":
             error = service_error(values)
             if error.code == "slow_consumer":  # the session waits
                 raise _ConnectionLostError(str(error))
             if values.get("fatal"):
                 raise error
-            await self._events.put(Notice(error.code, str(values.get("message"))))
+            await self._inbound.put(Notice(error.code, str(values.get("message"))))
         elif kind in ("text", "action"):
             event = output_event(values)
             assert event is not None
-            self._count(event.seq)
-            if event.epoch >= self._epoch:
-                await self._events.put(event)
-
-    def _count(self, seq: int) -> None:
-        self.lost_outputs += max(0, seq - self._next_seq)
-        self._next_seq = max(self._next_seq, seq + 1)
-
-    def _begin_epoch(self, epoch: int, next_seq: int) -> None:
-        """And drop what is older, of what the application has not taken yet."""
-        self._epoch = max(self._epoch, epoch)
-        self._next_seq = next_seq
-        waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
-        for event in waiting:
-            if getattr(event, "epoch", self._epoch) >= self._epoch:
-                self._events.put_nowait(event)
-
-    def _make_room(self) -> None:
-        """So that the reader can end though nobody takes its events."""
-        while self._events.qsize() > _MAX_EVENTS // 2:
-            self._events.get_nowait()
+            if self._inbound.count(event):
+                await self._inbound.put(event)
 
     async def _send_media(self, media: Media) -> None:
         if not await self._send(encode_media(media)):
