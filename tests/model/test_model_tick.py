@@ -297,9 +297,8 @@ def test_gpu_tick_follows_the_cpu() -> None:
     )
     for target, source in copies:
         target.view.copy_(source.view)
-    gpu = InteractionModel(
-        CONFIG, gpu.weights, gpu.report
-    )  # which reads scales of the weights once
+    # made anew, for it reads scales of the weights once
+    gpu = InteractionModel(CONFIG, gpu.weights, gpu.report)
     tick = make_tick({0: Client(CONFIG, 1).next()})
     outs = [model.tick(new_state(model, {0: 1}), tick) for model in (cpu, gpu)]
     assert_matches(outs[1].mel_S_K_B[:, 0], outs[0].mel_S_K_B[:, 0], limit=1e-3)

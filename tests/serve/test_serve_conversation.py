@@ -51,9 +51,8 @@ def test_what_is_said_comes_out_in_order_and_in_time(run) -> None:
             assert client.lost_outputs == 0
         speech = [event for event in events if isinstance(event, Speech)]
         for before, after in itertools.pairwise(speech):
-            assert (
-                int(after.pcm[0]) - int(before.pcm[0]) == 32 and len(after.pcm) == N
-            )  # no tick less
+            assert int(after.pcm[0]) - int(before.pcm[0]) == 32  # no tick less
+            assert len(after.pcm) == N
             assert after.stamp > before.stamp and after.stamp % N == 0  # some may be skipped
         assert speech[0].stamp >= N and speech[0].pcm[0] == 0  # the first tick is due when it ran
         seqs = [event.seq for event in events if isinstance(event, (Speech, Text, Action))]

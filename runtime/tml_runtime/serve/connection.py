@@ -212,10 +212,8 @@ class Connection:
             if message.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
                 self._offended = isinstance(message.data, WebSocketError)
                 return
-            if self._urgent:
-                await asyncio.sleep(
-                    0
-                )  # what is answered goes out though more lies ready to be read
+            if self._urgent:  # what is answered goes out though more lies ready to be read
+                await asyncio.sleep(0)
             self._check_rate(size := size_of(message.data))
             try:
                 if message.type is WSMsgType.TEXT:

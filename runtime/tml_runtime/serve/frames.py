@@ -79,9 +79,7 @@ def fitted_size(width: int, height: int, grid: FrameGrid) -> tuple[int, int]:
 def _fitted(image: Any, grid: FrameGrid) -> np.ndarray:
     width, height = image.size
     width, height = fitted_size(width, height, grid)
-    image.draft(
-        "RGB", (width, height)
-    )  # decodes at an eighth, quarter or half where that is enough
+    image.draft("RGB", (width, height))  # decodes an eighth, quarter or half if that is enough
     image = image.convert("RGB")
     if image.size != (width, height):
         image = image.resize((width, height))
