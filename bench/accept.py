@@ -1,11 +1,11 @@
 """`python -m bench accept --out DIR`: everything that can be checked on this machine, in one run.
 
 Builds the extensions in place, runs the GPU tests, measures ceilings, times each op against its
-floor and peers, runs a short tick, compiles the kernels, runs the other tests. Writes
-DIR/accept.json, accept.md and log.txt. Each section is a process of its own with a time limit; one
-that crashes is a failed check and the others go on. What cannot run here is listed with its reason.
-Ctrl-C and SIGTERM end it and all that it started; what phases before had found stays written. Exit
-status 1 when a check failed or none was real.
+floor and peers, runs a short tick and ticks of the host alone, compiles the kernels, runs the other
+tests. Writes DIR/accept.json, accept.md and log.txt. Each section is a process of its own with a
+time limit; one that crashes is a failed check and the others go on. What cannot run here is listed
+with its reason. Ctrl-C and SIGTERM end it and all that it started; what phases before had found
+stays written. Exit status 1 when a check failed or none was real.
 """
 
 from __future__ import annotations

@@ -204,6 +204,20 @@ def from_tick(section: str, done: Finished, report: Path) -> list[Check]:
     return checks
 
 
+def from_host(section: str, done: Finished, report: Path) -> list[Check]:
+    """Its times are in the detail alone: a host's vary too much to be compared run by run."""
+    content = _read(report)
+    if content is None or done.rc != 0:
+        return [unfinished(section, done)]
+    checks = []
+    for row in content["rows"]:
+        times = {part: row[f"{part}_us"]["p50"] for part in ("take", "stage", "after", "publish")}
+        detail = ", ".join(f"{part} {time:.0f}" for part, time in times.items())
+        label = f"{row['ticks']} ticks, {row['sessions']} sessions, video {row['video']}"
+        checks.append(Check(section, label, "passed", f"us p50: {detail}"))
+    return checks
+
+
 def _read(report: Path) -> dict[str, Any] | None:
     try:
         return read_json(report)

@@ -69,6 +69,7 @@ def plan(
         [_ceilings(scratch / "ceilings.json", no_gpu)],
         [_op(name, scratch, seconds, smoke, gpu) for name in ops],
         [_tick(scratch / "tick.json", smoke)],
+        [_host(scratch / "host.json", smoke)],
         [
             _compile(scratch / "compile.json", smoke),
             _tests("tests", scratch / "tests.xml", smoke=smoke),
@@ -169,8 +170,8 @@ def _op(name: str, scratch: Path, seconds: Mapping[str, float], smoke: bool, gpu
         name,
         (*BENCH, op, *options, *(["--smoke"] if smoke else [])),
         lambda done: checks.from_op(name, done, report),
-        limit_s=sum(seconds.values())
-        + 120,  # all of them, to start, to check, and for cases begun in time
+        # all of them, to start, to check, and for cases begun in time
+        limit_s=sum(seconds.values()) + 120,
     )
 
 
@@ -182,6 +183,18 @@ def _tick(report: Path, smoke: bool) -> Section:
         (*BENCH, "tick", "--json", str(report), *scope),
         lambda done: checks.from_tick("tick", done, report),
         limit_s=45,
+    )
+
+
+def _host(report: Path, smoke: bool) -> Section:
+    sizes = "none" if smoke else "none,640x480"
+    sessions, ticks = ("1", "2") if smoke else ("1,32", "100")
+    scope = ("--sessions", sessions, "--video", sizes, "--ticks", ticks)
+    return Section(
+        "host",
+        (*BENCH, "host", "--json", str(report), *scope),
+        lambda done: checks.from_host("host", done, report),
+        limit_s=60,
     )
 
 

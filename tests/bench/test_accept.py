@@ -15,6 +15,7 @@ import pytest
 from bench import checks, sections
 from bench.accept import Report
 from bench.checks import Check, totals
+from bench.host import PARTS
 from bench.paths import ROOT, child_env
 from bench.process import Finished, run
 from bench.report import SCHEMA, clip, read_json, read_result, write_json
@@ -160,6 +161,22 @@ def test_tick_report_is_read(tmp_path: Path) -> None:
     assert [c.result for c in checks.from_tick("tick", DONE, report)] == ["passed", "passed"]
     write_json(report, content | {"realtime": False})
     assert len(checks.from_tick("tick", DONE, report)) == 1
+
+
+def test_host_report_is_read(tmp_path: Path) -> None:
+    report = tmp_path / "host.json"
+    parts = {f"{part}_us": {"p50": n, "p99": 9} for n, part in enumerate(PARTS, 1)}
+    row = {"sessions": 8, "video": "none", "ticks": 50, **parts}
+    write_json(report, {"kind": "host", "rows": [row, {**row, "video": "80x80"}]})
+    found = checks.from_host("host", DONE, report)
+    assert [c.name for c in found] == [
+        "50 ticks, 8 sessions, video none",
+        "50 ticks, 8 sessions, video 80x80",
+    ]
+    assert {c.detail for c in found} == {"us p50: take 1, stage 2, after 3, publish 4"}
+    failed = checks.from_host("host", dataclasses.replace(DONE, rc=1), report)
+    assert [c.result for c in failed] == ["failed"]
+    assert [c.result for c in checks.from_host("host", DONE, tmp_path / "none")] == ["failed"]
 
 
 def test_backends_are_read() -> None:
@@ -320,7 +337,7 @@ def test_plan_times_nothing_beside_anything_else() -> None:
         for smoke in (True, False):
             phases = sections.plan(Path("x"), smoke=smoke, gpu=gpu)
             for phase in phases:
-                alone = [s for s in phase if s.name in ("ceilings", "tick")]
+                alone = [s for s in phase if s.name in ("ceilings", "tick", "host")]
                 assert not alone or len(phase) == 1
                 ops = [s for s in phase if s.name.startswith("op ")]
                 assert not ops or len(phase) == len(ops)
@@ -373,7 +390,7 @@ def test_smoke_run_on_this_machine(tmp_path: Path) -> None:
     failed = [c for c in content["checks"] if c["result"] == "failed"]
     assert failed == [], failed
     ran = {c["section"] for c in content["checks"] if c["result"] == "passed"}
-    assert {"backends", "kernels", "tests", "op rms_norm", "tick"} <= ran
+    assert {"backends", "kernels", "tests", "op rms_norm", "tick", "host"} <= ran
     for check in content["checks"]:
         assert check["result"] != "skipped" or check["detail"], check
     assert f"{content['totals']['real']} real checks" in done.output
