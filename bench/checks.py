@@ -211,8 +211,8 @@ def from_host(section: str, done: Finished, report: Path) -> list[Check]:
         return [unfinished(section, done)]
     checks = []
     for row in content["rows"]:
-        times = {part: row[f"{part}_us"]["p50"] for part in ("take", "stage", "after", "publish")}
-        detail = ", ".join(f"{part} {time:.0f}" for part, time in times.items())
+        times = {name: value["p50"] for name, value in row.items() if name.endswith("_us")}
+        detail = ", ".join(f"{name.removesuffix('_us')} {us:.0f}" for name, us in times.items())
         label = f"{row['ticks']} ticks, {row['sessions']} sessions, video {row['video']}"
         checks.append(Check(section, label, "passed", f"us p50: {detail}"))
     return checks

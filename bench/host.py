@@ -1,11 +1,11 @@
 """`python -m bench host`: what a tick takes of the host, with the device's half left out. No GPU.
 
 Clients on a clean line send 20 ms pieces (and, with --video, ten frames a second) to a runtime on
-the virtual clock, whose model stages every tick and says nothing. take: from the tick's wake-up on,
-what came for its windows. stage: where its tokens and keys go, and what the device is sent. after:
-the books of the cache once the device is done. publish: to the queues of the clients, the vocoder
-left out. In a tick of real time, take and stage lie before the launch, and after and publish before
-speech goes out.
+the virtual clock, whose model stages every tick and computes nothing. take: from the tick's wake-up
+on, what came for its windows. stage: where its tokens and keys go, and what the device is sent.
+after: the books of the cache once the device is done. publish: to the queues of the clients, the
+vocoder left out. In a tick of real time, take and stage lie before the launch, and after and
+publish before speech goes out.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class HostModel(InteractionModel):
 
 
 class NoDevice:
-    """A Runner whose rows say token 0 and the quietest sound that there is."""
+    """A Runner that computes nothing: what rows say is what the buffers were made with."""
 
     def begin(self, tick: TickInput, needed: Bucket) -> TickInput:
         return tick

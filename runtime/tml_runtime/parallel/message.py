@@ -84,8 +84,8 @@ def pack_past(
     arrays: list[np.ndarray | Groups] = []
     for tick in past:
         frames = [] if tick.frames is None else [_on_host(tick.frames)]
-        framed = tick.frames is not None
-        words.append({"missing": bool(tick.missing), "text": _ids(tick.text), "framed": framed})
+        missing, framed = bool(tick.missing), len(frames) > 0
+        words.append({"missing": missing, "text": _ids(tick.text), "framed": framed})
         arrays += [tick.pcm_W, tick.token_K, tick.mel_M_B, *frames]
     return words, arrays
 
