@@ -17,8 +17,8 @@ import numpy as np
 from aiohttp import WebSocketError, WSMessage, WSMsgType, web
 
 from .._tick import now_ns
-from .frames import decode_jpeg
 from .limits import TokenBucket
+from .pictures import Pictures
 from .protocol import (
     MAX_CONTROL_BYTES,
     SUBPROTOCOL,
@@ -79,8 +79,9 @@ class Connection:
         self._num_errors = 0
         self._num_lost = 0
         self._told_s = 0.0  # when a refused input was last told
-        self._waiting_frame: tuple[Media, int] | None = None
-        self._decoding: asyncio.Task[None] | None = None
+        self._pictures = Pictures(
+            service.decoders, service.grid, self._on_picture, self._refuse_message
+        )
 
     async def run(self) -> web.WebSocketResponse:
         """From the upgrade to the end, however it comes."""
@@ -275,38 +276,20 @@ class Connection:
 
     def _on_media(self, media: Media, arrived_ns: int) -> None:
         served = self._session()
-        if media.kind is not Kind.JPEG:
-            with self.service.guard(served):
-                if media.kind is Kind.AUDIO:
-                    served.take_media(media, None, arrived_ns)
-                else:
-                    served.take_raw(media, self.service.grid, arrived_ns)
+        if media.kind is Kind.JPEG:
+            served.shed_frames += self._pictures.add(media, arrived_ns)
             return
-        if self._waiting_frame is not None:
-            served.shed_frames += 1
-        self._waiting_frame = media, arrived_ns  # one is decoded, the newest waits
-        if self._decoding is None:
-            self._decoding = asyncio.create_task(self._decode_frames())
+        with self.service.guard(served):
+            if media.kind is Kind.AUDIO:
+                served.take_media(media, None, arrived_ns)
+            else:
+                served.take_raw(media, self.service.grid, arrived_ns)
 
-    async def _decode_frames(self) -> None:
-        loop = asyncio.get_running_loop()
-        served, service = self._session(), self.service
-        try:
-            while (waiting := self._waiting_frame) is not None:
-                self._waiting_frame = None
-                media, arrived_ns = waiting
-                try:
-                    frame: np.ndarray = await loop.run_in_executor(
-                        service.decoders, decode_jpeg, media.payload, service.grid
-                    )
-                    if served.connection is not self:
-                        return
-                    with service.guard(served):
-                        served.take_media(media, frame, arrived_ns)
-                except ProtocolError as error:
-                    self._refuse_message(error)
-        finally:
-            self._decoding = None
+    def _on_picture(self, media: Media, frame: np.ndarray, arrived_ns: int) -> None:
+        served = self._session()
+        if served.connection is self:
+            with self.service.guard(served):
+                served.take_media(media, frame, arrived_ns)
 
     def _refuse_message(self, error: ProtocolError) -> None:
         if error.code is ErrorCode.REFUSED_INPUT:  # late, or a full queue: no sin, but seldom told
@@ -390,8 +373,7 @@ class Connection:
             timer.cancel()
 
     async def _finish(self, sender: asyncio.Task[None] | None) -> None:
-        if self._decoding is not None:
-            self._decoding.cancel()
+        self._pictures.stop()
         if sender is None:
             return
         if self._close_code is None:
