@@ -19,6 +19,7 @@ import torch
 from ._tick import Schedule, TickThread, now_ns
 from .checks import Sampling
 from .clock import QuietCollector, VirtualClock, quick_switches, torch_threads
+from .delivery import Delivery
 from .errors import LoopFailed, NotRunning
 from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
@@ -112,6 +113,7 @@ class Runtime:
         self._slots = Slots(num_slots)
         self._batch = Batch(num_slots, self._spec.window_samples)
         self._metrics = Metrics(period_ns=self._spec.window_ns, ranges=ranges())
+        self._delivery = Delivery(self._state, self._voices, self._metrics)
         self._collector = QuietCollector()
         self._overload = Overload()
         self._upkeep = Upkeep(model, self._state, self._voices, self._now_ns, self._metrics)
@@ -321,7 +323,8 @@ class Runtime:
         self._metrics.lap("take")
         if seats:
             self._metrics.launch()
-            self._publish(tick, seats, self._think(inputs))
+            self._delivery.publish(tick, seats, self._think(inputs))
+            self._metrics.lap("publish")
         elif self._keep_alive is not None:
             self._keep_alive()
         done_ns, throttle = self._now_ns(), self._watch.throttle
@@ -376,33 +379,6 @@ class Runtime:
         self._metrics.lap("model")
         self._metrics.set_output(out)
         return out
-
-    def _publish(self, tick: int, seats: list[Seat], out: TickOutput) -> None:
-        """A fault ends its session; everybody else's output goes out, if there is room for it."""
-        token_S_K, mel_S_K_B = out.token_S_K.cpu().numpy(), out.mel_S_K_B.cpu()
-        mel = mel_S_K_B.numpy()
-        fault_S = (out.fault_S.cpu().numpy() | ~np.isfinite(mel).all((1, 2))).tolist()
-        pcm_S = self._voices.speak([seat.slot for seat in seats], mel_S_K_B)
-        num_lost = num_faults = 0
-        for row, (seat, pcm) in enumerate(zip(seats, pcm_S, strict=True)):
-            try:
-                if row in out.refused:
-                    raise out.refused[row]
-                if fault_S[row]:
-                    raise FloatingPointError("the model's numbers were not finite")
-                if isinstance(pcm, Exception):
-                    raise pcm
-                if not np.isfinite(pcm).all():
-                    raise FloatingPointError("the vocoder's samples were not finite")
-                seat.remember(token_S_K[row], mel[row], self._state.length(seat.slot))
-                seat.stats.shed_frames += out.shed.get(row, 0)
-                num_lost += not seat.publish(tick, token_S_K[row], pcm)
-            except Exception as error:  # a plugged-in vocoder may raise anything
-                seat.fail(tick, error)
-                num_faults += 1
-        self._metrics.add("lost_outputs", num_lost)
-        self._metrics.add("faults", num_faults)
-        self._metrics.lap("publish")
 
     def _now_ns(self) -> int:
         return now_ns() if self.clock is None else self.clock.now_ns()
