@@ -97,6 +97,8 @@ def test_warmup_runs_every_kernel_once() -> None:
         warmup(gate, weights, max_tokens=0, **ROUTE)
     with pytest.raises(TypeError, match="top_k: expected an integer, got None"):
         warmup(gate, weights, max_tokens=2, scoring="softmax")
+    with pytest.raises(TypeError, match="max_tokens: expected an integer, got '2'"):
+        warmup(gate, weights, max_tokens="2", **ROUTE)  # type: ignore
 
 
 def test_warmup_takes_of_a_residual_as_many_rows_as_it_runs() -> None:
@@ -137,8 +139,10 @@ def test_explain_counts_what_must_move() -> None:
     assert many.mode == "grouped"
     assert 15.9 * expert < many.weight_bytes - 2 * expert <= 16 * expert
     assert "gate-up: fp32 weights" in str(many)
-    with pytest.raises(ValueError, match=r"1\.\.16, got 1 and 17"):
+    with pytest.raises(ValueError, match=r"top_k: expected 1\.\.16, got 17"):
         explain(weights, num_tokens=1, top_k=17)
+    with pytest.raises(TypeError, match=r"num_tokens: expected an integer, got 1\.0"):
+        explain(weights, num_tokens=1.0, top_k=4)  # type: ignore
 
 
 @pytest.mark.parametrize("num_tokens", [1, 20])

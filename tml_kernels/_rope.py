@@ -10,6 +10,8 @@ from decimal import Context, Decimal, localcontext
 import torch
 from torch import Tensor
 
+from ._numbers import check_int, check_number
+
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
@@ -22,6 +24,8 @@ def rope_increments(theta: float, head_width: int, device: torch.device | str) -
 
     Source: Su et al., "RoFormer", 2021, section 3.2.2.
     """
+    check_number("theta", theta)
+    check_int("head_width", head_width)
     if not 1 <= theta < float("inf"):
         raise ValueError(f"theta: expected a finite value of at least 1, got {theta}")
     if head_width <= 0 or head_width % 2:

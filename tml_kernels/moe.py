@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._numbers import check_count, check_positive
 from ._routing import Routing as Routing
 from ._routing import choose_blocking
 from .moe_weights import MoEWeights as MoEWeights
@@ -74,10 +75,8 @@ def warmup(
     rows. Returns the numbers of tokens run. On the CPU nothing is compiled, and the block runs all
     the same.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-    if type(top_k := route.get("top_k")) is not int:
-        raise TypeError(f"top_k: expected an integer, got {top_k!r}")
+    check_count("max_tokens", max_tokens)
+    top_k = check_count("top_k", route.get("top_k"))
     tokens, seen = [], set()
     for num_tokens in range(1, max_tokens + 1):
         kernels = (
@@ -146,11 +145,10 @@ def explain(
 
     >>> print(explain(weights, num_tokens=8, top_k=6, bandwidth=4.4e12))  # doctest: +SKIP
     """
-    if num_tokens < 1 or not 0 < top_k <= weights.num_experts:
-        raise ValueError(
-            f"num_tokens, top_k: expected at least 1 and 1..{weights.num_experts}, "
-            f"got {num_tokens} and {top_k}"
-        )
+    check_count("num_tokens", num_tokens)
+    check_count("top_k", top_k, 1, weights.num_experts)
+    if bandwidth is not None:
+        check_positive("bandwidth", bandwidth)
     blocking = choose_blocking(num_tokens, top_k, weights.num_experts)
     shared = weights.shared or weights
     blocks = blocking.max_blocks(num_tokens, top_k, weights.num_experts)

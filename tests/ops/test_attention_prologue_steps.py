@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from decimal import Decimal
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ def test_increments_are_the_nearest() -> None:
 )
 def test_bad_increments(theta: float, width: int, words: str) -> None:
     with pytest.raises(ValueError, match=words):
+        rope_increments(theta, width, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("theta", "width", "name"), [("1e4", 64, "theta"), (1e4, 64.0, "head_width")]
+)
+def test_increments_of_no_numbers(theta: Any, width: Any, name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected an? .*, got "):
         rope_increments(theta, width, "cpu")
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..._dims import Dims
 from ..._head_tiles import MAX_HEAD_WIDTH
+from ..._numbers import check_eps, check_int
 from ..._pages import FP8, write_rows
 from ..._ragged import ANY_SLOT, check_below, check_distinct, check_slots, check_start
 from ..._registry import refuse_grad, register_op
@@ -135,6 +136,8 @@ def attention_prologue(
     Source: `InklingAttention` and `InklingShortConvolution` of transformers 5.17; rotary halves as
     in its `LlamaAttention`.
     """
+    check_int("num_heads", num_heads)
+    check_eps(eps)
     dims = Dims(H=num_heads)
     dims.check(qkvr_T_J=qkvr_T_J, dtype=ACTIVATIONS)
     dtype, device = qkvr_T_J.dtype, qkvr_T_J.device

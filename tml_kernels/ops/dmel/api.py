@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_eps
 from ..._ragged import check_slots
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
@@ -120,6 +121,7 @@ def dmel(
     Deterministic. Raises TypeError or ValueError naming the argument.
     """
     dims = _check_sound(pcm_S_W, tail_N_L, slot_S, spec)
+    check_eps(eps)
     _check_table(dims, table_V_D, norm_weight_D, spec.num_bands, spec.num_levels, pcm_S_W.device)
     levels_S_F_B, work_S_F_Q = _buffers(dims, pcm_S_W, levels_S_F_B, work_S_F_Q)
     if out_S_F_D is None:
@@ -194,8 +196,8 @@ def dmel_embed(
     the table's dtype; norm_weight: [D], float32 or the table's dtype. Raises TypeError or
     ValueError naming the argument.
     """
-    if num_levels < 1:
-        raise ValueError(f"num_levels: expected at least 1, got {num_levels}")
+    check_count("num_levels", num_levels)
+    check_eps(eps)
     dims = Dims()
     dims.check(levels_T_B=levels_T_B, dtype=torch.uint8)
     if dims["B"] == 0:
@@ -213,6 +215,8 @@ def dmel_embed(
 
 
 def _check_sound(pcm_S_W: Tensor, tail_N_L: Tensor, slot_S: Tensor, spec: DmelSpec) -> Dims:
+    if not isinstance(spec, DmelSpec):
+        raise TypeError(f"spec: expected a DmelSpec, got {type(spec).__name__}")
     dims = Dims(L=spec.tail, B=spec.num_bands, Q=spec.num_bins)
     dims.check(pcm_S_W=pcm_S_W, dtype=torch.float32)
     dims.check(tail_N_L=tail_N_L, dtype=torch.float32, device=pcm_S_W.device)

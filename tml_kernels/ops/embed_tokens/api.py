@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_eps
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
@@ -141,6 +142,7 @@ def embed_tokens(
     """
     dims = Dims()
     dims.check(kind_T=kind_T, dtype=torch.int32)
+    check_eps(eps)
     device = kind_T.device
     dims.check(index_T=index_T, dtype=torch.int32, device=device)
     dims = _check_tables(dims, embed_V_D, embed_norm_D, table_Y_D, table_norm_D, num_levels, device)
@@ -185,8 +187,7 @@ def _check_tables(
     dims.check(embed_norm_D=embed_norm_D, table_norm_D=table_norm_D, dtype=norms, device=device)
     if not 0 < dims["D"] <= MAX_WIDTH:
         raise ValueError(f"embed_V_D: D={dims['D']} is not in 1..{MAX_WIDTH}")
-    if num_levels < 1:
-        raise ValueError(f"num_levels: expected at least 1, got {num_levels}")
+    check_count("num_levels", num_levels)
     if dims["Y"] == 0 or dims["Y"] % num_levels:
         raise ValueError(f"table_Y_D: {dims['Y']} rows are not bands of {num_levels=} each")
     return Dims(**dims, B=dims["Y"] // num_levels)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_flag
 from ..._registry import is_same, refuse_grad, register_op
 from ..._routing import Blocking, Routing, Schedule, check_schedule
 from ...moe_weights import MoEWeights
@@ -168,6 +169,7 @@ def fused_moe(
     dims = _check_input(x, weights, routing, expert_map)
     num_slots = dims["K"] + weights.num_shared
     check_activation(activation)
+    check_flag("quantize_x", quantize_x)
     if quantize_x:
         _check_fp8(x, weights)
     if out is None:

@@ -5,12 +5,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_finite
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
 from .configs import problem_of
@@ -97,10 +96,7 @@ def flow_head(
     if dims["W"] == 0 or dims["W"] % 2:
         raise ValueError(f"cond_W_D: expected an even head width, got W={dims['W']}")
     dims.check(seed_S=seed_S, counter_S=counter_S, dtype=torch.int64, device=device)
-    if num_steps < 1:
-        raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
-    if not -math.inf < guidance < math.inf:
-        raise ValueError(f"guidance: expected a finite number, got {guidance}")
+    _check_steps(num_steps, guidance)
     if out_S_B is None:
         out_S_B = cond_S_D.new_empty(dims["S"], dims["B"], dtype=torch.float32)
     else:
@@ -116,7 +112,14 @@ def flow_work_size(
     num_rows: int, weights: FlowWeights, *, num_steps: int, guidance: float = 1.0
 ) -> int:
     """float32 values of scratch that `flow_head` takes on a GPU."""
+    check_count("num_rows", num_rows, 0)
+    _check_steps(num_steps, guidance)
     return problem_of(num_rows, weights, num_steps, guidance).work_size()
+
+
+def _check_steps(num_steps: int, guidance: float) -> None:
+    check_count("num_steps", num_steps)
+    check_finite("guidance", guidance)
 
 
 def _scratch(

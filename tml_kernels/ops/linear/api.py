@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_finite
 from ..._registry import refuse_grad, refuse_same, register_op
 from ..._scratch import check_scratch, is_aligned
 from ...precision import ACTIVATIONS
@@ -131,8 +132,8 @@ def linear(
         wanted = ACTIVATIONS if out_dtype is None else out_dtype
         out_dims.check(out_T_F=out_T_F, dtype=wanted, device=x_T_D.device)
         refuse_same(out_T_F=out_T_F, x_T_D=x_T_D)
-    if parts < 1:
-        raise ValueError(f"parts: expected at least 1, got {parts}")
+    check_finite("scale", scale)
+    check_count("parts", parts)
     refuse_grad(x_T_D, weight, bias_F, residual_T_F)
     if out_T_F.numel() > 0:
         if scratch_B is not None:
@@ -201,6 +202,6 @@ def _output_width(num_rows: int, activation: str | None, num_valid: int | None) 
         if num_valid is not None:
             raise ValueError(f"num_valid: not with activation='swiglu', got {num_valid}")
         return num_rows // 2
-    if num_valid is not None and not 0 < num_valid <= num_rows:
-        raise ValueError(f"num_valid: expected 1..{num_rows}, got {num_valid}")
+    if num_valid is not None:
+        check_count("num_valid", num_valid, 1, num_rows)
     return num_rows

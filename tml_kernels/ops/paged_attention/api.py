@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_finite, check_positive
 from ..._page_plan import PagePlan, check_plan
 from ..._ragged import check_below, check_start
 from ..._registry import refuse_grad, register_op
@@ -226,8 +226,7 @@ def _check_row_position(
     dims.check(row_position_P_R=row_position_P_R, dtype=torch.int64, device=device)
     if window is not None:
         raise ValueError(f"row_position_P_R: not together with a window, got {window=}")
-    if span < 1:
-        raise ValueError(f"span: expected at least 1, got {span}")
+    check_count("span", span)
 
 
 def _check_scales(
@@ -256,11 +255,10 @@ def _check_options(
         raise ValueError(f"q_T_H_C: expected H to be a multiple of G={dims['G']}, got {dims['H']}")
     if dims.get("X", 1) == 0:
         raise ValueError("rel_table_B_X: expected X of at least 1, got 0")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, or None, got {window}")
-    for name, value in (("scale", scale), ("tau_alpha", tau_alpha)):
-        if not -math.inf < value < math.inf:
-            raise ValueError(f"{name}: expected a finite number, got {value}")
+    if window is not None:
+        check_count("window", window, why=", or None")
+    check_finite("scale", scale)
+    check_finite("tau_alpha", tau_alpha)
     for name, value in (("tau_floor", tau_floor), ("softcap", softcap)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name}: expected a positive number, or None, got {value}")
+        if value is not None:
+            check_positive(name, value, ", or None")

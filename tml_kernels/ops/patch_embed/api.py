@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_eps
 from ..._registry import refuse_grad, register_op
 from ..._scratch import check_scratch
 from ...precision import ACTIVATIONS
@@ -110,6 +111,7 @@ def patch_embed(
     """
     if not isinstance(spec, PatchSpec):
         raise TypeError(f"spec: expected a PatchSpec, got {type(spec).__name__}")
+    check_eps(eps)
     dims = Dims(L=spec.frames)
     dims.check(frames_N_L_H_W_3=frames_N_L_H_W_3, dtype=torch.uint8)
     rows, columns = spec.grid(dims["H"], dims["W"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_eps
 from ..._pages import quantize_ref
 from ..._registry import refuse_grad, register_op
 from ...precision import ACTIVATIONS
@@ -71,6 +72,7 @@ def rms_norm(
     """
     dims = Dims()
     dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    check_eps(eps)
     dims.check(weight_D=weight_D, dtype=(torch.float32, x_T_D.dtype), device=x_T_D.device)
     if dims["D"] == 0 or dims["D"] > MAX_WIDTH:
         raise ValueError(f"x_T_D: D={dims['D']} is not in 1..{MAX_WIDTH}")

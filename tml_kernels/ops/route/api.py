@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._numbers import check_eps
 from ..._registry import refuse_grad, register_op
 from ..._routing import Blocking, Routing, new_parts
 from .checks import (
@@ -164,6 +165,7 @@ def moe_route(
     Sources: `grouped_topk` of vLLM; DeepSeek-V3's, gpt-oss's and Inkling's routers of transformers
     5.17.
     """
+    check_eps(eps)
     scored = exactly_one(x_T_D, w_gate_A_D, logits_T_A, expert_T_K, weight_T_K)
     rule = Rule(scoring, renormalize, num_groups, top_groups, scale)
     tensors = {"bias_E": bias_E, "logit_bias_A": logit_bias_A, "global_scale_1": global_scale_1}

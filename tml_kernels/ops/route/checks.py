@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_count, check_finite, check_flag, check_int
 from ..._routing import Routing, check_schedule, check_words, choose_blocking, scratch_sizes
 from ...precision import ACTIVATIONS
 from .configs import MAX_EXPERTS
@@ -54,15 +55,6 @@ def refuse_scoring(rule: Rule, given: dict) -> None:
         raise ValueError(f"{name}: {shown} does not go with ready ids, which nothing scores")
 
 
-def _check_count(name: str, value: int | None, low: int, high: int | None, why: str = "") -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        wanted = f"at least {low}" if high is None else f"{low}..{high}"
-        raise ValueError(f"{name}: expected {wanted}{why}, got {value}")
-    return value
-
-
 def check_scored(
     source: Tensor,
     gate: Tensor | None,
@@ -83,20 +75,24 @@ def check_scored(
             raise ValueError("w_gate_A_D: has no columns, so there is nothing to score")
     if rule.scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {', '.join(SCORINGS)}, got {rule.scoring!r}")
-    _check_count("num_shared", num_shared, 0, None)
+    check_flag("renormalize", rule.renormalize)
+    check_finite("scale", rule.scale)
+    check_count("num_shared", num_shared, 0, None)
     experts = rule.num_experts(dims["A"], num_shared)
+    if num_experts is not None:
+        check_int("num_experts", num_experts)
     if num_experts is not None and num_experts != experts:
         raise ValueError(f"num_experts: {rows} has {experts} experts, got {num_experts}")
     if not 0 < experts <= MAX_EXPERTS:
         raise ValueError(f"{rows}: expected 1..{MAX_EXPERTS} experts, got {experts}")
     if rule.scoring == "sink_sigmoid" and rule.renormalize is not True:
         raise ValueError(f"renormalize: sink_sigmoid always does, got {rule.renormalize!r}")
-    _check_count("num_groups", rule.num_groups, 1, MAX_GROUPS)
+    check_count("num_groups", rule.num_groups, 1, MAX_GROUPS)
     if experts % rule.num_groups:
         raise ValueError(f"num_groups: {rule.num_groups} do not divide {experts} experts")
-    _check_count("top_groups", rule.top_groups, 1, rule.num_groups)
+    check_count("top_groups", rule.top_groups, 1, rule.num_groups)
     eligible = experts // rule.num_groups * rule.top_groups
-    top_k = _check_count("top_k", top_k, 1, eligible, f" of {experts} experts")
+    top_k = check_count("top_k", top_k, 1, eligible, f" of {experts} experts")
     return Dims(**dims, E=experts, K=top_k, Z=num_shared)
 
 
@@ -123,7 +119,7 @@ def check_ready(
         dims.check(shared_weight_T_Z=shared_weight, dtype=torch.float32, device=device)
     if dims["K"] == 0:
         raise ValueError(f"expert_T_K: needs at least one column; shape {tuple(expert.shape)}")
-    dims = Dims(**dims, E=_check_count("num_experts", num_experts, 1, MAX_EXPERTS))
+    dims = Dims(**dims, E=check_count("num_experts", num_experts, 1, MAX_EXPERTS))
     if device.type == "cpu":
         _refuse_nan("weight_T_K", weight, (expert >= 0) & (expert < dims["E"]))
         if shared_weight is not None:

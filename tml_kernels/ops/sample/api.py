@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_int
 from ..._registry import refuse_grad, register_op
 from .configs import scratch_words
 from .reference import sample_ref
@@ -148,6 +149,7 @@ def sample(
         dims, device, min_p_S=min_p_S, bias_id_S_N=bias_id_S_N, bias_S_N=bias_S_N,
         seen_S_W=seen_S_W, penalty_S=penalty_S,
     )  # fmt: skip
+    check_int("fallback", fallback)
     if not 0 <= fallback < dims["V"]:
         raise ValueError(f"fallback: expected a token in 0..{dims['V'] - 1}, got {fallback}")
     if out_S is None:

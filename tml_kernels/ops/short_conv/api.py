@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._dims import Dims
+from ..._numbers import check_eps, check_flag
 from ..._ragged import check_slots, check_start
 from ..._registry import refuse_grad, refuse_same, register_op
 from ...precision import ACTIVATIONS
@@ -102,6 +103,8 @@ def short_conv(
     """
     dims = Dims()
     dims.check(x_T_D=x_T_D, dtype=ACTIVATIONS)
+    check_eps(eps)
+    check_flag("late_norm", late_norm)
     device = x_T_D.device
     dims.check(weight_D_4=weight_D_4, dtype=torch.float32, device=device)
     dims.check(state_N_3_D=state_N_3_D, dtype=x_T_D.dtype, device=device)
