@@ -4,6 +4,7 @@ StreamingLLM's rule afterwards."""
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -567,17 +568,49 @@ def test_a_last_layer_that_attends_elsewhere_is_said(again: str) -> None:
     assert_matches(ours, eager_logits(model, ids)[:, 4:], limit=2e-6)
 
 
-def test_one_layer_that_copies_its_keys_is_refused() -> None:
-    given = {**MOE, "num_hidden_layers": 1, "num_local_experts": 4, "kv_channels": 16}
-    model, ids = tml(make_other("JetMoeForCausalLM", given)), random_ids(1, 8)
+JET_MOE = {**MOE, "num_local_experts": 4, "kv_channels": 16}
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_model_that_copies_its_keys_is_refused(num_layers: int) -> None:
+    model = tml(make_other("JetMoeForCausalLM", JET_MOE | {"num_hidden_layers": num_layers}))
+    layers = list(range(num_layers))
+    match = rf"JetMoeForCausalLM .*layers {re.escape(str(layers))} give attention other keys"
+    with pytest.raises(NotImplementedError, match=match):
+        small_cache(model)
+
+
+def test_one_layer_that_copies_its_keys_is_refused_once_it_attends_here() -> None:
+    """The cache was made while the model attended elsewhere."""
+    model, ids = (
+        make_other("JetMoeForCausalLM", JET_MOE | {"num_hidden_layers": 1}),
+        random_ids(1, 8),
+    )
+    model.set_attn_implementation("sdpa")
     cache = small_cache(model)
+    tml(model)
     logits(model, ids[:, :4], cache)  # attends to its own tokens, all that there are
     with pytest.raises(RuntimeError, match="layer 0 gives keys before layer 0 has read its own"):
         logits(model, ids[:, 4:], cache)
 
 
+@pytest.mark.parametrize(
+    ("mode", "num_loops"), [("last_loop", 1), ("last_loop", 2), ("per_loop", 1), ("per_loop", 2)]
+)
+@pytest.mark.parametrize("attention", ["sdpa", "tml"])
+@pytest.mark.skipif(not hasattr(transformers, "DoryConfig"), reason="transformers has no Dory yet")
+def test_a_model_of_loops_is_refused(mode: str, num_loops: int, attention: str) -> None:
+    config = transformers.DoryConfig(
+        **LIKE_LLAMA, n_input_layers=1, n_output_layers=1, n_recurrent_loops=num_loops,
+        recurrent_kv_cache_mode=mode,
+    )  # fmt: skip
+    model = randomise(transformers.DoryForCausalLM(config).eval())
+    model.set_attn_implementation(attention)
+    with pytest.raises(NotImplementedError, match="the model reads the cache's layers itself"):
+        small_cache(model)
+
+
 def test_a_model_that_reads_the_cache_s_layers_is_refused() -> None:
-    """As Dory does, whose loops read what the last one wrote."""
     model = tml(make_model("llama"))
     cache = small_cache(model)
 
@@ -730,7 +763,7 @@ def test_layers_that_are_not_served_are_refused() -> None:
         small_cache(model)
 
 
-@pytest.mark.parametrize("name", ["cache", "layers"])
+@pytest.mark.parametrize("name", ["layerless", "layers"])
 def test_missing_transformers_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = find_spec(f"tml_kernels.integrations.transformers.{name}")
     assert spec is not None and spec.loader is not None

@@ -63,7 +63,7 @@ def attention_forward(
     refuse(is_causal=(is_causal, True))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if pages is None:
-        return _attend(query, key, value, scale, sliding_window, softcap), None
+        return attend_alone(query, key, value, scale, sliding_window, softcap), None
     return pages.attend(query, key, value, scale, sliding_window, softcap), None
 
 
@@ -140,7 +140,7 @@ def _check_unpadded(attention_mask: Tensor | None, end: int) -> None:
         )
 
 
-def _attend(
+def attend_alone(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -13,20 +13,14 @@ from torch import Tensor
 from ...kv_cache import BudgetExceeded, PageClass, RollingKVCache, Session
 from .attention import PAGES
 from .forward import Forward, attend, begin, roll_back
+from .layerless import LayerlessCache
 from .layers import layer_shapes, rope_phase, text_config
 from .layout import plan_layout
 from .names import NAME
 from .sinks import Sinks
 
-try:
-    from transformers import Cache
-except ImportError as error:
-    raise ImportError(
-        "TmlCache needs transformers' Cache: pip install 'transformers>=5.17'"
-    ) from error
 
-
-class TmlCache(Cache):
+class TmlCache(LayerlessCache):
     """Keys and values of up to `max_batch` texts in pages, all of them allocated here.
 
     For `model(..., past_key_values=cache)` and `model.generate(..., past_key_values=cache)`, after
@@ -48,8 +42,10 @@ class TmlCache(Cache):
     one scale per token and head; that of the model's keys unless given.
 
     To see what the layers keep, the model runs one token here, and with sinks one token twice more.
-    Raises NotImplementedError for layers other than full or sliding-window attention, and with
-    sinks for keys that are not rotated as rotary halves; ValueError for figures that do not fit.
+    Raises NotImplementedError for layers other than full or sliding-window attention, a model that
+    reads the cache's layers or (where it attends by "tml" already) gives attention other keys than
+    the cache returned, and with sinks for keys that are not rotated as rotary halves; ValueError
+    for figures that do not fit.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2023.
     """
@@ -66,10 +62,10 @@ class TmlCache(Cache):
         page_rows: int = 64,
         page_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(layers=[])
+        self._shapes = layer_shapes(model)
+        super().__init__([shape.window for shape in self._shapes])
         self.max_batch, self.max_append, self.num_sinks = max_batch, max_append, num_sinks
         self._config = text_config(model)
-        self._shapes = layer_shapes(model)
         groups, layers, self._budgets = plan_layout(
             self._shapes,
             max_batch=max_batch,
@@ -97,24 +93,12 @@ class TmlCache(Cache):
     # What transformers asks
 
     @property
-    def layers(self) -> list[Any]:
-        raise _layers_refusal()
-
-    @layers.setter
-    def layers(self, layers: list[Any]) -> None:
-        if layers:  # Cache's constructor sets an empty list
-            raise _layers_refusal()
-
-    @property
     def num_dropped(self) -> int:
         """Tokens of each row that layers of full attention no longer see."""
         return self._dropped
 
     def __repr__(self) -> str:
         return f"TmlCache(tokens={self._length}, dropped={self._dropped})"
-
-    def __len__(self) -> int:
-        return len(self._shapes)
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise NotImplementedError("TmlCache: is not copied; crop() goes back, reset() begins anew")
@@ -123,39 +107,8 @@ class TmlCache(Cache):
     def batch_size(self) -> int:
         return len(self._sessions) or -1
 
-    @property
-    def is_initialized(self) -> bool:
-        return self._length > 0
-
-    @property
-    def is_compileable(self) -> bool:
-        return False
-
-    @property
-    def is_croppable(self) -> bool:
-        return True
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [shape.window is not None for shape in self._shapes]
-
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self)
-
-    @property
-    def is_dummy(self) -> list[bool]:
-        return [False] * len(self)
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of each row that were seen, the position of the next one: also those dropped."""
         return self._length
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._length + query_length, 0
 
     def activate_past_recording(self) -> None:
         """Nothing to do: `history` tokens can be cropped at any time."""
@@ -328,13 +281,6 @@ def _unread(what: str, layer: int) -> RuntimeError:
     return RuntimeError(
         f"TmlCache: {what} before layer {layer} has read its own here: "
         f'attn_implementation="{NAME}" was not what attended'
-    )
-
-
-def _layers_refusal() -> NotImplementedError:
-    return NotImplementedError(
-        "TmlCache: the model reads the cache's layers itself, and there are none: keys and values "
-        "are in pages, which attention alone reads"
     )
 
 

@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..._rope import rotate_ref
+from .attention import PAGES, attend_alone
+from .layerless import LayerlessCache
+from .names import NAME
 
 try:
     from transformers import DynamicCache
@@ -38,14 +42,32 @@ class LayerShape(NamedTuple):
     device: torch.device
 
 
-class _Recorder(DynamicCache):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
+class _Recorder(LayerlessCache):
+    """As a TmlCache that holds nothing yet, for one forward of one token."""
+
+    def __init__(self, windows: Sequence[int | None]) -> None:
+        super().__init__(windows)
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.attended: set[int] = set()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         self.seen[layer_idx] = key_states, value_states
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        setattr(key_states, PAGES, _Arrival(self, layer_idx))
+        return key_states, value_states
+
+
+class _Arrival(NamedTuple):
+    """Goes with the keys of a layer, as a TmlCache's pages do, and sees whether they come to the
+    attention function."""
+
+    recorder: _Recorder
+    layer: int
+
+    def arrive(self) -> None:
+        self.recorder.attended.add(self.layer)
+
+    def attend(self, *attention: Any) -> Tensor:
+        return attend_alone(*attention)
 
 
 def text_config(model: Any) -> Any:
@@ -54,22 +76,16 @@ def text_config(model: Any) -> Any:
 
 def layer_shapes(model: Any) -> list[LayerShape]:
     """Of every layer, from a forward of one token. Raises NotImplementedError for layers that are
-    not full or sliding-window attention with keys as wide as values."""
-    config = text_config(model)
-    types = getattr(config, "layer_types", None) or ()
-    for layer, kind in enumerate(types):
-        if kind not in _SERVED:
-            raise _refusal(model, f"layer {layer} is {kind!r}, not one of {', '.join(_SERVED)}")
-    windows = []
-    for layer, kept in enumerate(DynamicCache(config=config).layers):
-        if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            raise _refusal(model, f"layer {layer} keeps a {type(kept).__name__}")
-        windows.append(getattr(kept, "sliding_window", None))
-    if not types and getattr(config, "attention_chunk_size", None) is not None:
-        raise _refusal(model, f"attention_chunk_size={config.attention_chunk_size}")
-    seen = _remembered(model, 0)
+    not full or sliding-window attention with keys as wide as values, for a model that reads the
+    cache's layers and, where it attends by "tml", for one that gives attention other keys."""
+    windows = _windows(model)
+    recorder = _recorded(model, 0)
+    seen = recorder.seen
     if sorted(seen) != list(range(len(windows))):
         raise _refusal(model, f"of {len(windows)} layers, those with keys are {sorted(seen)}")
+    unread = sorted(seen.keys() - recorder.attended)
+    if unread and text_config(model)._attn_implementation == NAME:
+        raise _refusal(model, f"layers {unread} give attention other keys than the cache returned")
     shapes = []
     for layer, window in enumerate(windows):
         key_1_G_1_C, value_1_G_1_C = seen[layer]
@@ -90,6 +106,23 @@ def layer_shapes(model: Any) -> list[LayerShape]:
     return shapes
 
 
+def _windows(model: Any) -> list[int | None]:
+    """Of every layer, as the model's configuration has them; None for full attention."""
+    config = text_config(model)
+    types = getattr(config, "layer_types", None) or ()
+    for layer, kind in enumerate(types):
+        if kind not in _SERVED:
+            raise _refusal(model, f"layer {layer} is {kind!r}, not one of {', '.join(_SERVED)}")
+    windows: list[int | None] = []
+    for layer, kept in enumerate(DynamicCache(config=config).layers):
+        if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise _refusal(model, f"layer {layer} keeps a {type(kept).__name__}")
+        windows.append(getattr(kept, "sliding_window", None))
+    if not types and getattr(config, "attention_chunk_size", None) is not None:
+        raise _refusal(model, f"attention_chunk_size={config.attention_chunk_size}")
+    return windows
+
+
 def rope_phase(model: Any, layers: list[int]) -> Tensor:
     """int64 [B]: turns per position times 2^64 with which the keys of all `layers` are rotated.
 
@@ -97,7 +130,7 @@ def rope_phase(model: Any, layers: list[int]) -> Tensor:
     which of them are what turns its keys, those that come closest. Raises NotImplementedError where
     none do.
     """
-    at_0, at_n = _remembered(model, 0), _remembered(model, _POSITION)
+    at_0, at_n = _recorded(model, 0).seen, _recorded(model, _POSITION).seen
     head_width = at_0[layers[0]][0].shape[-1]
     phases = [_as_phase(x_B) for x_B in _frequencies(model) if 2 * x_B.numel() == head_width]
     errors = [
@@ -118,13 +151,13 @@ def _refusal(model: Any, why: str) -> NotImplementedError:
 
 
 @torch.no_grad()
-def _remembered(model: Any, position: int) -> dict[int, tuple[Tensor, Tensor]]:
-    """Of each layer (key, value) [1, G, 1, C] of one token, which attends to itself alone, so that
-    its position makes no difference but to the keys' rotation."""
+def _recorded(model: Any, position: int) -> _Recorder:
+    """With (key, value) [1, G, 1, C] of each layer, of one token, which attends to itself alone, so
+    that its position makes no difference but to the keys' rotation."""
     weight_V_D = model.get_input_embeddings().weight
     device, width = weight_V_D.device, weight_V_D.shape[-1]
     spread_D = torch.arange(1, width + 1, dtype=torch.float64, device=device) * 5.0**0.5 % 1.0
-    recorder = _Recorder(text_config(model))
+    recorder = _Recorder(_windows(model))
     named = {cache_argument(model): recorder}
     model(
         inputs_embeds=(2.0 * spread_D - 1.0).to(weight_V_D.dtype)[None, None],
@@ -132,7 +165,7 @@ def _remembered(model: Any, position: int) -> dict[int, tuple[Tensor, Tensor]]:
         use_cache=True,
         **named,
     )
-    return recorder.seen
+    return recorder
 
 
 def cache_argument(model: Any) -> str:
