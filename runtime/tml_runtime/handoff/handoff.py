@@ -82,7 +82,8 @@ class Handoff:
 
     def report(self) -> dict[str, int] | None:
         """How many requests were started and how they ended; `stale` ones and `skipped` ones, which
-        the model never read, may be among any of these. `refused` were never started."""
+        the model never read, may be among any of these. `refused` were never started: they were too
+        many, or an interruption came before a tick took them."""
         return None if self._engine is None else {**self._engine.counts, **self.counts}
 
     # The tick thread

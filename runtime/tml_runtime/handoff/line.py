@@ -89,7 +89,8 @@ class Line:
             if epoch == self._epoch:
                 self._submit(number, window, text)
             else:
-                self._tell_stale(1, number, (window + 1) * self._handoff.window_ns)
+                self._handoff.counts["refused"] += 1
+                self._tell_interrupted(number, (window + 1) * self._handoff.window_ns)
         limit = min(room, self._options.tokens_per_tick)
         while len(self._out) < limit and self._move(window):
             pass
@@ -147,11 +148,11 @@ class Line:
         self._out.clear()  # of a notice that was half read, the whole comes anew
         self._current, self._opened, self._told = None, False, False
         if stale:
-            self._tell_stale(len(stale), stale[-1].id, stale[-1].t_ns)
+            self._handoff.counts["stale"] += len(stale)
+            self._tell_interrupted(stale[-1].id, stale[-1].t_ns)
 
-    def _tell_stale(self, count: int, number: int, t_ns: int) -> None:
+    def _tell_interrupted(self, number: int, t_ns: int) -> None:
         notice = self._handoff.interrupted_notice
-        self._handoff.counts["stale"] += count
         if all(a.notice is not notice for a in self._answers):  # one is enough for many
             self._tell(Answer(number, self._epoch, t_ns), notice)
 
