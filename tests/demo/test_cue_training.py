@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cue_media import made_footage, made_speech
+from torch import Tensor
 
 from tml_kernels._tensor_file import TensorFile, write_tensor_file
 from tml_kernels.testing import assert_bitwise
@@ -151,6 +153,34 @@ def test_a_state_that_says_nothing_sensible_of_itself_is_refused(
     with pytest.raises(TrainingError, match="delete it to begin anew"):
         run.resume(tmp_path)
     assert (run.step, run.num_steps) == (0, STEPS)
+
+
+@pytest.mark.parametrize("part", ["", ".mean", ".square"])
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        # It would be taken for all of them.
+        (lambda x: x[:1], r"torch\.float32 \[1\], not torch\.float32 \[\d+\]"),
+        (lambda x: x[:-1], r"torch\.float32 \[\d+\], not torch\.float32 \[\d+\]"),
+        (lambda x: x[None], r"torch\.float32 \[1, \d+\], not torch\.float32 \[\d+\]"),
+        (lambda x: x.bfloat16(), r"torch\.bfloat16 \[\d+\], not torch\.float32 \[\d+\]"),
+    ],
+    ids=("one", "short", "deep", "bfloat16"),
+)
+def test_a_state_with_a_tensor_of_another_shape_is_refused_by_its_name(
+    edit: Callable[[Tensor], Tensor], words: str, part: str, tmp_path: Path
+) -> None:
+    run = Trainer(0, *MEDIA)
+    run.save(tmp_path)
+    before = {name: tensor.clone() for name, tensor in run.leaves.items()}
+    file, wrong = TensorFile(tmp_path / STATE), f"flow.output_bias_B{part}"
+    assert wrong in file.entries
+    tensors = {name: file.tensor(name) + 1 for name in file.entries}
+    tensors[wrong] = edit(tensors[wrong])
+    write_tensor_file(tmp_path / STATE, tensors.items(), file.metadata)
+    with pytest.raises(TrainingError, match=rf"has {re.escape(wrong)} as {words}: delete it"):
+        run.resume(tmp_path)
+    assert all(torch.equal(run.leaves[name], tensor) for name, tensor in before.items())
 
 
 def test_the_command_trains_goes_on_and_reports(

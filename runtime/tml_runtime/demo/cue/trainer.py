@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tml_kernels._tensor_file import TensorFile, replacing, write_tensor_file
 
@@ -50,6 +51,14 @@ class About:
     seed: int
     speech: dict[str, str]  # hashes of the recordings
     footage: dict[str, str]
+
+
+def _damaged(path: Path, tensor: str, reason: str) -> TrainingError:
+    return TrainingError(f"{path}: {tensor + ': ' if tensor else ''}{reason}")
+
+
+def _spelled(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"
 
 
 class Trainer:
@@ -109,7 +118,7 @@ class Trainer:
         of other recordings, or one that is damaged."""
         if not (folder / STATE).is_file():
             return False
-        file = TensorFile(folder / STATE, lambda path, name, why: TrainingError(f"{path}: {why}"))
+        file = TensorFile(folder / STATE, _damaged)
         try:
             about = from_data(About, json.loads(file.metadata.get("about", "{}")), "about")
         except (ValueError, RecursionError) as error:
@@ -131,8 +140,15 @@ class Trainer:
         state = {**self.leaves, **self.optimiser.state}
         if sorted(state) != sorted(file.entries) or not set(TASKS) <= set(about.losses):
             raise TrainingError(f"{folder / STATE} is of another version: delete it to begin anew")
+        saved = {name: file.tensor(name) for name in state}
         for name, tensor in state.items():
-            tensor.copy_(file.tensor(name))
+            if (saved[name].dtype, saved[name].shape) != (tensor.dtype, tensor.shape):
+                raise TrainingError(
+                    f"{folder / STATE} has {name} as {_spelled(saved[name])}, not "
+                    f"{_spelled(tensor)}: delete it to begin anew"
+                )
+        for name, tensor in state.items():
+            tensor.copy_(saved[name])
         self.step, self.num_steps = about.step, about.num_steps
         self.cpu_seconds, self.losses = about.cpu_seconds, about.losses
         return True
