@@ -102,7 +102,7 @@ def jobs_of(op: str, arch: int) -> list[Job]:
             limit=Limit(spec.mma, spec.max_loop),
         )
         for index, spec in enumerate(specs_of(op))
-        if arch >= spec.min_arch
+        if spec.min_arch <= arch < (spec.below_arch or arch + 1)
     ]
     for key, count in Counter(job.key for job in jobs).items():
         if count > 1:

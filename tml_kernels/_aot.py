@@ -23,7 +23,8 @@ class AotSpec:
     weights_per_step: for each loop with matrix instructions, in program order, the weights that a
     program takes in one iteration; empty if they are not counted. max_loop: the most instructions
     per weight that any of these loops may have on sm_90. min_arch: the oldest chip that has what
-    the kernel needs. maxnreg: registers a thread may take, where a launch says so.
+    the kernel needs; below_arch: the first one that takes another configuration; None: all newer
+    ones take it. maxnreg: registers a thread may take, where a launch says so.
     """
 
     kernel: Any
@@ -38,4 +39,5 @@ class AotSpec:
     weights_per_step: tuple[int, ...] = ()
     max_loop: float | None = None
     min_arch: int = 80
+    below_arch: int | None = None
     maxnreg: int | None = None

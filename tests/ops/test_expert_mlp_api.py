@@ -85,6 +85,18 @@ def test_chosen_configs_are_legal(format: str, block_n: int) -> None:
     assert "block" in str(choose_config(problem).why_not(other))
 
 
+def test_four_bits_of_float32_tokens_take_fewer_stages_before_sm_90() -> None:
+    """Of 163 KB; bench/kernel_table.json has what they take."""
+    for format in ("int4", "int4_f16", "mxfp4", "nvfp4"):
+        for shared in (format, "fp8"):
+            narrow, wide = (
+                choose_config(Problem(format, shared, n, cramped=True)) for n in (16, 64)
+            )
+            assert narrow.num_stages <= 4 and wide.num_stages == 2
+    for problem in (Problem("fp8", "fp8", 64), Problem("plain", "plain", 16)):
+        assert choose_config(replace(problem, cramped=True)) == choose_config(problem)
+
+
 def small() -> dict[str, Any]:
     weights = prepare_moe_weights(
         torch.zeros(4, 12, 8), torch.zeros(4, 8, 6), layout="gate_up", precision="fp32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from kernel_paged_attention import (
     with_unseen_pages,
 )
 
+from tml_kernels._device import MAX_SHARED
 from tml_kernels._pages import FP8
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.paged_attention.cases import BENCH, EDGE, FAR, MODEL, Case, Row
@@ -304,6 +306,42 @@ def test_choice() -> None:
     assert choose_config(make_problem(num_tokens=500, **crowded)) is ALONE
     assert choose_config(make_problem(num_tokens=500, head_width=256, **crowded)) is ALONE_WIDE
     assert choose_config(make_problem(num_tokens=500, **crowded | {"num_features": 0})) is LARGE
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "found"),
+    [
+        (SMALL, {}, 109568),  # "global-positions" of bench/kernel_table.json, and "global-C256-B*"
+        (LARGE, {}, 87552),
+        (SMALL, {"head_width": 256}, 176136),
+        (replace(SMALL, num_stages=3), {"head_width": 256}, 94212),
+        (replace(SMALL, num_stages=3), {"head_width": 256, "num_features": 64}, 149508),
+        (SMALL, {"head_width": 256, "num_features": 64}, 280584),  # as no row may be
+        (LARGE, {"head_width": 256, "num_features": 64}, 249860),
+    ],
+)
+def test_shared_memory_is_what_cubins_have(
+    config: Config, changes: dict[str, Any], found: int
+) -> None:
+    """But for positions of rows, which are always counted."""
+    assert 0 <= config.shared_bytes(make_problem(**changes), torch.float32) - found + 16 <= 3088
+
+
+def test_a_bias_fits_the_shared_memory_of_each_chip() -> None:
+    for width, features, heads in itertools.product((64, 128, 256), (8, 16, 32, 64), (1, 2, 4, 8)):
+        p = make_problem(
+            num_tokens=500, head_width=width, num_features=features, num_kv_heads=32 // heads
+        )
+        for config, arch in itertools.product((SMALL, LARGE), MAX_SHARED):
+            if config is choose_config(p) or (config is SMALL and choose_config(p) is LARGE):
+                fitted = config.fitted(p, torch.float32, arch)
+                assert fitted.shared_bytes(p, torch.float32) <= MAX_SHARED[arch], (p, fitted)
+                assert fitted == replace(config, num_stages=fitted.num_stages)
+    wide = make_problem(num_tokens=500, head_width=256)
+    assert SMALL.fitted(wide, torch.float32, 80) == replace(SMALL, num_stages=3)
+    assert SMALL.fitted(wide, torch.float32, 90) is SMALL
+    assert SMALL.fitted(replace(wide, num_features=0), None, 80) is SMALL
+    assert LARGE.fitted(wide, torch.float32, 80) is LARGE
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,14 @@ MAX_ELEMENTS = 2**31 - 1  # of one expert's matrix: offsets within it are 32-bit
 @dataclass(frozen=True)
 class Problem:
     """One launch. block_n: tokens of a block; format: the routed experts'; both kernels alike.
-    alone: a block for each assignment of few tokens, no schedule."""
+    alone: a block for each assignment of few tokens, no schedule. cramped: tokens of float32 on a
+    chip before sm_90, which has 163 KB of shared memory for a program and not 227."""
 
     format: str
     shared_format: str
     block_n: int
     alone: bool = False
+    cramped: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def choose_config(p: Problem) -> Config:
     if p.alone and p.format in ("int4", "int4_f16"):
         # A program or two on an SM, and each waits for its own steps: more warps shorten those.
         num_warps, stages = 8, 3
+    if p.cramped and any("4" in format for format in (p.format, p.shared_format)):
+        stages = min(stages, 2 if p.block_n >= 64 else 4)
     four = p.format in ("int4", "int4_f16") and p.block_n == 16 and not p.alone
     return Config(BLOCK_M, p.block_n, num_warps, stages, FOUR_PROGRAMS if four else None)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
+from ..._device import arch_of
 from ..._routing import Routing, Schedule, choose_blocking
 from ..._scratch import is_aligned
 from ..._triton.steps import STEP
@@ -61,7 +63,7 @@ def launch_gate_up(
     experts, the rows of out [T, D] that have no expert."""
     (num_tokens, width), shared = x.shape, weights.shared or weights
     work = _Work.of(weights, routing, expert_map, num_tokens)
-    config = _config(weights.w13, shared.w13, work.block_n, routing.schedule is None)
+    config = _config(x, weights.w13, shared.w13, work.block_n, routing.schedule is None)
     rows, shared_rows = weights.w13.num_rows // 2, shared.w13.num_rows // 2
     programs = work.shared_blocks * triton.cdiv(shared_rows, HALF_M)
     programs += work.routed_blocks * triton.cdiv(rows, HALF_M)
@@ -90,7 +92,7 @@ def launch_down(
     """h: [T * S, hidden]; out: [T, D] of as many columns as w2 has rows; counters all zero."""
     (num_tokens, width), shared = out.shape, weights.shared or weights
     work = _Work.of(weights, routing, expert_map, num_tokens)
-    config = _config(weights.w2, shared.w2, work.block_n, routing.schedule is None)
+    config = _config(h, weights.w2, shared.w2, work.block_n, routing.schedule is None)
     programs = (work.shared_blocks + work.routed_blocks) * triton.cdiv(width, BLOCK_M)
     down_kernel[(programs,)](
         h, *_matrices(weights, "w2"), routing.expert_T_K, expert_map,
@@ -144,8 +146,11 @@ def _tables(schedule: Schedule | None) -> tuple[Tensor | None, ...]:
     return (schedule.num_blocks_1, schedule.begin_B1, schedule.expert_B, schedule.order_A)
 
 
-def _config(routed: PackedExperts, shared: PackedExperts, block_n: int, alone: bool) -> Config:
-    return choose_config(Problem(kind_of(routed), kind_of(shared), block_n, alone))
+def _config(
+    x: Tensor, routed: PackedExperts, shared: PackedExperts, block_n: int, alone: bool
+) -> Config:
+    cramped = x.dtype == torch.float32 and arch_of(x.device) < 90
+    return choose_config(Problem(kind_of(routed), kind_of(shared), block_n, alone, cramped))
 
 
 def _tile(config: Config) -> dict[str, int | None]:

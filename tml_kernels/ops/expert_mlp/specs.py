@@ -20,8 +20,8 @@ _TENSORS = {
     "mxfp4": ("*i16", "*i32", None, "*fp32"),
     "nvfp4": ("*i16", "*i32", None, "*fp32"),
 }
+TOKENS = ("x_ptr", "h_ptr", "out_ptr")
 _TYPES = {
-    **dict.fromkeys(("x_ptr", "h_ptr", "out_ptr"), "*bf16"),
     **dict.fromkeys(("part_ptr", "weight_ptr", "shared_weight_ptr"), "*fp32"),
     **dict.fromkeys(("expert_ptr", "counter_ptr", *TABLES), "*i32"),
 }
@@ -41,6 +41,7 @@ class Shape:
     scheduled: bool = True
     bias: bool = False
     activation: str = "silu"
+    dtype: str = "bf16"  # of the tokens
 
     @property
     def loops(self) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ class Shape:
             + "-w8a8" * self.quantize_x
             + "-bias" * self.bias
             + "-alone" * (not self.scheduled)
+            + "-fp32" * (self.dtype == "fp32")
         )
 
 
@@ -74,11 +76,22 @@ SHAPES = (
 )
 FOUR_BIT = ("int4", "int4_f16", "mxfp4", "nvfp4")
 LARGE = ("plain", "fp8", "int4")  # also for blocks of more than 32 tokens
+# Tokens of float32 that take fewer stages before sm_90, as others would not fit.
+CRAMPED = (
+    (Shape("nvfp4", "nvfp4", 0, dtype="fp32"), 16),
+    (Shape("nvfp4", "nvfp4", 0, dtype="fp32"), 64),
+    (Shape("int4_f16", "int4_f16", 0, dtype="fp32"), 64),
+)
 
 
 def aot_specs() -> list[AotSpec]:
-    """Every shape x block size x kernel; the widest last."""
-    return [
+    """Every shape x block size x kernel, the widest last; first those only of sm_80."""
+    cramped = [
+        _spec(kernel, shape, block_n, cramped=True)
+        for kernel in (gate_up_kernel, down_kernel)
+        for shape, block_n in CRAMPED
+    ]
+    return cramped + [
         _spec(kernel, shape, block_n)
         for kernel in (gate_up_kernel, down_kernel)
         for block_n in (16, 32, 64)
@@ -88,8 +101,9 @@ def aot_specs() -> list[AotSpec]:
     ]
 
 
-def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
-    config = choose_config(Problem(shape.routed, shape.shared, block_n, not shape.scheduled))
+def _spec(kernel: Any, shape: Shape, block_n: int, *, cramped: bool = False) -> AotSpec:
+    alone = not shape.scheduled
+    config = choose_config(Problem(shape.routed, shape.shared, block_n, alone, cramped))
     constexprs: dict[str, Any] = {
         "K": shape.top_k,
         "Z": shape.num_shared,
@@ -126,6 +140,7 @@ def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
         label=f"{shape.label},block_n={block_n}",
         maxnreg=config.maxnreg,
         min_arch=89 if shape.quantize_x else 80,
+        below_arch=90 if cramped else None,
         mma="QGMMA" if shape.quantize_x else "HGMMA",
         weights_per_step=tuple(config.block_m * STEP[format] for format in shape.loops),
         # A 4-bit weight of a few tokens; more tokens cost products and are bound by them.
@@ -135,6 +150,8 @@ def _spec(kernel: Any, shape: Shape, block_n: int) -> AotSpec:
 
 def _type_of(name: str, shape: Shape) -> str | None:
     """None: this shape has no such tensor."""
+    if name in TOKENS:
+        return f"*{shape.dtype}"
     if name in _TYPES:
         return None if name in TABLES and not shape.scheduled else _TYPES[name]
     if name in ("map_ptr", "num_local"):

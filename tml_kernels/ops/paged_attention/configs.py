@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..._configs import chooser, tile_of
+from ..._device import MAX_SHARED
 from ..._scratch import Buffer, lay_out
 
 SPLIT_KEYS = 512  # keys of a split: fixed, because a query's bits depend on where splits begin
@@ -108,6 +109,25 @@ class Config:
         tokens = 1 << (self.tile_tokens(p) - 1).bit_length()
         return min(tokens, max(1, DOT_K // p.block_b))
 
+    def shared_bytes(self, p: Problem, table_dtype: torch.dtype) -> int:
+        """Shared memory of the loop over pages of 16 bits, as cubins for sm_80 to sm_100 have it:
+        for every second stage a page's keys, values and positions, and what the tile needs of the
+        table; and the tile's own rows."""
+        dot_tokens = self.dot_tokens(p)
+        columns = -(-self.tile_tokens(p) // dot_tokens) * dot_tokens * p.block_b
+        row = 4 * p.block_c + table_dtype.itemsize * columns + 24
+        own = 2 * self.block_q * (p.block_c + columns + p.block_r)
+        return (self.num_stages - 1) // 2 * p.block_r * row + own
+
+    def fitted(self, p: Problem, table_dtype: torch.dtype | None, arch: int) -> Config:
+        """With fewer stages, which give the same bits, where a relative bias would not fit the
+        chip's shared memory. table_dtype: None without a bias."""
+        if table_dtype is None or self.alone or p.page_dtype != p.dtype:
+            return self
+        if self.shared_bytes(p, table_dtype) <= MAX_SHARED[arch]:
+            return self
+        return replace(self, num_stages=FEW_STAGES.get(self.block_q, 1))
+
 
 # ALONE is for output steps, a token of every row; LARGE reads keys once for twice as many tokens as
 # SMALL. All give the same bits. Four warps leave room for a second program on a processor, which
@@ -117,6 +137,9 @@ ALONE = Config(block_q=16, num_warps=4, num_stages=2, alone=True)
 ALONE_WIDE = Config(block_q=16, num_warps=8, num_stages=3, alone=True)  # heads over 128 wide
 SMALL = Config(block_q=16, num_warps=8, num_stages=5)
 LARGE = Config(block_q=32, num_warps=4, num_stages=3)
+
+
+FEW_STAGES = {SMALL.block_q: 3, LARGE.block_q: 1}
 
 
 @chooser

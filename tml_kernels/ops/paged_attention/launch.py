@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
+from ..._device import MAX_SHARED, arch_of
 from .configs import (
     LARGE,
     MAX_PROGRAMS,
@@ -55,7 +57,9 @@ def launch_paged_attention(
     reason = shape_why_not(p)
     if reason is not None:
         raise ValueError(f"paged_attention: {reason}")
-    config = config or choose_config(p)
+    if config is None:
+        table_dtype = None if rel_table is None else rel_table.dtype
+        config = choose_config(p).fitted(p, table_dtype, arch_of(q.device))
     buffers = scratch_buffers(p)
     if scratch is None:
         scratch = torch.empty(buffers[-1].end, dtype=torch.uint8, device=q.device)
@@ -136,7 +140,8 @@ def _problem(**changes: Any) -> Problem:
 
 def aot_specs() -> list[AotSpec]:
     """Global and local layers of the public model, global ones with positions of the rows, and a
-    layer without bias and window, of head widths 64, 128 and 256, with pages of bf16 and fp8."""
+    layer without bias and window, of head widths 64, 128 and 256, with pages of bf16 and fp8; and
+    wide heads with a bias, in as many stages as fit each chip."""
     plain = {"num_features": 0}
     shapes: list[tuple[str, dict[str, Any], int]] = [
         ("global", {}, 1024),
@@ -153,6 +158,13 @@ def aot_specs() -> list[AotSpec]:
             p = _problem(page_dtype=page_dtype, **changes)
             configs = (choose_config(p), SMALL, *((LARGE,) if page_dtype == p.dtype else ()))
             specs += [_attention_spec(name, p, config, extent) for config in configs]
+    for features in (16, 64):
+        p = _problem(head_width=256, num_features=features)
+        for config in (SMALL, LARGE):
+            for arch in MAX_SHARED:
+                fitted = config.fitted(p, torch.float32, arch)
+                spec = _attention_spec(f"global-C256-B{features}", p, fitted, 1024)
+                specs.append(replace(spec, min_arch=arch, below_arch=90 if arch < 90 else None))
     return specs
 
 

@@ -1,0 +1,18 @@
+"""What the chip is, as far as configurations follow from it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+# Dynamic shared memory that a program may have, in bytes, by `arch_of`.
+MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@functools.lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> int:
+    """80 before sm_90, else 90; also where there is no GPU, as in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    return 90 if torch.cuda.get_device_capability(device) >= (9, 0) else 80
