@@ -12,6 +12,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import triton
 import triton.language as tl
 from triton.language import core
@@ -102,6 +103,8 @@ def _install_operations() -> None:
     semantic.computation_type_impl = _kept_computation_type(semantic.computation_type_impl)
     semantic.broadcast_impl_value = _quick_broadcast(semantic.broadcast_impl_value)
     semantic.cast = _quick_cast(semantic.cast)
+    semantic.to_tensor = _quick_to_tensor(semantic.to_tensor)
+    semantic.expand_dims = _quick_expand_dims(semantic.expand_dims)
     semantic.binary_op_type_checking_impl = _quick_operands(semantic.binary_op_type_checking_impl)
     interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
     interpreter.TensorHandle.__init__ = _make_handle
@@ -157,20 +160,68 @@ def _quick_cast(cast: Any) -> Any:
     return quick
 
 
+def _quick_to_tensor(to_tensor: Any) -> Any:
+    kept: dict[tuple, Any] = {}
+
+    def quick(self: Any, x: Any, check_type: bool = True) -> Any:
+        if type(x) is core.tensor:
+            return x
+        if type(x) not in (bool, int, float) or x != x:
+            return to_tensor(self, x, check_type)
+        key = (type(x), x)
+        if key not in kept:
+            if len(kept) >= KEPT_CONSTANTS:
+                return to_tensor(self, x, check_type)
+            kept[key] = to_tensor(self, x, check_type)
+        return kept[key]
+
+    return quick
+
+
+def _quick_expand_dims(expand_dims: Any) -> Any:
+    def quick(self: Any, input: Any, axis: int) -> Any:
+        sizes = input.type.sizes
+        if not sizes or axis < 0:
+            return expand_dims(self, input, axis)
+        data = input.handle.data[(slice(None),) * axis + (None,)]
+        handle = interpreter.TensorHandle(data, input.dtype)
+        shape: Any = (*sizes[:axis], 1, *sizes[axis:])
+        return self.tensor(handle, core.block_type(input.dtype, shape))
+
+    return quick
+
+
 def _quick_broadcast(broadcast: Any) -> Any:
     def quick(self: Any, lhs: Any, rhs: Any) -> Any:
         a, b = lhs.type.sizes, rhs.type.sizes
         if a == b:
             return lhs, rhs
+        if not a:
+            return filled(self, lhs, b), rhs
+        if not b:
+            return lhs, filled(self, rhs, a)
         if len(a) == len(b) and all(x == y or x == 1 or y == 1 for x, y in zip(a, b, strict=True)):
-            sizes: Any = tuple(map(max, a, b))
-            return stretch(self, lhs, sizes), stretch(self, rhs, sizes)
+            sizes = tuple(map(max, a, b))
+            return stretched(self, lhs, sizes), stretched(self, rhs, sizes)
         return broadcast(self, lhs, rhs)
 
-    def stretch(self: Any, x: Any, sizes: Any) -> Any:
+    def filled(self: Any, x: Any, sizes: Any) -> Any:
+        dtype = x.dtype
+        data = np.empty(sizes, interpreter._get_np_dtype(dtype))
+        data[...] = x.handle.data
+        return self.tensor(interpreter.TensorHandle(data, dtype), core.block_type(dtype, sizes))
+
+    def stretched(self: Any, x: Any, sizes: Any) -> Any:
         if x.type.sizes == sizes:
             return x
-        handle = self.builder.create_broadcast(x.handle, sizes)
+        data = x.handle.data
+        if data.flags.c_contiguous:
+            steps = zip(data.strides, data.shape, strict=True)
+            strides = tuple(0 if size == 1 else step for step, size in steps)
+            data = np.ndarray(sizes, data.dtype, data, 0, strides)
+        else:
+            data = np.broadcast_to(data, sizes)
+        handle = interpreter.TensorHandle(data, x.dtype)
         return self.tensor(handle, core.block_type(x.dtype, sizes))
 
     return quick
@@ -194,13 +245,18 @@ def _quick_operands(check: Any) -> Any:
     def quick(self: Any, lhs: Any, rhs: Any, *rest: bool) -> Any:
         if type(lhs) is core.tensor and lhs.dtype.name in ITSELF:
             if type(rhs) is core.tensor:
-                if lhs.type is rhs.type:
-                    return lhs, rhs
+                if lhs.dtype is rhs.dtype:
+                    return self.broadcast_impl_value(lhs, rhs)
             elif type(rhs) in (int, float):
                 return number(self, lhs, rhs, False, *rest)
         elif type(lhs) in (int, float) and type(rhs) is core.tensor and rhs.dtype.name in ITSELF:
             return number(self, rhs, lhs, True, *rest)
+        elif type(lhs) is type(rhs) is core.tensor and is_offset(lhs, rhs, *rest):
+            return self.broadcast_impl_value(lhs, rhs)
         return check(self, lhs, rhs, *rest)
+
+    def is_offset(lhs: Any, rhs: Any, allow_lhs_ptr: bool = False, *_: bool) -> bool:
+        return allow_lhs_ptr and lhs.dtype.is_ptr() and rhs.dtype.name in INTEGERS
 
     return quick
 
