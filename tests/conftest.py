@@ -18,6 +18,7 @@ if not HAS_GPU:
     quick_interpreter.install()
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: threads would only wait
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 # torch.empty then holds NaN (or the largest integer), so an element nobody wrote is loud.
 torch.use_deterministic_algorithms(True, warn_only=True)
