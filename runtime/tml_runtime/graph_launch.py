@@ -19,7 +19,9 @@ def capture(
     what: str, *, stream: torch.cuda.Stream, pool: Any = None
 ) -> Iterator[torch.cuda.CUDAGraph]:
     """A graph of what is queued in here, instantiated on leaving. Raises CaptureError that names
-    `what`; the current stream is then the one of before again, which torch does not see to."""
+    `what`; the current stream is then the one of before again, which torch does not see to. Its
+    allocator may take that capture for one that goes on: nothing is captured after it, and no
+    memory given back, but in another process."""
     before, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph(keep_graph=True)
     try:
         with garbage_waits(), torch.cuda.graph(graph, pool=pool, stream=stream):
