@@ -136,6 +136,7 @@ class Report:
             "ceilings": _result(scratch / "ceilings.json").get("ceilings"),
             "ops": [op for op in ops if op],
             "tick": _result(scratch / "tick.json") or None,
+            "host": _result(scratch / "host.json") or None,
         }
         write_json(self.out / "accept.json", content)
         (self.out / "accept.md").write_text(self._markdown(content))

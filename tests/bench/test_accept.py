@@ -319,8 +319,10 @@ def test_one_crashing_section_does_not_stop_the_others(tmp_path: Path) -> None:
     report.run_phase([section("odd", "print('strange')", read=unreadable)], later)
     report.run_phase([section("needless", "", why_not="no GPU")], later)
     report.run_phase([section("late", "")], time.monotonic())
+    write_json(tmp_path / "host.json", {"kind": "host", "rows": [{"take_us": {"p99": 9.0}}]})
     report.write(tmp_path)
     content = read_json(tmp_path / "accept.json")
+    assert content["host"]["rows"] == [{"take_us": {"p99": 9.0}}] and content["tick"] is None
     assert {c["section"]: c["result"] for c in content["checks"]} == {
         "crash": "failed", "fine": "passed", "odd": "failed", "needless": "skipped",
         "late": "skipped",
