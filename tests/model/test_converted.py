@@ -330,6 +330,7 @@ def test_an_error_is_one_line(
 ) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["convert", *arguments]) == status
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}") and len(error.splitlines()) == 1
