@@ -130,6 +130,14 @@ def test_in_place_and_nan_row_stays_in_its_row() -> None:
     assert_bitwise(out[[0, 1, 3]], expected[[0, 1, 3]])
 
 
+def test_the_sum_is_not_overwritten_by_the_norm() -> None:
+    x, residual = randn(3, 16), randn(3, 16)
+    before = residual.clone()
+    with pytest.raises(ValueError, match="out_T_D: must not be the same memory as residual_T_D"):
+        rms_norm(x, randn(16), residual_T_D=residual, out_T_D=residual)
+    assert_bitwise(residual, before)
+
+
 def test_opcheck() -> None:
     x, weight, residual = randn(3, 16), randn(16), randn(3, 16)
     for given in (None, residual):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._dims import Dims
 from ..._numbers import check_eps
 from ..._pages import quantize_ref
-from ..._registry import refuse_grad, register_op
+from ..._registry import refuse_grad, refuse_same, register_op
 from ...precision import ACTIVATIONS
 from .configs import MAX_WIDTH
 from .reference import rms_norm_ref
@@ -61,7 +61,8 @@ def rms_norm(
 
     With `residual_T_D`, it is updated in place (residual += x, rounded once to its dtype) and the
     norm is that of the unrounded sum. Accumulates in float32 and rounds once. Deterministic, row t
-    depends on row t alone. `out_T_D` may be `x_T_D`. Allocates only when `out_T_D` is None.
+    depends on row t alone. `out_T_D` may be `x_T_D`, not `residual_T_D`. Allocates only when
+    `out_T_D` is None.
 
     x, residual, out: [T, D] of one dtype, float32, bfloat16 or float16, D <= 16384; weight: [D],
     float32 or x's dtype. With out_scale, float32 [T], the result is float8_e4m3fn, value = out *
@@ -86,6 +87,8 @@ def rms_norm(
         out_T_D = x_T_D.new_empty(x_T_D.shape, dtype=out_dtype)
     else:
         dims.check(out_T_D=out_T_D, dtype=out_dtype, device=x_T_D.device)
+    if residual_T_D is not None:
+        refuse_same(out_T_D=out_T_D, residual_T_D=residual_T_D)
     refuse_grad(x_T_D, weight_D, residual_T_D)
     if dims["T"] > 0:
         _op(x_T_D, weight_D, residual_T_D, eps, out_T_D, out_scale_T)
