@@ -25,7 +25,7 @@ from .handoff import BackgroundModel, Handoff, HandoffOptions, Policy
 from .metrics import Metrics
 from .model import InteractionModel, KvBudget, TickInput, TickOutput, TurnLayout
 from .nvtx import ranges
-from .options import check_int, checked_layout, checked_prompt, mailbox_spec
+from .options import check_int, check_type, checked_layout, checked_prompt, mailbox_spec
 from .overload import Overload
 from .room import make_room
 from .session import Session
@@ -92,6 +92,8 @@ class Runtime:
             check_int(name, value, at_least=1)
         check_int("seed", seed, at_least=0)
         check_int("probe_ticks", probe_ticks, at_least=0)
+        check_type("budget", budget, KvBudget)
+        check_type("handoff", handoff, HandoffOptions)
         self._layout = checked_layout(model.config, layout)
         self._spec = mailbox_spec(
             model.config, self._layout, max_frame_pairs, max_lead_ticks, output_queue_ticks

@@ -23,7 +23,13 @@ def check_int(name: str, value: Any, *, at_least: int, at_most: int | None = Non
         raise InputValueError(f"{name}={value} is more than {at_most}")
 
 
+def check_type(name: str, value: Any, kind: type) -> None:
+    if value is not None and not isinstance(value, kind):
+        raise InputTypeError(f"{name}={value!r}: expected a {kind.__name__}")
+
+
 def checked_layout(config: ModelConfig, layout: TurnLayout | None) -> TurnLayout:
+    check_type("layout", layout, TurnLayout)
     if layout is not None and layout != config.layout:
         raise InputValueError(f"{layout=} is not that of the model: {config.layout}")
     if config.patch.frames != 2:

@@ -339,6 +339,7 @@ def test_opcheck() -> None:
         ({"levels_S_F_B": torch.zeros(1, 2, 80)}, TypeError, "uint8"),
         ({"work_S_F_Q": torch.zeros(1, 2, 800)}, ValueError, "Q=800, but Q=801"),
         ({"spec": DMEL_40HZ}, ValueError, "L=800, but L=624"),
+        ({"spec": "40 Hz"}, TypeError, "spec: expected a DmelSpec, got str"),
         ({"pcm_S_W": torch.zeros(1, 1600, requires_grad=True)}, RuntimeError, "no backward"),
     ],
 )

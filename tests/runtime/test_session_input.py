@@ -250,6 +250,9 @@ def test_bad_session_options_take_no_slot(options: dict, error: type, words: str
         ({"max_frame_pairs": 0}, errors.InputValueError, "max_frame_pairs=0"),
         ({"output_queue_ticks": -3}, errors.InputValueError, "output_queue_ticks=-3"),
         ({"layout": type(CONFIG.layout).preset("ms80")}, errors.InputValueError, "period_ms=80"),
+        ({"layout": "ms80"}, errors.InputTypeError, "layout='ms80': expected a TurnLayout"),
+        ({"budget": 1000}, errors.InputTypeError, "budget=1000: expected a KvBudget"),
+        ({"handoff": "silent"}, errors.InputTypeError, "handoff='silent': expected a HandoffOpt"),
     ],
 )
 def test_bad_runtime_options(options: dict, error: type, words: str) -> None:
