@@ -39,6 +39,7 @@ def test_flattened_axis_is_the_product() -> None:
         (torch.zeros(4), {}, ValueError, "expected 2 axes"),
         (torch.zeros(4, 2).T, {}, ValueError, "contiguous"),
         (torch.zeros(4, 2), {"dtype": torch.int32}, TypeError, "torch.int32, got torch.float32"),
+        (torch.zeros(4, 2), {"dtype": (torch.half,) * 2}, TypeError, "expected torch.float16, got"),
         (torch.zeros(4, 2), {"device": torch.device("meta")}, ValueError, "device meta"),
         ("text", {}, TypeError, "got str"),
     ],

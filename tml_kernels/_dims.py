@@ -67,7 +67,7 @@ class Dims(Mapping[str, int]):
             if dtype is not None and tensor.dtype is not dtype:
                 allowed = dtype if isinstance(dtype, tuple) else (dtype,)
                 if tensor.dtype not in allowed:
-                    wanted = " or ".join(str(d) for d in allowed)
+                    wanted = " or ".join(str(d) for d in dict.fromkeys(allowed))
                     raise TypeError(f"{name}: expected {wanted}, got {tensor.dtype}")
             if device is not None and tensor.device != device:
                 raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
