@@ -1,4 +1,7 @@
-"""Kernels for interaction models: one function per op, checked against float64 references."""
+"""Kernels for interaction models: one function per op, checked against float64 references.
+
+For inference: where gradients are enabled, a tensor that requires one raises RuntimeError.
+"""
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any

@@ -296,9 +296,10 @@ class RollingKVCache:
     def rewind(self, session: Session, position: int | None = None) -> int:
         """Drop every token from `position` on, or from the mark; returns the position.
 
-        Raises NoSnapshot where no tick ended there that is still remembered, WindowPassed where a
-        window has lost keys that it needs, OutOfPages where there is no page for a copy of a shared
-        one. After any other error, of the device, the session is of no use: close it.
+        Raises NoSnapshot where no tick ended there that is still remembered (without slot tensors
+        there is nothing to remember, and any position will do), WindowPassed where a window has
+        lost keys that it needs, OutOfPages where there is no page for a copy of a shared one. After
+        any other error, of the device, the session is of no use: close it.
         """
         length = self.length(session)
         target = self._state.marked(session.slot) if position is None else position

@@ -151,15 +151,16 @@ def fused_moe(
     0..num_experts-1 are skipped, whatever their weight holds, and an expert without tokens is not
     read. Two launches on CUDA: gate-up with the activation, down with the sum.
 
-    x, out: [T, D], float32, bfloat16 or float16, distinct. weights: of `prepare_moe_weights`.
+    x, out: [T, D], float32, bfloat16 or float16, distinct. weights: of `prepare_moe_weights`; on
+    CUDA packed ones (fp8 and 4 bits) take no float16, and a matrix has at most 2^31 - 1 elements.
     routing: of `moe_route`; where it has `inv_rms_T`, x[t] stands for x[t] * inv_rms[t], and the
     sums of gate-up are multiplied by it. activation: "silu", "gelu", "gelu_tanh" (of the gate,
     times the up) or "swiglu_oai" (gpt-oss: both clamped at 7, gate * sigmoid(1.702 gate) *
     (up + 1)). quantize_x: also round the activations of fp8 weights, to e4m3 with one scale per
-    token and 128 columns, and multiply in fp8; on CUDA 16 then divides D and F. expert_map: [G]
-    int32, row of the weights for each of G global ids, -1 (or what is none of their rows) for one
-    that lives elsewhere; `routing` then holds global ids. workspace: uint8, of `workspace_bytes`,
-    any content, aligned to 64.
+    token and 128 columns, and multiply in fp8; on CUDA for sm_89 and newer, where 16 divides D and
+    F and x begins at a multiple of 16 bytes. expert_map: [G] int32, row of the weights for each of
+    G global ids, -1 (or what is none of their rows) for one that lives elsewhere; `routing` then
+    holds global ids. workspace: uint8, of `workspace_bytes`, any content, aligned to 64.
 
     Accumulates in float32 and rounds once, but for the hidden row between the launches, which CUDA
     rounds to x's dtype. Deterministic; row t depends on row t, its ids and weights alone: the same
