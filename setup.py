@@ -134,8 +134,8 @@ class Build(build_ext):
                 raise SystemExit(f"tml-kernels: TML_CUDA=1, but {error}") from None
             say(
                 f"{error}: {CUDA} is not built. Everything works on the CPU, and the Triton "
-                "kernels on a GPU; the cache's page kernels are plain torch there; bandwidth "
-                "measurement and graph launch from the tick thread do not work."
+                "kernels on a GPU; there torch moves the cache's pages and launches ticks, and a "
+                "benchmark does not measure the read bandwidth."
             )
             return None
         return archs

@@ -47,9 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--arch", help="only these, for instance 80,90", type=_archs)
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="processes (default: all cores)")
     how_many.add_argument("--update", action="store_true", help="--full, and write the table")
-    parser.add_argument("--table", type=Path, default=TABLE, help="default: %(default)s")
+    table = "default: bench/kernel_table.json"
+    parser.add_argument("--table", type=Path, default=TABLE, help=table)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write rows and findings")
 
 
