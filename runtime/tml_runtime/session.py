@@ -171,8 +171,7 @@ class Session:
             self._check_open()
             ids = self.encode_text(text)
             if len(ids) > 0 and not self._seat.inbox.put_text(ids):
-                limit = self._seat.spec.text_queue_tokens
-                raise InputBackpressure(f"the text queue is full; {len(ids)} tokens, {limit=}")
+                raise InputBackpressure(f"the text queue is full; {len(ids)} tokens")
 
     def encode_text(self, text: str | Sequence[int] | np.ndarray) -> np.ndarray:
         """The ids, int32, that `push_text` would push; what it refuses for good is refused here."""
