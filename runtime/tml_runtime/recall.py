@@ -11,7 +11,6 @@ two steps, of tick 2 nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,13 +74,11 @@ class Recall:
                 ticks.append(tick)
         return Unheard(rows, int(self._begin_R[rows[0]]), ticks) if rows else None
 
-    def replayed(self, unheard: Unheard, ends: Sequence[int]) -> None:
-        """It is as if the session had said no more than that. ends: its position after each tick,
-        which is another one where a tick had no room for all the video that is replayed."""
-        begins = (unheard.position, *ends)
-        for row, tick, begin in zip(unheard.rows, unheard.ticks, begins, strict=False):
+    def replayed(self, unheard: Unheard) -> None:
+        """It is as if the session had said no more than that. Where the ticks begin now does not
+        matter: only the first of them may still say something, and it begins where it did."""
+        for row, tick in zip(unheard.rows, unheard.ticks, strict=True):
             self._token_R_K[row], self._mel_R_M_B[row] = tick.token_K, tick.mel_M_B
-            self._begin_R[row] = begin
 
     def _says(self, row: int, tick: PastTick) -> bool:
         token_K, mel_M_B = self._token_R_K[row], self._mel_R_M_B[row]

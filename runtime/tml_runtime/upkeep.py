@@ -100,7 +100,7 @@ class Upkeep:
         if unheard is not None:
             seat.put_away = False  # it will not be, then
             ends = self._model.replay(self._state, seat.slot, unheard.position, unheard.ticks)
-            seat.recall.replayed(unheard, ends)
+            seat.recall.replayed(unheard)
             seat.position = ends[-1]
 
     def _read(self, seat: Seat, end_ns: int) -> bool:

@@ -97,6 +97,39 @@ def test_the_model_remembers_what_was_played(
     assert runtime._state.memory[0] == 0.5 * memory + last
 
 
+def test_sound_that_was_not_played_is_quiet_though_no_word_was_said() -> None:
+    class Watched(FakeModel):
+        def replay(self, state, slot, position, past):
+            self.mel_M_B = past[0].mel_M_B
+            return super().replay(state, slot, position, past)
+
+    model = Watched()
+    runtime, _ = make_runtime(model)
+    with runtime, runtime.open_session() as session:
+        hear(runtime, session)
+        session.interrupt(0.25)  # one of four output steps
+        hear(runtime, session)
+    quiet = CONFIG.layout.dmel.level_min
+    assert (model.mel_M_B[0] != quiet).all() and (model.mel_M_B[1:] == quiet).all()
+
+
+def test_pictures_and_text_that_came_meanwhile_are_remembered_too() -> None:
+    memories = []
+    for interrupted in (False, True):
+        runtime, _ = make_runtime(talker())
+        with runtime, runtime.open_session() as session:
+            for n in range(3):
+                session.push_video(np.full((40, 40, 3), n + 1, np.uint8), session.open_t)
+                session.push_text([n + 1])
+                hear(runtime, session)
+            if interrupted:
+                session.interrupt(0.0)
+            hear(runtime, session)
+            memories.append(runtime._state.memory[0])
+            assert session.stats.interruptions == interrupted
+    assert memories[0] == memories[1]
+
+
 def test_a_second_interruption_goes_on_from_what_the_first_left() -> None:
     runtime, model = make_runtime(talker())
     with runtime, runtime.open_session() as session:
