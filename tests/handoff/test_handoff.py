@@ -413,7 +413,11 @@ def test_a_client_may_ask_too() -> None:
 
     runtime, model = make(LocalModel(answer), script())
     with runtime, runtime.open_session() as session:
-        for text, error in [(5, TypeError), ("", ValueError), ("x" * 5000, ValueError)]:
+        for text, error in [
+            (5, errors.InputTypeError),
+            ("", errors.InputValueError),
+            ("x" * 5000, errors.InputValueError),
+        ]:
             with pytest.raises(error):
                 session.delegate(text)  # type: ignore[arg-type]
         session.push_text("so")

@@ -156,6 +156,7 @@ def test_full_queues_refuse_and_lose_nothing() -> None:
         with pytest.raises(errors.InputBackpressure, match="text queue is full"):
             for _ in range(100):
                 session.push_text([65] * 1000)
+        session.push_audio(PCM[:0], 0.0)  # no samples need no room
         runtime.run_ticks(1)
         session.push_audio(np.full(1, 0.5, np.float32), 0.2)
         session.push_video(big, 0.2)
@@ -163,6 +164,14 @@ def test_full_queues_refuse_and_lose_nothing() -> None:
     assert (model.heard[0][0].pcm[:MAX_QUEUED] == 0.5).all()
     assert model.heard[1][0].pcm[0] == 0.5
     assert model.heard[1][0].frames is not None
+
+
+def test_a_text_as_long_as_the_queue_is_taken() -> None:
+    runtime, model = make_runtime()
+    with runtime, runtime.open_session() as session:
+        session.push_text("x" * 4096)
+        runtime.run_ticks(4096 // 63 + 1)
+    assert sum(len(rows[0].text) for rows in model.heard) == 4096
 
 
 def test_a_flood_of_text_is_refused_not_stored() -> None:
@@ -190,6 +199,10 @@ def test_a_closed_session_takes_and_gives_nothing() -> None:
             lambda: session.push_audio(PCM, 0.0),
             lambda: session.push_video(FRAME, 0.0),
             lambda: session.push_text("x"),
+            lambda: session.delegate("x"),
+            lambda: session.interrupt(0.0),
+            session.pause,
+            session.resume,
             session.poll,
         ):
             with pytest.raises(errors.SessionClosed, match="closed"):

@@ -130,6 +130,17 @@ def test_pictures_and_text_that_came_meanwhile_are_remembered_too() -> None:
     assert memories[0] == memories[1]
 
 
+def test_half_a_character_of_before_an_interruption_begins_none_after_it() -> None:
+    said = [[SILENCE, SILENCE, SILENCE, 0xC3], [0xA9, SILENCE, SILENCE, SILENCE]]
+    runtime, _ = make_runtime(FakeModel(say=lambda tick, slot: said[tick]))
+    with runtime, runtime.open_session() as session:
+        hear(runtime, session)
+        assert TextOut("", (0xC3,), 0.35) in session.poll()
+        session.interrupt(0.4)
+        hear(runtime, session)
+        assert TextOut("\ufffd", (0xA9,), 0.4, epoch=1) in session.poll()
+
+
 def test_a_second_interruption_goes_on_from_what_the_first_left() -> None:
     runtime, model = make_runtime(talker())
     with runtime, runtime.open_session() as session:
