@@ -327,6 +327,7 @@ def test_a_prompt_is_read_before_anything_is_heard() -> None:
         for token in ids:
             expected = 0.5 * expected + token
         assert runtime._state.ends[0][len(ids)] == expected
+        assert runtime._state.ends[1][2] == 0.5 * ord("h") + ord("i")
         assert runtime._state.priority == [0, 2]
     assert [[row.slot for row in rows] for rows in model.heard] == [[1], [1], [0, 1]]
     assert model.heard[2][0].missing
@@ -365,6 +366,7 @@ def test_a_prompt_that_finds_no_time_ends_its_session() -> None:
         with pytest.raises(errors.SessionFault, match="2 tokens of the prompt found no time"):
             waiting.poll()
         assert len(other.poll()) == 2
+        assert runtime.report()["faults"] == 1
 
 
 def test_a_prompt_that_is_read_slowly_is_read() -> None:
@@ -392,6 +394,7 @@ def test_a_piece_that_once_took_long_holds_up_no_prompt_for_ever() -> None:
     costs = [0, 0, 0, 5 * PERIOD_NS]
     runtime, _ = make_runtime(Slow())
     deadline(runtime, left_ns=PERIOD_NS)
+    waited = []
     with runtime:
         for _ in range(4):
             with runtime.open_session(prompt="hi") as session:
@@ -399,7 +402,9 @@ def test_a_piece_that_once_took_long_holds_up_no_prompt_for_ever() -> None:
                     runtime.run_ticks(1)
                     session.poll()
                 assert session.stats.ticks > 0
+                waited.append(session.stats.absent_ticks)
     assert costs == []
+    assert waited == [1, 37, 1, 1]  # 5 * (15 / 16) ** 36 < 1 / 2
 
 
 # With the model itself
