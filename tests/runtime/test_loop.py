@@ -159,6 +159,11 @@ def test_speech_that_is_not_finite_is_a_fault(value: float) -> None:
         replacement = runtime.open_session()  # its slot is reset before it is used again
         runtime.run_ticks(1)
         assert np.isfinite(speech(replacement)).all()
+        runtime._state.memory[0] = value
+        runtime.run_ticks(1)
+        with pytest.raises(errors.SessionFault) as caught:
+            replacement.poll()
+        assert caught.value.t == 0.2  # on its own clock
     assert model.heard[2][0].slot == 0
 
 
@@ -307,6 +312,7 @@ def test_an_overrun_is_counted_and_skipped_never_replayed() -> None:
         assert rows[0].missing == (tick == 4)
     assert (stats.ticks, stats.skipped_ticks, stats.missing_windows) == (9, 1, 1)
     assert (stats.dropped_samples, stats.shed_frames) == (N, 2)
+    assert (report["dropped_samples"], report["shed_frames"]) == (N, 2)
     np.testing.assert_allclose([out.t for out in outputs], [0.2 * (tick + 1) for tick in ran])
 
 
@@ -323,6 +329,7 @@ def test_a_long_overrun_drops_whole_windows_of_every_session() -> None:
         assert runtime.metrics.records()["tick"].tolist() == [0, 1, 51]
         assert one.open_t == two.open_t == 10.4
         assert one.stats.dropped_samples == two.stats.dropped_samples == 14 * N
+        assert runtime.report()["dropped_samples"] == 28 * N
         one.push_audio(noise(2, 16), one.open_t)
         runtime.run_ticks(1)
     assert runtime.report()["misses"] == 1 + 49
@@ -338,6 +345,7 @@ def test_slots_run_out_and_come_back() -> None:
         with pytest.raises(errors.ResourceExhausted, match="all 2 slots are taken, 0 of") as caught:
             runtime.open_session()
         assert (caught.value.in_use, caught.value.closing, caught.value.capacity) == (2, 0, 2)
+        assert runtime.report()["sessions_refused"] == 1
         closed.close()
         session = runtime.open_session()
         runtime.run_ticks(1)
