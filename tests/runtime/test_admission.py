@@ -107,6 +107,14 @@ def test_video_is_shed_before_text_and_both_come_back() -> None:
         assert overload.shed == 0
 
 
+@pytest.mark.parametrize(("in_time", "shed"), [(3, 1), (4, 0)])
+def test_two_misses_of_five_ticks_are_overload(in_time: int, shed: int) -> None:
+    overload = Overload()
+    for missed in (True, *[False] * in_time, True):
+        overload.observe(missed)
+    assert overload.shed == shed
+
+
 def test_under_overload_only_audio_is_heard() -> None:
     late_ns = 250_000_000
     model = FakeModel(on_tick=lambda n: runtime.clock.advance(late_ns * (n in (1, 2, 3))))
@@ -120,6 +128,7 @@ def test_under_overload_only_audio_is_heard() -> None:
             texts += 1
             runtime.run_ticks(1)
         seen = [rows[0].frames is not None for rows in model.heard]
+        assert session.stats.shed_frames == 40 - sum(seen)  # each is seen or counted
         read = [rows[0].text for rows in model.heard]
     assert seen[:3] == [True] * 3 and not any(seen[4:10]) and all(seen[-5:])
     assert read[5:8] == [[], [], []]
