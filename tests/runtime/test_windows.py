@@ -369,6 +369,14 @@ def test_text_comes_in_order_and_no_more_than_a_tick_takes(pieces: list[list[int
     assert [rows[0].text for rows in model.heard] == expected
 
 
+@pytest.mark.parametrize(("tokens", "samples"), [(5, N), (4, N + 1)])
+def test_more_than_a_tick_says_is_refused(tokens: int, samples: int) -> None:
+    outbox = Outbox(SPEC)
+    with pytest.raises(ValueError, match=rf"output: \({tokens}, {samples}\)"):
+        outbox.put(0, 0, np.zeros(tokens, np.int32), np.zeros(samples, np.float32))
+    assert outbox.get() is None
+
+
 def test_outbox_keeps_the_oldest_and_refuses_the_rest() -> None:
     outbox = Outbox(SPEC)
     token_K = np.array([1, 2, 3, 4], np.int32)
