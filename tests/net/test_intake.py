@@ -114,6 +114,34 @@ def test_loss_shows_in_exactly_the_windows_it_hits(lost: set[int]) -> None:
     assert stats.concealed_samples == len(lost) * FRAME + holes_end
 
 
+def test_what_comes_late_or_twice_is_cut_and_counted() -> None:
+    """Piece i lies at 110 ms + i * 20; the second window begins within piece 4."""
+    intake, line = make_intake(1)
+    in_time = [(30 * MS + i * FRAME_NS, i) for i in (0, 1, 3, 5)]
+    hear(intake, line, [*in_time, (205 * MS, 4), (205 * MS, 4), (206 * MS, 2)])
+    np.testing.assert_array_equal(line.heard[WINDOW : WINDOW + 480], ramp(4 * FRAME + 160, 480))
+    line.now_ns = 400 * MS
+    stats = intake.stats()
+    assert (stats.packets_received, stats.packets_duplicated, stats.packets_discarded) == (6, 1, 1)
+    assert stats.late_samples == 160 + FRAME
+    assert stats.total_samples_received == 2 * WINDOW - 1760
+    # Pieces 2 and 4, and from the end of 5 on.
+    assert (stats.concealment_events, stats.concealed_samples) == (3, FRAME + 160 + 2720)
+
+
+def test_a_message_that_waited_for_its_call_delays_no_later_one() -> None:
+    """Only the first was taken 50 ms after it had come; what it added is worked off in silence."""
+    intake, line = make_intake(20)
+    for i in range(900):
+        at = (i + 1) * FRAME_NS
+        line.now_ns = at + 50 * MS * (i == 0)
+        intake.audio(i, i * FRAME, ramp(i * FRAME, scale=SILENT), at)
+    first, _ = line.pushes[0]
+    last, _ = line.pushes[-1]
+    assert first == (20 + 80 + 50) * 16
+    assert last / RATE - at / S == pytest.approx(intake.stats().target_delay, abs=0.001)
+
+
 @pytest.mark.parametrize("name", ["clean", "wifi", "4g"])
 def test_a_line_costs_few_windows_and_a_small_delay(name: str) -> None:
     intake, line = make_intake(125)
@@ -164,6 +192,41 @@ def test_a_clock_that_is_set_costs_a_window_or_two(step_s: int) -> None:
     stats = intake.stats()
     assert (stats.clock_steps, stats.packets_discarded) == (1, 4)
     assert stats.target_delay < 0.05
+
+
+def test_a_clock_that_is_set_while_the_delay_is_long_keeps_the_order() -> None:
+    """What comes then is due before the end of what was placed."""
+    intake, line = make_intake(10)
+    late = [180 * MS * (i % 6 == 0 and i < 190) for i in range(300)]
+    for at, i in sorted((at + late[i], i) for i, at in enumerate(sent(300))):
+        line.now_ns = at
+        stamp = i * FRAME + 10 * RATE * (i >= 200)
+        intake.audio(i, stamp, ramp(i * FRAME, scale=SILENT), at)
+    check_order(line)
+    assert intake.stats().clock_steps == 1
+
+
+def test_in_silence_the_delay_grows_at_once() -> None:
+    intake, line = make_intake(8)
+    late = [120 * MS * (i >= 200) for i in range(240)]
+    hear(intake, line, [(at + late[i], i) for i, at in enumerate(sent(240))], scale=SILENT)
+    delay_s = line.pushes[-1][0] / RATE - sent(240)[-1] / S
+    assert delay_s == pytest.approx(intake.stats().target_delay, abs=0.002)
+    assert delay_s > 0.12
+
+
+@pytest.mark.parametrize("scale", [LOUD, SILENT])
+def test_what_is_put_in_and_taken_out_adds_up(scale: float) -> None:
+    """The line becomes slower, so the delay grows, and after ten seconds it shrinks again."""
+    intake, line = make_intake(20)
+    arrivals = [(at + 120 * MS * (at > 4 * S), i) for i, at in enumerate(sent(900))]
+    hear(intake, line, arrivals, scale=scale)
+    stats = intake.stats()
+    inserted = stats.inserted_samples_for_deceleration
+    removed = stats.removed_samples_for_acceleration
+    assert inserted > 0 and (removed > 0 or scale == LOUD)
+    placed = stats.jitter_buffer_emitted_count + stats.late_samples
+    assert placed == 900 * FRAME + inserted - removed
 
 
 def test_a_laptop_that_slept_is_heard_again_within_half_a_second() -> None:

@@ -139,6 +139,24 @@ def test_pictures_lie_where_the_sound_of_their_time_does() -> None:
     assert (stats.frames_received, stats.frames_dropped) == (4, 2)
 
 
+def test_a_picture_before_any_sound_waits_as_sound_would() -> None:
+    intake, line = make_intake(1, queue=1)
+    line.now_ns = at = 150 * MS
+    intake.video(0, 12_345, FRAME_RGB, at)
+    intake.video(1, 12_345, FRAME_RGB, at)  # finds the queue full
+    assert [t for t, _ in line.frames] == [pytest.approx(0.23)]
+    stats = intake.stats()
+    assert (stats.frames_received, stats.frames_dropped, stats.backpressure) == (2, 1, 1)
+
+
+def test_as_much_as_may_come_at_once_is_taken() -> None:
+    intake, line = make_intake(10)
+    intake.audio(0, 0, ramp(0, RATE), 0)
+    intake.text("x" * MAX_TEXT_CHARS)
+    assert line.texts == [[120] * MAX_TEXT_CHARS]
+    assert intake.stats().jitter_buffer_emitted_count == RATE
+
+
 @pytest.mark.parametrize("then", [Intake.poll, lambda intake: intake.audio(0, 0, ramp(0), 0)])
 def test_texts_wait_in_order_and_are_bounded(then: Callable[[Intake], object]) -> None:
     intake, line = make_intake(10, queue=3)
