@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tml_runtime import errors
-from tml_runtime.net.sequence import MAX_COUNTER, SEQ_WINDOW, Sequence, Spans
+from tml_runtime.net.sequence import MAX_COUNTER, MAX_SEQ_JUMP, SEQ_WINDOW, Sequence, Spans
 from tml_runtime.net.silence import SilenceDetector
 from tml_runtime.net.stretch import extra_period, resample
 from tml_runtime.net.timeline import MAX_BENDS, Timeline
@@ -34,13 +34,24 @@ def test_sequence_against_a_set(start: int, steps: list[int]) -> None:
         assert sequence.lost == max(seen) - min(seen) + 1 - len(seen)
 
 
-@pytest.mark.parametrize("seq", [0, 2**32 + 2_000_000, 2**32 - SEQ_WINDOW, -1, MAX_COUNTER + 1])
+FAR = [2**32 - SEQ_WINDOW, 2**32 + MAX_SEQ_JUMP + 1]
+
+
+@pytest.mark.parametrize("seq", [0, *FAR, -1, MAX_COUNTER + 1])
 def test_a_number_no_stream_comes_to_is_refused(seq: int) -> None:
     sequence = Sequence()
     sequence.mark(2**32)
     with pytest.raises(errors.InputValueError, match=str(seq)):
         sequence.is_new(seq)
     assert sequence.received == 1
+
+
+def test_numbers_next_to_those_are_taken() -> None:
+    for seq in (0, MAX_COUNTER):
+        assert Sequence().is_new(seq)
+    sequence = Sequence()
+    sequence.mark(2**32)
+    assert sequence.is_new(FAR[0] + 1) and sequence.is_new(FAR[1] - 1)
 
 
 @given(
