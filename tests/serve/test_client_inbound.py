@@ -67,7 +67,11 @@ def test_who_waits_for_room_ends_though_nobody_takes_anything() -> None:
         inbound.make_room()
         await asyncio.wait_for(reader, 1.0)
         assert await taken(inbound) == [said(seq) for seq in range(MAX_EVENTS // 2, MAX_EVENTS + 1)]
+        for seq in range(MAX_EVENTS):
+            await inbound.put(said(seq))
         inbound.end_now()
+        left = [await inbound.take() for _ in range(len(inbound) - 1)]
+        assert left == [said(seq) for seq in range(MAX_EVENTS // 2, MAX_EVENTS)]
         with pytest.raises(StopAsyncIteration):
             await inbound.take()
 
