@@ -316,6 +316,7 @@ def test_a_session_that_ends_cancels_its_requests_and_no_others(how: str) -> Non
         next_one = runtime.open_session()
         runtime.run_ticks(3)
         assert (other.stats.ticks, next_one.stats.ticks) == (model.ticks, 3)
+        assert runtime._handoff._lines == {line(other)}  # nothing is kept of the leaver
     assert "".join(read(model, 1)) == "[result] 42 [/result]"
     assert "".join(read(model, 0)) == ""  # nor does the slot's next session hear of it
     assert runtime.report()["handoff"]["cancelled"] == 1
@@ -387,6 +388,16 @@ def test_two_runs_on_the_virtual_clock_are_the_same() -> None:
     first, counts = run()
     assert run() == (first, counts)
     assert counts["finished"] > 0 and counts["failed"] > 0 and counts["refused"] > 0
+
+
+def test_a_reason_is_one_line_of_no_more_than_200_characters() -> None:
+    def answer(request: Request) -> str:
+        raise errors.HandoffError("no\n idea " * 1000)
+
+    runtime, model = make(LocalModel(answer), script(ASK_QUIETLY))
+    with runtime, runtime.open_session():
+        runtime.run_ticks(24)
+    assert "".join(read(model)) == NO_ANSWER + "no idea " * 25
 
 
 def test_the_prompt_stays() -> None:

@@ -16,6 +16,7 @@ from handoff_tools import make, read, wait_for
 
 from tml_runtime import Runtime, errors
 from tml_runtime.handoff import HandoffOptions, LocalModel, Policy, Request
+from tml_runtime.handoff.local import PIECES_AHEAD
 
 FAST = replace(CONFIG, layout=MS40)
 OPTIONS = HandoffOptions(policy=Policy.INTERRUPT, tokens_per_tick=60, timeout=60.0)
@@ -141,6 +142,24 @@ def test_an_endless_answer_is_cut_and_its_generator_left() -> None:
 def threads_before() -> int:
     """Threads that are not the hand-off's."""
     return sum(not t.name.startswith("tml-handoff") for t in threading.enumerate())
+
+
+def test_a_generator_is_no_more_than_a_few_pieces_ahead() -> None:
+    made: list[str] = []
+
+    def many(request: Request) -> Iterator[str]:
+        for i in range(20 * PIECES_AHEAD):
+            made.append(str(i))
+            yield made[-1]
+
+    async def take() -> list[str]:
+        taken: list[str] = []
+        async for piece in LocalModel(many).stream(Request(0, 0, 0.0, ())):
+            taken.append(piece)
+            assert len(made) <= len(taken) + PIECES_AHEAD + 1  # one that waits for room
+        return taken
+
+    assert asyncio.run(asyncio.wait_for(take(), 30.0)) == [str(i) for i in range(20 * PIECES_AHEAD)]
 
 
 @pytest.mark.parametrize("kind", ["thread", "loop"])
@@ -301,7 +320,8 @@ def test_sessions_come_and_go_while_answers_do() -> None:
     assert counts["started"] == sum(counts[name] for name in ended) > 0
 
 
-def test_the_transcript_is_bounded() -> None:
+@pytest.mark.parametrize(("most", "text", "t"), [(10, "hbbbbbb", 12.0), (11, "gbbbhbbbbbb", 11.8)])
+def test_the_transcript_is_bounded(most: int, text: str, t: float) -> None:
     requests: list[Request] = []
 
     def answer(request: Request) -> str:
@@ -311,13 +331,13 @@ def test_the_transcript_is_bounded() -> None:
     runtime, _ = make(
         LocalModel(answer),
         lambda tick, slot: [DELEGATE if tick == 60 else ord("a") + tick % 26, 98, 98, 98],
-        options=HandoffOptions(transcript_tokens=10),
+        options=HandoffOptions(transcript_tokens=most),
     )
     with runtime, runtime.open_session() as session:
         session.push_text("early")
         runtime.run_ticks(61)
     (turn,) = requests[0].turns
-    assert (turn.role, turn.text, turn.t) == ("assistant", "hbbbbbb", 12.0)
+    assert (turn.role, turn.text, turn.t) == ("assistant", text, t)
 
 
 @pytest.mark.parametrize(

@@ -332,6 +332,15 @@ def test_what_the_server_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not for this server" not in str(call.request.headers)
 
 
+def test_a_key_is_sent_and_what_is_not_given_is_not() -> None:
+    with ChatServer(streams_well) as server:
+        heard(server, "[/result]", api_key="sk-1", max_tokens=None, instructions="", ask="So?")
+        (call,) = server.calls
+    assert call.request.headers["Authorization"] == "Bearer sk-1"
+    messages = [{"role": "user", "content": "So?"}]
+    assert call.body == {"model": "deep", "stream": True, "messages": messages}
+
+
 def test_messages_alternate() -> None:
     turns = (Turn("system", "Be nice.", 0.0), Turn("assistant", "hi", 0.2), Turn("user", "why?", 1))
     model = OpenAIModel("http://localhost:1/v1", "deep", instructions="Think.", ask="So?")
