@@ -270,6 +270,60 @@ def test_a_tick_longer_ago_than_is_remembered_can_be_rolled_back_to() -> None:
         assert counter == ago
 
 
+def test_going_back_finds_the_newest_state_of_a_length_and_forgets_later_ones() -> None:
+    cache, session = opened()
+    counter = cache.slot_rows(session.slot)["counter"]
+    for n in (1, 2, 3):  # lengths of 7, 14 and 21
+        append(cache, session, RUNS)
+        counter.fill_(n)
+        cache.commit(session)
+        cache.tick()
+    counter.fill_(4)
+    cache.tick()  # of no tokens
+    child = cache.fork(session)
+    append(cache, session, [(AUDIO, 1)])
+    counter.fill_(5)
+    cache.commit(session)
+    cache.tick()
+    assert cache.rewind(session, 21) == 21 and counter == 4
+    append(cache, session, [(AUDIO, 1)])
+    counter.fill_(6)
+    cache.roll_back(session)
+    assert counter == 4
+    assert cache.rewind(session, 14) == 14 and counter == 2
+    tick(cache, session, [(AUDIO, 8)])
+    with pytest.raises(NoSnapshot) as refused:
+        cache.rewind(session, 21)
+    assert refused.value.kept == [0, 7, 14, 22]
+    assert cache.rewind(child, 14) == 14 and cache.slot_rows(child.slot)["counter"] == 2
+    cache.check_invariants()
+
+
+def test_nobody_goes_back_to_what_the_slot_held_before() -> None:
+    cache, session = opened(ticks=1)
+    cache.close(session)
+    heir = cache.open(BUDGETS)
+    tick(cache, heir, [(AUDIO, 8)])
+    with pytest.raises(NoSnapshot) as refused:
+        cache.rewind(heir, 7)
+    assert refused.value.kept == [0, 8]
+
+
+@pytest.mark.parametrize(("remembered", "kept"), [(1, [0, 4]), (3, [0, 2, 3, 4])])
+def test_a_tick_longer_ago_than_is_remembered_takes_the_place_of_the_oldest(
+    remembered: int, kept: list[int]
+) -> None:
+    cache = make_cache(num_snapshots=remembered)
+    session = cache.open(BUDGETS)
+    for only in (None, None, None, [session]):
+        append(cache, session, [(AUDIO, 1)])
+        cache.commit(session)
+        cache.tick(only, ago=0 if only is None else 5)
+    with pytest.raises(NoSnapshot) as refused:
+        cache.rewind(session, 1)
+    assert refused.value.kept == kept
+
+
 def test_a_tick_of_some_takes_the_place_of_theirs_alone() -> None:
     cache = make_cache(num_snapshots=3)
     one, other = (cache.open(BUDGETS) for _ in range(2))
@@ -316,6 +370,21 @@ def test_barge_in_drops_the_reply_that_was_never_played() -> None:
     assert sorted(keys(cache, session, 0)) == list(range(21))
     tick(cache, session, [(AUDIO, 2)])
     assert keys(cache, session, 0) == {p: float(p) for p in range(23)}
+
+
+def test_a_setting_stays_where_time_goes_back_and_goes_with_its_session() -> None:
+    heat = SlotTensor(torch.zeros(3), reset=1.0, is_setting=True)
+    cache, session = opened(ticks=2, slot_tensors={"heat": heat})
+    assert cache.slot_rows(session.slot)["heat"] == 1.0
+    cache.slot_rows(session.slot)["heat"].fill_(0.5)
+    cache.rewind(session, 7)
+    append(cache, session, RUNS)
+    cache.roll_back(session)
+    child = cache.fork(session)
+    for each in (session, child):
+        assert cache.slot_rows(each.slot)["heat"] == 0.5
+    cache.close(session)
+    assert cache.slot_rows(cache.open(BUDGETS).slot)["heat"] == 1.0
 
 
 def test_a_fork_shares_pages_and_goes_its_own_way() -> None:
