@@ -86,6 +86,7 @@ def test_spans_are_merged_over_gaps_that_are_not_longer() -> None:
     assert merge([(0.0, 1.0), (1.6, 2.0)], 0.6) == [(0.0, 2.0)]  # 1.6 - 1.0 is rounded up
     assert merge([(0.0, 1.0), (1.61, 2.0)], 0.6) == [(0.0, 1.0), (1.61, 2.0)]
     assert merge([(0.0, 3.0), (1.0, 2.0)], 0.0) == [(0.0, 3.0)]
+    assert merge([(5.0, 6.0), (0.0, 1.0)], 0.6) == [(0.0, 1.0), (5.0, 6.0)]  # in order of time
 
 
 def test_the_stop_takes_as_long_as_both_speak() -> None:
@@ -121,6 +122,7 @@ def test_a_turn_discards_what_was_before_it_and_a_long_one_ends_the_search() -> 
     one, turn, other, long = (0.0, 0.3), (1.0, 2.5), (4.0, 4.3), (5.0, 8.5)
     assert backchannels([one, turn, other], []) == [other]
     assert backchannels([one, long, (9.0, 9.2)], []) == [one]
+    assert backchannels([one, (5.0, 8.0), (9.0, 9.2)], []) == [(9.0, 9.2)]  # three seconds, no more
 
 
 def test_a_span_is_in_every_window_it_touches() -> None:
@@ -202,7 +204,8 @@ def test_a_word_counts_once_and_the_earlier_one_is_served_first() -> None:
     only = words(2.1, text="now")
     assert match_due(due, only, **WINDOW) == [None, only[0]]
     both = words(2.1, 2.3, text="now")
-    assert match_due(due, both, **WINDOW) == [both[1], both[0]]
+    for said in (both, both[::-1]):
+        assert match_due(due, said, **WINDOW) == [both[1], both[0]]
 
 
 # Proactive answers and alerts
