@@ -372,6 +372,8 @@ def test_two_runs_on_the_virtual_clock_are_the_same() -> None:
             raise errors.HandoffError("no idea")
 
     def say(tick: int, slot: int) -> list[int]:
+        if tick == 29:
+            return QUIET  # else what is asked in the last tick may be cancelled by the end
         return (QUIET, ASK, SPEAK, ASK_QUIETLY)[(tick * tick + slot) % 4]
 
     def run() -> tuple[list[list[str]], dict[str, int]]:

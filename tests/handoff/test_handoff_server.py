@@ -14,7 +14,7 @@ pytest.importorskip("openai")
 from aiohttp import web
 from chat_server import Answer, Call, ChatServer, chunk, event
 from fake_model import CONFIG, DELEGATE, MS40, SILENCE
-from handoff_tools import make, read, wait_for
+from handoff_tools import line, make, read, wait_for
 
 from tml_runtime import errors
 from tml_runtime.handoff import HandoffOptions, OpenAIModel, Policy, Request, Turn
@@ -30,7 +30,8 @@ LIMIT = 100_000  # bytes of a response
 def heard(
     server: ChatServer, until: str, options: HandoffOptions = OPTIONS, **settings: Any
 ) -> tuple[str, dict[str, int]]:
-    """What the live model reads, up to `until`, and the counts; its ticks go on all the while."""
+    """What the live model reads, to the end of what holds `until`, and the counts; its ticks go on
+    all the while."""
     settings = {"idle_timeout": 30.0, "max_retries": 0, "max_bytes": LIMIT} | settings
     background = OpenAIModel(server.url, "deep", **settings)
     runtime, model = make(
@@ -43,6 +44,7 @@ def heard(
     session = runtime.open_session()
     with runtime:
         wait_for(lambda: until in "".join(read(model)))
+        wait_for(lambda: not line(session)._answers)  # all of it has been read
         ticks = runtime.metrics.count
         wait_for(lambda: runtime.metrics.count > ticks + 3)
         assert session.poll()
