@@ -244,6 +244,21 @@ def test_some_varied_pictures_are_light_and_grey() -> None:
     assert light >= 4
 
 
+def test_smooth_surfaces_fill_much_of_a_picture_and_never_all() -> None:
+    """A white sky or a road is what a flash is most easily taken for."""
+    black, free, shares = np.zeros((60, SIDE, SIDE, 3), np.uint8), set(), []
+    for seed in range(24):
+        frames = Footage({}, SIDE)._behind_surfaces(black, np.random.default_rng(seed))
+        assert frames.shape == black.shape and frames.dtype == np.uint8 and not black.any()
+        dark = frames.max(axis=-1) == 0
+        always_dark = [dark.all(axis=(0, axis)) for axis in (2, 1)]  # rows, columns
+        assert max(mask.sum() for mask in always_dark) >= SIDE // 8
+        free.add(always_dark[0].sum() > always_dark[1].sum())
+        shares.append((frames.min(axis=-1) > 160).mean(axis=(1, 2)).max())
+    assert free == {True, False}  # surfaces lie across and upright
+    assert max(shares) > 0.7 and sum(share > 0.3 for share in shares) > 8
+
+
 def test_what_passes_through_a_picture_is_a_part_of_it() -> None:
     first = set()
     for seed in range(8):

@@ -22,8 +22,9 @@ class Lesson:
     slips: the most of either share; for both see `make_batch`. varied: of the recordings, which
     are few. paces, talks, delays: see `make_episode`. lengths: how likely a step has three short
     episodes a share, two, one of 14 s, one of 30 s and one of a minute. counting: the share of
-    episodes that count; None: as their losses are. word: what a word that is due weighs, with
-    silence 1; choice: what it weighs beside that, which word it is, given that one is due.
+    episodes that count; None: as their losses are. loose: the share of episodes whose cues keep to
+    no tick's begin, see `make_episode`. word: what a word that is due weighs, with silence 1;
+    choice: what it weighs beside that, which word it is, given that one is due.
     """
 
     begin: float
@@ -35,6 +36,7 @@ class Lesson:
     delays: int = MAX_DELAY
     lengths: tuple[float, ...] = (0.45, 0.3, 0.15, 0.1, 0.0)
     counting: float | None = None
+    loose: float = 0.0
     word: float = 3.0
     choice: float = 0.0
 
@@ -61,17 +63,19 @@ LESSONS = (
     replace(FIRST, begin=0.1, delays=4),
     replace(FIRST, begin=0.17, delays=MAX_DELAY),
     # what is said can be read now, so it is fed back as the speech head says it
-    Lesson(0.25, varied=False),
+    # lines bring cues between ticks, and lose some of what is said
+    Lesson(0.25, varied=False, loose=0.4),
     # other films look different, and other people sound different
-    Lesson(0.43),
+    Lesson(0.43, loose=0.4),
     # long after a word it has to be remembered; few words are due then, so there is more of it, and
     # more time to take speech for a tone
     Lesson(
         0.74,
         paces=(0.2, 1.0, 2.5, 4.0, 7.0),
         talks=0.7,
-        lengths=(0.1, 0.05, 0.35, 0.35, 0.15),
+        lengths=(0.1, 0.05, 0.3, 0.35, 0.2),
         counting=0.6,
+        loose=0.08,
         word=2.0,
         choice=9.0,
     ),
@@ -123,6 +127,7 @@ def draw_episodes(
         lengths, sections = [int(rng.integers(240, 311))], 1
     names = draw_tasks(losses, len(lengths), rng, lesson.counting)
     paces = lesson.draw_paces(len(lengths), rng)
+    is_loose = rng.random(len(lengths)) < lesson.loose
     speech = replace(speech, varied=lesson.varied)
     footage = replace(footage, varied=lesson.varied)
     return [
@@ -136,6 +141,7 @@ def draw_episodes(
             pace=paces[n],
             talks=lesson.talks,
             delays=lesson.delays,
+            loose=bool(is_loose[n]),
         )
         for n, num_ticks in enumerate(lengths)
     ]

@@ -115,7 +115,9 @@ class Footage:
 
     def _scene(self, rng: np.random.Generator, count: int) -> np.ndarray:
         if self.varied and rng.random() < 0.7:
-            return self._clip_changed(rng, count) if rng.random() < 0.5 else self._pan(rng, count)
+            scene = self._clip_changed if rng.random() < 0.5 else self._pan
+            frames = scene(rng, count)
+            return self._behind_surfaces(frames, rng) if rng.random() < 0.4 else frames
         if self.clips and rng.random() < 0.5:
             clip = self.clips[sorted(self.clips)[rng.integers(len(self.clips))]]
             frames = np.take(clip, rng.integers(len(clip)) + np.arange(count), axis=0, mode="wrap")
@@ -144,6 +146,27 @@ class Footage:
             frames = grey + (frames - grey) * rng.uniform(0, 0.5)
             gain = gain.max() * rng.uniform(0.97, 1.0, 3)
         return np.clip(frames * gain + lift, 0, 250).astype(np.uint8)
+
+    def _behind_surfaces(self, frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Dimmed behind one to three smooth surfaces, such as a sky, a wall, a road or a car, of
+        which some are as light as a flash. A strip of the picture always stays free of them."""
+        count, side = len(frames), self.side
+        frames = (frames * rng.uniform(0.3, 0.8)).astype(np.uint8)
+        row, ramp = (x[:, None, None] for x in (np.arange(side), np.linspace(0, 1, side)))
+        first_free = int(rng.integers(side - side // 8 + 1))
+        is_free = (row >= first_free) & (row < first_free + side // 8)
+        num_surfaces = int(rng.choice((1, 1, 2, 3)))
+        for _ in range(num_surfaces):
+            height = side * rng.uniform(0.6 if num_surfaces == 1 else 0.2, 1.0)
+            sway = rng.uniform(0, side / 4) * np.sin(rng.uniform(0, 0.2) * np.arange(count))
+            top = ((side - 0.7 * height) * rng.uniform(-0.3, 1.0) + sway)[:, None, None, None]
+            is_hidden = (row >= top) & (row < top + height) & ~is_free
+            darkest = 165 if rng.random() < 0.6 else 60
+            near, far = _grey(rng.uniform(darkest, 245, (2, 1, 1)), rng)
+            noise = rng.normal(0, rng.uniform(0, 8), (count, side, side, 1))
+            surface = np.clip(near * (1 - ramp) + far * ramp + noise, 0, 250).astype(np.uint8)
+            frames = np.where(is_hidden, surface, frames)
+        return np.rot90(frames, int(rng.integers(4)), axes=(1, 2))
 
     def _pan(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """A camera that moves over fields, coloured or grey, with edges or without."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .speech import Footage, Speech
-from .stage import ASK_HZ, CUE_HZ, MAX_DELAY, Episode, Event, Stage
+from .stage import ASK_HZ, CUE_HZ, LATE_S, MAX_DELAY, Episode, Event, Stage
 from .words import NOW, NUMBERS, SCALE, TICK, YES
 
 MAX_COUNT = len(NUMBERS) - 1
@@ -30,18 +30,20 @@ def make_episode(
     pace: float = 1.0,
     talks: float = 0.5,
     delays: int = MAX_DELAY,
+    loose: bool = False,
 ) -> Episode:
     """One episode of a task, or of several with "stop" between them; the last one is `name`.
 
     lose: the share of quiet ticks that are lost, by default none in most episodes. pace: below 1,
     events lie closer together; above 1, in bursts with long gaps between them. talks: how likely
     somebody talks all along, where that is to be ignored. delays: ticks to wait for, at most.
+    loose: cues lie anywhere between ticks and packets are lost, as on a line; see `Stage.finish`.
     Raises KeyError for a task that is not in TASKS, ValueError for fewer than 24 ticks a section.
     """
     if num_ticks < 24 * sections:
         raise ValueError(f"{num_ticks=} is less than 24 ticks for each of {sections=}")
     rng = np.random.default_rng(seed)
-    stage = Stage(num_ticks, rng, speech, footage, pace, talks, delays)
+    stage = Stage(num_ticks, rng, speech, footage, pace, talks, delays, loose)
     names = [str(rng.choice([n for n in TASKS if _follows(n, name)])) for _ in range(sections - 1)]
     names.append(name)
     ends = np.linspace(0, num_ticks, sections + 1).astype(int)
@@ -113,7 +115,7 @@ def speak(stage: Stage, begin: int, end: int) -> None:
         if not is_cut:
             return
         seconds = rng.uniform(0.7, 1.8)
-        stage.speak_up(stop, seconds, rng.uniform(0.0, 0.05))
+        stage.speak_up(stop, seconds, rng.uniform(0.0, LATE_S if stage.loose else 0.05))
         stage.say(stop + 1, "<yield>", "yield")
         stage.events.append(Event("interruption", stop))
         tick = stop + int(seconds / 0.2) + int(rng.integers(3, 10))
@@ -240,7 +242,8 @@ def _sounds(stage: Stage, begin: int, end: int) -> None:
 def _backchannels(stage: Stage, begin: int, end: int) -> None:
     for tick in _spread(stage, begin, end, 3, 9):
         seconds = stage.rng.uniform(0.1, 0.19)
-        stage.speak_up(tick, seconds, stage.rng.uniform(0.0, 0.195 - seconds))
+        latest = 0.2 if stage.loose else 0.195 - seconds  # into its tick
+        stage.speak_up(tick, seconds, stage.rng.uniform(0.0, latest))
         stage.events.append(Event("backchannel", tick))
 
 

@@ -32,7 +32,7 @@ from .words import CONFIG, SILENT_LEVEL
 
 STATE, WEIGHTS = "training.safetensors", "model.safetensors"
 NEWEST = 0.05  # what an episode's loss counts in the mean of its task
-STEPS = 4000  # of a run: half an hour of two cores
+STEPS = 5000  # of a run: half an hour of two cores
 BALANCE = 2e-3  # by which the bias of an expert moves in a step towards an even load
 
 
