@@ -6,8 +6,12 @@ import functools
 
 import torch
 
-# Dynamic shared memory that a program may have, in bytes, by `arch_of`.
-MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+ARCHS = (80, 90)
+
+
+def max_shared(arch: int) -> int:
+    """Bytes of dynamic shared memory that a program may have. arch: one of ARCHS."""
+    return {80: 163 * 1024, 90: 227 * 1024}[arch]
 
 
 @functools.lru_cache(maxsize=64)

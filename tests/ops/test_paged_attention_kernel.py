@@ -18,7 +18,7 @@ from kernel_paged_attention import (
     with_unseen_pages,
 )
 
-from tml_kernels._device import MAX_SHARED
+from tml_kernels._device import ARCHS, max_shared
 from tml_kernels._pages import FP8
 from tml_kernels.ops.paged_attention import paged_attention
 from tml_kernels.ops.paged_attention.cases import BENCH, EDGE, FAR, MODEL, Case, Row
@@ -332,10 +332,10 @@ def test_a_bias_fits_the_shared_memory_of_each_chip() -> None:
         p = make_problem(
             num_tokens=500, head_width=width, num_features=features, num_kv_heads=32 // heads
         )
-        for config, arch in itertools.product((SMALL, LARGE), MAX_SHARED):
+        for config, arch in itertools.product((SMALL, LARGE), ARCHS):
             if config is choose_config(p) or (config is SMALL and choose_config(p) is LARGE):
                 fitted = config.fitted(p, torch.float32, arch)
-                assert fitted.shared_bytes(p, torch.float32) <= MAX_SHARED[arch], (p, fitted)
+                assert fitted.shared_bytes(p, torch.float32) <= max_shared(arch), (p, fitted)
                 assert fitted == replace(config, num_stages=fitted.num_stages)
     wide = make_problem(num_tokens=500, head_width=256)
     assert SMALL.fitted(wide, torch.float32, 80) == replace(SMALL, num_stages=3)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._configs import chooser, tile_of
-from ..._device import MAX_SHARED
+from ..._device import max_shared
 from ..._scratch import Buffer, lay_out
 
 SPLIT_KEYS = 512  # keys of a split: fixed, because a query's bits depend on where splits begin
@@ -124,7 +124,7 @@ class Config:
         chip's shared memory. table_dtype: None without a bias."""
         if table_dtype is None or self.alone or p.page_dtype != p.dtype:
             return self
-        if self.shared_bytes(p, table_dtype) <= MAX_SHARED[arch]:
+        if self.shared_bytes(p, table_dtype) <= max_shared(arch):
             return self
         return replace(self, num_stages=FEW_STAGES.get(self.block_q, 1))
 

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from ..._aot import AotSpec
-from ..._device import MAX_SHARED, arch_of
+from ..._device import ARCHS, arch_of
 from .configs import (
     LARGE,
     MAX_PROGRAMS,
@@ -161,7 +161,7 @@ def aot_specs() -> list[AotSpec]:
     for features in (16, 64):
         p = _problem(head_width=256, num_features=features)
         for config in (SMALL, LARGE):
-            for arch in MAX_SHARED:
+            for arch in ARCHS:
                 fitted = config.fitted(p, torch.float32, arch)
                 spec = _attention_spec(f"global-C256-B{features}", p, fitted, 1024)
                 specs.append(replace(spec, min_arch=arch, below_arch=90 if arch < 90 else None))
