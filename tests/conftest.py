@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 
 import torch
@@ -19,6 +20,8 @@ if not HAS_GPU:
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: threads would only wait
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it puts behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else no program would be interrupted
 
 # torch.empty then holds NaN (or the largest integer), so an element nobody wrote is loud.
 torch.use_deterministic_algorithms(True, warn_only=True)
