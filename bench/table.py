@@ -15,8 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-# Dynamic shared memory one block may have, in bytes, after the system's own share.
-MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+from tml_kernels._device import max_shared
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _row_failures(key: str, row: Row, table: Table) -> list[str]:
             f"{key}: {row.spilled} bytes of local memory a thread (stack {row.stack}, local "
             f"{row.local}; {row.spill_loads} loads, {row.spill_stores} stores), allowed {allowed}"
         )
-    limit = MAX_SHARED[arch_of(key)]
+    limit = max_shared(arch_of(key))
     if row.shared_dynamic > limit:
         failures.append(f"{key}: {row.shared_dynamic} bytes of shared memory, the chip has {limit}")
     before = table.kernels.get(key)

@@ -6,12 +6,12 @@ import functools
 
 import torch
 
-ARCHS = (80, 90)
+ARCHS = (80, 90)  # as `arch_of` has them
 
 
 def max_shared(arch: int) -> int:
-    """Bytes of dynamic shared memory that a program may have. arch: one of ARCHS."""
-    return {80: 163 * 1024, 90: 227 * 1024}[arch]
+    """Bytes of dynamic shared memory that a program may have. arch: 80, 90 or 100."""
+    return (163 if arch < 90 else 227) * 1024
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from ...quant import PackedExperts
 # many model columns, so all configurations share it.
 BLOCK_M = 128
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
+FOUR_BIT = ("int4", "int4_f16", "mxfp4", "nvfp4")
 MAX_ELEMENTS = 2**31 - 1  # of one expert's matrix: offsets within it are 32-bit
 
 
@@ -72,7 +73,7 @@ def choose_config(p: Problem) -> Config:
     if p.alone and p.format in ("int4", "int4_f16"):
         # A program or two on an SM, and each waits for its own steps: more warps shorten those.
         num_warps, stages = 8, 3
-    if p.cramped and any("4" in format for format in (p.format, p.shared_format)):
+    if p.cramped and (p.format in FOUR_BIT or p.shared_format in FOUR_BIT):
         stages = min(stages, 2 if p.block_n >= 64 else 4)
     four = p.format in ("int4", "int4_f16") and p.block_n == 16 and not p.alone
     return Config(BLOCK_M, p.block_n, num_warps, stages, FOUR_PROGRAMS if four else None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..._aot import MAX_LOOP, AotSpec
 from ..._triton.steps import STEP
-from .configs import Problem, choose_config
+from .configs import FOUR_BIT, Problem, choose_config
 from .kernel import GIVEN, INV_RMS, SIZES, TABLES, down_kernel, gate_up_kernel
 
 # Format -> Triton types of data, scale, zero and outer; None: there is no such tensor.
@@ -74,7 +74,6 @@ SHAPES = (
     Shape("fp8", "fp8"),
     Shape("int4", "fp8"),
 )
-FOUR_BIT = ("int4", "int4_f16", "mxfp4", "nvfp4")
 LARGE = ("plain", "fp8", "int4")  # also for blocks of more than 32 tokens
 # Tokens of float32 that take fewer stages before sm_90, as others would not fit.
 CRAMPED = (

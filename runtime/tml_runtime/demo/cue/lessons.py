@@ -62,8 +62,8 @@ LESSONS = (
     FIRST,
     replace(FIRST, begin=0.1, delays=4),
     replace(FIRST, begin=0.17, delays=MAX_DELAY),
-    # what is said can be read now, so it is fed back as the speech head says it
-    # lines bring cues between ticks, and lose some of what is said
+    # what is said can be read now, so it is fed back as the speech head says it; lines
+    # bring cues between ticks, and lose some of what is heard
     Lesson(0.25, varied=False, loose=0.4),
     # other films look different, and other people sound different
     Lesson(0.43, loose=0.4),
